@@ -1,0 +1,163 @@
+"""Quaternions, rigid transforms, cameras and Plücker rays.
+
+World frame: x right, y up, z towards the camera of azimuth 0 (glTF's and kiui's). Cameras are
+OpenCV: x right, y down, +z forward.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+
+from fourdstar_jax.types import Array, Cameras, Gaussians
+
+
+def normalize(x: Float[Array, "*b n"], eps: float = 1e-12) -> Float[Array, "*b n"]:
+    """Unit vectors along the last axis; a zero vector stays zero, with a zero gradient."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    tiny = square < eps
+    return jnp.where(tiny, 0.0, x / jnp.sqrt(jnp.where(tiny, 1.0, square)))
+
+
+def quat_to_rotmat(quats: Float[Array, "*b 4"]) -> Float[Array, "*b 3 3"]:
+    """Rotation matrices of wxyz quaternions of any length; zero counts as the identity."""
+    norm2 = jnp.sum(quats * quats, axis=-1, keepdims=True)
+    tiny = norm2 < 1e-24
+    q = jnp.where(tiny, 0.0, quats / jnp.sqrt(jnp.where(tiny, 1.0, norm2)))
+    w, x, y, z = jnp.moveaxis(q, -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def rotmat_to_quat(rotmats: Float[Array, "*b 3 3"]) -> Float[Array, "*b 4"]:
+    """Unit wxyz quaternions, w >= 0, of rotation matrices (largest-component method)."""
+    m = rotmats
+    t = jnp.stack(
+        [
+            1 + m[..., 0, 0] + m[..., 1, 1] + m[..., 2, 2],
+            1 + m[..., 0, 0] - m[..., 1, 1] - m[..., 2, 2],
+            1 - m[..., 0, 0] + m[..., 1, 1] - m[..., 2, 2],
+            1 - m[..., 0, 0] - m[..., 1, 1] + m[..., 2, 2],
+        ],
+        axis=-1,
+    )
+    a, b, c = (m[..., 2, 1], m[..., 0, 2], m[..., 1, 0])
+    d, e, f = (m[..., 1, 2], m[..., 2, 0], m[..., 0, 1])
+    candidates = jnp.stack(
+        [
+            jnp.stack([t[..., 0], a - d, b - e, c - f], -1),
+            jnp.stack([a - d, t[..., 1], c + f, b + e], -1),
+            jnp.stack([b - e, c + f, t[..., 2], a + d], -1),
+            jnp.stack([c - f, b + e, a + d, t[..., 3]], -1),
+        ],
+        axis=-2,
+    )
+    best = jnp.argmax(t, axis=-1)[..., None, None]
+    q = normalize(jnp.take_along_axis(candidates, best, axis=-2)[..., 0, :])
+    return jnp.where(q[..., :1] < 0, -q, q)
+
+
+def quat_multiply(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+    """Hamilton product of wxyz quaternions: rotating by b, then by a."""
+    aw, ax, ay, az = jnp.moveaxis(a, -1, 0)
+    bw, bx, by, bz = jnp.moveaxis(b, -1, 0)
+    return jnp.stack(
+        [
+            aw * bw - ax * bx - ay * by - az * bz,
+            aw * bx + ax * bw + ay * bz - az * by,
+            aw * by - ax * bz + ay * bw + az * bx,
+            aw * bz + ax * by - ay * bx + az * bw,
+        ],
+        axis=-1,
+    )
+
+
+def invert_rigid(mats: Float[Array, "*b 4 4"]) -> Float[Array, "*b 4 4"]:
+    """Inverse of rigid transforms; turns viewmats into camera-to-world and back."""
+    rot_t = jnp.swapaxes(mats[..., :3, :3], -1, -2)
+    trans = -jnp.einsum("...ij,...j->...i", rot_t, mats[..., :3, 3])
+    top = jnp.concatenate([rot_t, trans[..., None]], axis=-1)
+    bottom = jnp.broadcast_to(mats[..., 3:, :], (*mats.shape[:-2], 1, 4))
+    return jnp.concatenate([top, bottom], axis=-2)
+
+
+def orbit_cameras(
+    azimuths_deg: npt.ArrayLike,  # [V]
+    elevations_deg: npt.ArrayLike = 0.0,  # [V] or one for all
+    *,
+    radius: float = 1.5,
+    fov_deg: float = 49.1,
+    width: int,
+    height: int,
+) -> Cameras:
+    """Cameras around the y axis that look at the origin, as numpy arrays.
+
+    Azimuth 0 stands on +z, azimuth 90 on +x; a negative elevation looks from above (kiui's
+    convention, as in LGM and L4GM). `fov_deg` spans the shorter image side.
+    """
+    az = np.deg2rad(np.asarray(azimuths_deg, np.float64))
+    el = np.deg2rad(np.broadcast_to(np.asarray(elevations_deg, np.float64), az.shape))
+    position = radius * np.stack(
+        [np.cos(el) * np.sin(az), -np.sin(el), np.cos(el) * np.cos(az)], axis=-1
+    )
+    forward = -position / radius
+    up = np.broadcast_to([0.0, 1.0, 0.0], forward.shape)
+    right = np.cross(forward, up)
+    right /= np.linalg.norm(right, axis=-1, keepdims=True)
+    down = np.cross(forward, right)
+    rot = np.stack([right, down, forward], axis=-2)  # rows are the camera's axes
+    viewmats = np.broadcast_to(np.eye(4), (len(az), 4, 4)).copy()
+    viewmats[:, :3, :3] = rot
+    viewmats[:, :3, 3] = -np.einsum("vij,vj->vi", rot, position)
+    focal = min(width, height) / (2 * np.tan(np.deg2rad(fov_deg) / 2))
+    K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    Ks = np.broadcast_to(K, (len(az), 3, 3)).copy()
+    return Cameras(viewmats.astype(np.float32), Ks.astype(np.float32))
+
+
+def rescale_intrinsics(Ks: Float[Array, "*b 3 3"], factor: float) -> Float[Array, "*b 3 3"]:
+    """Intrinsics of the same camera with its image `factor` times as large."""
+    return Ks * jnp.array([factor, factor, 1.0], Ks.dtype)[:, None]
+
+
+def pixel_rays(
+    cameras: Cameras, *, width: int, height: int
+) -> tuple[Float[Array, "*b V h w 3"], Float[Array, "*b V h w 3"]]:
+    """Origins and unit directions, in the world frame, of the rays through the pixel centres."""
+    viewmats, Ks = cameras
+    x = (jnp.arange(width) + 0.5 - Ks[..., None, None, 0, 2]) / Ks[..., None, None, 0, 0]
+    y = (jnp.arange(height)[:, None] + 0.5 - Ks[..., None, None, 1, 2]) / Ks[..., None, None, 1, 1]
+    x, y = jnp.broadcast_arrays(x, y)
+    local = normalize(jnp.stack([x, y, jnp.ones_like(x)], axis=-1))  # [..., V, h, w, 3]
+    c2w = invert_rigid(viewmats)
+    directions = jnp.einsum("...ij,...hwj->...hwi", c2w[..., :3, :3], local)
+    origins = jnp.broadcast_to(c2w[..., None, None, :3, 3], directions.shape)
+    return origins, directions
+
+
+def plucker_rays(cameras: Cameras, *, width: int, height: int) -> Float[Array, "*b V h w 6"]:
+    """Plücker coordinates [o x d, d] of every pixel's ray (SPAD; MVAR uses the same order)."""
+    origins, directions = pixel_rays(cameras, width=width, height=height)
+    return jnp.concatenate([jnp.cross(origins, directions), directions], axis=-1)
+
+
+def relative_to_first(cameras: Cameras, radius: float = 1.5) -> Cameras:
+    """The same rig moved so that its first camera stands at [0, 0, radius] and looks at the origin.
+
+    Generation becomes independent of the absolute azimuth (as L4GM's data loader does).
+    """
+    front = orbit_cameras([0.0], radius=radius, width=1, height=1).viewmats[0]
+    world = jnp.einsum("...ij,jk->...ik", invert_rigid(cameras.viewmats[..., :1, :, :]), front)
+    return cameras._replace(viewmats=jnp.einsum("...ij,...jk->...ik", cameras.viewmats, world))
+
+
+def transform_gaussians(gaussians: Gaussians, mats: Float[Array, "*b 4 4"]) -> Gaussians:
+    """Gaussians moved by rigid transforms (leading axes broadcast against the Gaussians')."""
+    rot = mats[..., None, :3, :3]
+    means = jnp.einsum("...ij,...j->...i", rot, gaussians.means) + mats[..., None, :3, 3]
+    quats = jnp.broadcast_to(rotmat_to_quat(mats[..., :3, :3])[..., None, :], gaussians.quats.shape)
+    return gaussians._replace(means=means, quats=quat_multiply(quats, gaussians.quats))

@@ -1,0 +1,110 @@
+"""Layers that two models or more use: linear maps with named axes, attention, feed-forwards."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+Dtype = jnp.dtype | type
+
+
+def linear(
+    din: int,
+    dout: int,
+    axes: tuple[str | None, str | None],
+    *,
+    use_bias: bool = False,
+    init: nnx.initializers.Initializer | None = None,
+    dtype: Dtype = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """`nnx.Linear` with logical sharding axes (input, output) on its kernel and bias."""
+    kernel_init = init if init is not None else nnx.initializers.lecun_normal()
+    return nnx.Linear(
+        din,
+        dout,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nnx.with_partitioning(kernel_init, axes),
+        bias_init=nnx.with_partitioning(nnx.initializers.zeros, axes[1:]),
+        rngs=rngs,
+    )
+
+
+class SwiGLU(nnx.Module):
+    """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202), as in Llama."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, init=None, dtype=jnp.float32, rngs: nnx.Rngs):
+        kw = dict(init=init, dtype=dtype, rngs=rngs)
+        self.gate = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
+        self.up = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
+        self.down = linear(hidden_dim, dim, ("mlp", "embed"), **kw)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Mlp(nnx.Module):
+    """Linear, GELU, Linear. `approximate=True` is the tanh form."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        *,
+        use_bias: bool = True,
+        approximate: bool = True,
+        init=None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        kw = dict(use_bias=use_bias, init=init, dtype=dtype, rngs=rngs)
+        self.up = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
+        self.down = linear(hidden_dim, out_dim, ("mlp", "embed"), **kw)
+        self.approximate = approximate
+
+    def __call__(self, x: Float[Array, "*b Din"]) -> Float[Array, "*b Dout"]:
+        return self.down(nnx.gelu(self.up(x), approximate=self.approximate))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of queries over a context (itself where none is given)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        context_dim: int | None = None,
+        use_bias: bool = False,
+        init=None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if dim % num_heads:
+            raise ValueError(f"{dim=} must be a multiple of {num_heads=}")
+        context_dim = dim if context_dim is None else context_dim
+        kw = dict(init=init, dtype=dtype, rngs=rngs)
+        self.q = linear(dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
+        self.k = linear(context_dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
+        self.v = linear(context_dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
+        self.out = linear(dim, dim, ("heads", "embed"), use_bias=True, **kw)
+        self.num_heads = num_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "*b L D"],
+        context: Float[Array, "*b S C"] | None = None,
+        mask: Bool[Array, "... L S"] | None = None,
+    ) -> Float[Array, "*b L D"]:
+        context = x if context is None else context
+
+        def heads(y):  # [B, L, H, Dh], all leading axes folded into B
+            return y.reshape(-1, y.shape[-2], self.num_heads, y.shape[-1] // self.num_heads)
+
+        q, k, v = heads(self.q(x)), heads(self.k(context)), heads(self.v(context))
+        if mask is not None:
+            mask = mask.reshape(-1, 1, *mask.shape[-2:])  # [B or 1, every head, L, S]
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return self.out(y.reshape(x.shape))

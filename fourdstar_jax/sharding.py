@@ -1,0 +1,88 @@
+"""Meshes and logical axes: one table maps the words that code uses to the mesh.
+
+Mesh axes are always `data`, `fsdp`, `seq`, `tensor`. Weights name logical axes where they are
+made (`nn.linear`), activations in `constrain`; changing a layout edits the rules only.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "seq", "tensor")
+
+# logical axis -> mesh axis (or axes); None is replicated.
+DEFAULT_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "seq": "seq",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+}
+
+
+@contextlib.contextmanager
+def use_mesh(
+    mesh_shape: Mapping[str, int] | None = None,
+    *,
+    rules: Mapping[str, Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Iterator[Mesh]:
+    """Makes a mesh and the logical-axis rules current.
+
+    `mesh_shape` gives sizes of `data`, `fsdp`, `seq`, `tensor`; missing ones are 1, and one of
+    them may be -1, for all devices that are left. Without it all devices go to `data`.
+
+    Raises ValueError for an unknown axis or sizes whose product is not the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    mesh_shape = dict(mesh_shape if mesh_shape is not None else {"data": -1})
+    if unknown := set(mesh_shape) - set(MESH_AXES):
+        raise ValueError(f"unknown mesh axes {sorted(unknown)}; there are {MESH_AXES}")
+    sizes = [mesh_shape.get(axis, 1) for axis in MESH_AXES]
+    known = 1
+    for size in sizes:
+        known *= size if size != -1 else 1
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    total = sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    if total != len(devices):
+        shape = dict(zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(f"mesh {shape} needs {total} devices; there are {len(devices)}")
+    mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    table = tuple({**DEFAULT_RULES, **(rules or {})}.items())
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(table):
+        yield mesh
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The mesh axes of logical axes under the current rules."""
+    table = dict(get_logical_axis_rules() or DEFAULT_RULES.items())
+    return PartitionSpec(*(table[axis] if axis is not None else None for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how an activation lies over the mesh; outside any mesh does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The NamedSharding of an array with these logical axes."""
+    return NamedSharding(mesh, spec(*axes))
+
+
+def build(make: Callable[..., Any], key: jax.Array, **kwargs: Any) -> Any:
+    """`make(**kwargs, rngs=...)` as a plain pytree: Flax NNX in tree mode, no shared references.
+
+    Needs a current mesh (`use_mesh`), which annotated parameters are placed on.
+    """
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        return make(**kwargs, rngs=nnx.Rngs(key))

@@ -1,0 +1,41 @@
+"""Gaussians, Cameras, Rendered: the few arrays that travel together everywhere."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | np.ndarray  # what functions on host or device arrays take
+
+
+class Gaussians(NamedTuple):
+    """3D Gaussians after activation, in the world frame (x right, y up, z towards azimuth 0).
+
+    Leading axes are free: `[G, ...]` is one static object, `[T, G, ...]` one that moves, where
+    Gaussian g of timestep t and Gaussian g of timestep t + 1 are the same one.
+    """
+
+    means: Float[Array, "*b G 3"]  # centres, scene units
+    quats: Float[Array, "*b G 4"]  # rotation, wxyz; normalised where used
+    scales: Float[Array, "*b G 3"]  # standard deviations, scene units
+    opacities: Float[Array, "*b G"]  # [0, 1]
+    colors: Float[Array, "*b G 3"]  # RGB, [0, 1]
+
+
+class Cameras(NamedTuple):
+    """Pinhole cameras. Leading axes are free."""
+
+    viewmats: Float[Array, "*b V 4 4"]  # world to camera, OpenCV axes (x right, y down, +z forward)
+    Ks: Float[Array, "*b V 3 3"]  # intrinsics in pixels; pixel centres lie at +0.5
+
+
+class Rendered(NamedTuple):
+    """What `rasterize` returns."""
+
+    renders: Float[Array, "*b V h w 3"]  # colour over the background, [0, 1]
+    alphas: Float[Array, "*b V h w 1"]  # 1 - transmittance
+    depths: Float[Array, "*b V h w 1"]  # expected camera z of what is hit, 0 where nothing is
+    features: Float[Array, "*b V h w F"] | None  # alpha-blended extra channels, no background
+    num_intersections: Int[Array, ""]  # (Gaussian, tile) pairs over the whole call
+    overflow: Bool[Array, ""]  # pairs exceeded the capacity: the images are not to be used
