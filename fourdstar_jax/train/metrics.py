@@ -1,0 +1,81 @@
+"""Progress on the terminal, metrics as JSON lines and TensorBoard events."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+class MetricWriter:
+    """Writes scalars of a step to `<workdir>/metrics.jsonl`, TensorBoard, and one terminal line.
+
+    The line shows the step, the losses, steps a second and the remaining time. Only process 0
+    writes.
+    """
+
+    def __init__(self, workdir: str | Path, *, total_steps: int, first_step: int = 0):
+        self._active = jax.process_index() == 0
+        self._total, self._last_step = total_steps, first_step
+        self._last_time = time.perf_counter()
+        if self._active:
+            from tensorboardX import SummaryWriter
+
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            self._jsonl = (Path(workdir) / "metrics.jsonl").open("a")
+            self._events = SummaryWriter(str(workdir))
+
+    def write(self, step: int, metrics: dict, *, prefix: str = "train") -> dict[str, float]:
+        """Records metrics (scalars on device or host); returns them as floats.
+
+        Raises FloatingPointError, with the step, when one called `loss` is not finite.
+        """
+        values = {k: float(np.asarray(v)) for k, v in metrics.items()}
+        now = time.perf_counter()
+        if prefix == "train":
+            speed = (step - self._last_step) / max(now - self._last_time, 1e-9)
+            values["steps_per_s"] = speed
+            self._last_step, self._last_time = step, now
+        if self._active:
+            record = {"step": step, **{f"{prefix}/{k}": v for k, v in values.items()}}
+            self._jsonl.write(json.dumps(record) + "\n")
+            self._jsonl.flush()
+            for name, value in values.items():
+                self._events.add_scalar(f"{prefix}/{name}", value, step)
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+            line = f"{prefix:5s} {step:>7}/{self._total}  {shown}"
+            if prefix == "train":
+                left = (self._total - step) / max(values["steps_per_s"], 1e-9)
+                line += f"  left {int(left // 60)}:{int(left % 60):02d}"
+            print(line, file=sys.stderr, flush=True)
+        if "loss" in values and not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss is {values['loss']} at step {step}")
+        return values
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last record (evaluation, saving) out of the speed."""
+        self._last_time = time.perf_counter()
+
+    def close(self) -> None:
+        if self._active:
+            self._jsonl.close()
+            self._events.close()
+
+
+class Mean:
+    """Running means of metric dicts, kept on the device until they are read."""
+
+    def __init__(self):
+        self._sums, self._count = None, 0
+
+    def add(self, metrics: dict) -> None:
+        self._sums = metrics if self._sums is None else jax.tree.map(np.add, self._sums, metrics)
+        self._count += 1
+
+    def result(self) -> dict[str, float]:
+        if self._sums is None:
+            return {}
+        return {k: float(v) / self._count for k, v in self._sums.items()}

@@ -1,0 +1,90 @@
+"""TrainState, how it is made over a mesh, and the batches that go with it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fourdstar_jax import sharding
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint must hold of a model in training (a pytree)."""
+
+    step: jax.Array  # [] int32, optimizer steps done
+    params: nnx.State  # nnx.Param
+    rest: nnx.State  # every other variable: frozen codebooks, usage statistics
+    opt_state: optax.OptState
+
+
+def create(
+    make: Callable[..., nnx.Module], kwargs: dict[str, Any], tx, key: jax.Array, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Builds a model and its optimizer state inside `jit`, every array placed by its axes.
+
+    The optimizer's moments lie over the mesh as their parameters do. No host ever holds the
+    whole state.
+    """
+
+    def init(key):
+        model = sharding.build(make, key, **kwargs)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, rest, tx.init(params))
+        return graphdef, state
+
+    graphdef = None
+
+    def init_state(key):
+        nonlocal graphdef
+        graphdef, state = init(key)
+        return state
+
+    abstract = jax.eval_shape(init_state, key)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(tree: nnx.State):
+        shardings = jax.tree.leaves(
+            nnx.get_named_sharding(tree, mesh), is_leaf=lambda x: isinstance(x, NamedSharding)
+        )
+        return jax.tree.unflatten(jax.tree.structure(tree), shardings)
+
+    params = place(abstract.params)
+    shardings = TrainState(
+        step=replicated,
+        params=params,
+        rest=place(abstract.rest),
+        opt_state=optax.tree_map_params(
+            tx,
+            lambda _, s: s,
+            abstract.opt_state,
+            params,
+            transform_non_params=lambda _: replicated,
+        ),
+    )
+    return graphdef, jax.jit(init_state, out_shardings=shardings)(key)
+
+
+def apply_gradients(state: TrainState, grads: nnx.State, tx) -> TrainState:
+    """One optimizer step."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A process's share of a batch as global arrays, first axis over the mesh's batch axes."""
+
+    def place(x):
+        axes = ("batch", *(None,) * (x.ndim - 1))
+        return jax.make_array_from_process_local_data(sharding.named(mesh, *axes), x)
+
+    return {name: place(x) for name, x in batch.items()}
+
+
+def count_parameters(tree: Any) -> int:
+    """Number of scalars in a pytree of arrays."""
+    return sum(x.size for x in jax.tree.leaves(tree))

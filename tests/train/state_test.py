@@ -1,0 +1,107 @@
+"""State over a mesh, optimizer, checkpoints with the data iterator inside."""
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fourdstar_jax import nn, sharding
+from fourdstar_jax.train import optim
+from fourdstar_jax.train import state as train_state
+from fourdstar_jax.train.checkpoint import Checkpoints
+
+MODEL = dict(dim=8, hidden_dim=16)
+
+
+def make_tx():
+    schedule = optim.learning_rate_schedule(learning_rate=1e-2, warmup_steps=2, total_steps=7)
+    return optim.make_optimizer(schedule, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+
+
+def make_step(graphdef, tx):
+    def loss(params, rest, x):
+        model = nnx.merge(graphdef, params, rest)
+        return jnp.mean((model(x) - 1.0) ** 2)
+
+    @jax.jit
+    def step(state, x):
+        value, grads = jax.value_and_grad(loss)(state.params, state.rest, x)
+        return train_state.apply_gradients(state, grads, tx), value
+
+    return step
+
+
+def run(mesh_shape, num_devices, steps=5):
+    with sharding.use_mesh(mesh_shape, devices=jax.devices()[:num_devices]) as mesh:
+        tx = make_tx()
+        graphdef, state = train_state.create(nn.SwiGLU, MODEL, tx, jax.random.key(0), mesh)
+        step = make_step(graphdef, tx)
+        x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+        losses = []
+        for _ in range(steps):
+            state, value = step(state, train_state.to_device({"x": x}, mesh)["x"])
+            losses.append(float(value))
+        return state, losses
+
+
+def test_eight_devices_agree_with_one():
+    one, losses_one = run({"data": 1}, 1)
+    eight, losses_eight = run({"data": 2, "fsdp": 2, "tensor": 2}, 8)
+    np.testing.assert_allclose(losses_eight, losses_one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=1e-4, atol=1e-6)
+    assert losses_one[-1] < losses_one[0]
+
+
+def test_moments_lie_as_their_parameters_do():
+    state, _ = run({"fsdp": 4, "tensor": 2}, 8, steps=1)
+    kernel = state.params["gate"]["kernel"].get_value()
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (8, 16)]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    assert len(moments) == 4 and all(x.sharding == kernel.sharding for x in moments)
+
+
+def test_restores_state_and_iterator_on_another_mesh(tmp_path):
+    def dataset():
+        return iter(grain.MapDataset.range(100).seed(0).shuffle().repeat().to_iter_dataset())
+
+    state, _ = run({"data": 1}, 1, steps=3)
+    iterator = dataset()
+    seen = [next(iterator) for _ in range(7)]
+    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints.save(3, state, iterator)
+    checkpoints.close()
+    expected = [next(iterator) for _ in range(5)]
+
+    with sharding.use_mesh({"fsdp": 2, "tensor": 4}) as mesh:
+        _, fresh = train_state.create(nn.SwiGLU, MODEL, make_tx(), jax.random.key(1), mesh)
+        again = dataset()
+        checkpoints = Checkpoints(tmp_path, every=1)
+        restored, again = checkpoints.restore(fresh, again)
+        checkpoints.close()
+        assert int(restored.step) == 3
+        for a, b, c in zip(*map(jax.tree.leaves, (state, restored, fresh)), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+            assert b.sharding == c.sharding
+    assert [next(again) for _ in range(5)] == expected and len(set(seen)) == 7
+
+
+def test_weight_decay_leaves_vectors_alone():
+    tx = make_tx()
+    params = {"matrix": jnp.ones((3, 5)), "vector": jnp.ones(7)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    opt_state = tx.init(params)
+    for _ in range(3):
+        updates, opt_state = tx.update(zeros, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert np.all(np.asarray(params["matrix"]) < 1) and np.all(np.asarray(params["vector"]) == 1)
+
+
+def test_unknown_mesh_axis_and_wrong_size_are_named():
+    with pytest.raises(ValueError, match="model"), sharding.use_mesh({"model": 2}):
+        pass
+    with pytest.raises(ValueError, match="3 devices"), sharding.use_mesh({"data": 3}):
+        pass
