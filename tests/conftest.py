@@ -55,3 +55,58 @@ def assets():
     if not folder.is_dir():
         pytest.skip("the training assets are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """A whole model bundle with arbitrary weights, for 16x16 images, two views and T up to 2."""
+    import functools
+
+    import jax.numpy as jnp
+    import numpy as np
+
+    from fourdstar_jax import bundle
+    from fourdstar_jax.star.model import STAR
+    from fourdstar_jax.text.words import WordTokenizer
+    from fourdstar_jax.tokenizer.unitok import UniTok
+    from fourdstar_jax.vqvae.model import VQVAE4D
+
+    words = WordTokenizer.from_captions(["a dog, walking", "a red bird, flying"], max_len=7)
+    sizes = dict(dim=12, num_heads=2, hidden_dim=14)
+    codes = dict(num_codebooks=2, vocab_size=5, code_dim=6)
+    stages = {
+        "tokenizer": (
+            UniTok,
+            dict(resolution=16, stem_channels=[3, 5], tail_channels=[5, 3], num_blocks=1)
+            | dict(num_decoder_blocks=1, **sizes, **codes),
+            {},
+        ),
+        "vqvae": (
+            VQVAE4D,
+            dict(resolution=16, grid=2, code_dim=6, num_blocks=1, view_attention_every=1)
+            | dict(up_channels=[6], offset_dim=8, offset_layers=1, offset_heads=2)
+            | dict(unet_channels=[8, 16], unet_blocks=1, **sizes),
+            {"rig": bundle.rig(num_views=2, fps=8.0, max_timesteps=2)},
+        ),
+        "star": (
+            STAR,
+            dict(image_size=16, patch=8, num_layers=1, head_dim=8, head_layers=1, head_heads=2)
+            | dict(container_slots=3, container_neighbors=2, text_vocab=words.vocab_size)
+            | dict(text_length=7, text_dim=5, **sizes, **codes),
+            {"words": words.to_dict()},
+        ),
+    }
+    rng = np.random.default_rng(0)
+
+    def fill(shape):
+        if np.issubdtype(shape.dtype, np.floating):
+            return jnp.asarray(rng.normal(0, 0.3, shape.shape), shape.dtype)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        for stage, (make, arguments, info) in stages.items():
+            build = functools.partial(sharding.build, make, **arguments)
+            model = jax.tree.map(fill, jax.eval_shape(build, jax.random.key(0)))
+            bundle.save_stage(folder, stage, model, {"stage": stage, "model": arguments}, **info)
+    return folder

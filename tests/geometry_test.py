@@ -40,7 +40,9 @@ def test_camera_round_trip_projects_ray_points_back_to_their_pixels():
     local += cameras.viewmats[:, None, None, :3, 3]
     pixels = np.einsum("vij,vhwj->vhwi", cameras.Ks, local / local[..., 2:])[..., :2]
     x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    np.testing.assert_allclose(pixels, np.broadcast_to(np.stack([x, y], -1), pixels.shape), atol=1e-4)
+    np.testing.assert_allclose(
+        pixels, np.broadcast_to(np.stack([x, y], -1), pixels.shape), atol=1e-4
+    )
 
 
 def test_plucker_moment_does_not_depend_on_the_point_along_the_ray():

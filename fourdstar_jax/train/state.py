@@ -1,5 +1,6 @@
 """TrainState, how it is made over a mesh, and the batches that go with it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +51,9 @@ def create(
         shardings = jax.tree.leaves(
             nnx.get_named_sharding(tree, mesh), is_leaf=lambda x: isinstance(x, NamedSharding)
         )
-        return jax.tree.unflatten(jax.tree.structure(tree), shardings)
+        leaves, structure = jax.tree.flatten(tree)
+        pairs = zip(leaves, shardings, strict=True)
+        return jax.tree.unflatten(structure, [_divisible(x.shape, s) for x, s in pairs])
 
     params = place(abstract.params)
     shardings = TrainState(
@@ -65,7 +68,21 @@ def create(
             transform_non_params=lambda _: replicated,
         ),
     )
-    return graphdef, jax.jit(init_state, out_shardings=shardings)(key)
+    # It runs once: optimising hundreds of little random-number loops costs more than it gains.
+    options = {"xla_backend_optimization_level": 0}
+    return graphdef, jax.jit(init_state, out_shardings=shardings, compiler_options=options)(key)
+
+
+def _divisible(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """The sharding without the mesh axes that do not divide their dimension: a vocabulary's size,
+    say, comes from the data."""
+    mesh, spec = sharding.mesh, tuple(sharding.spec)
+    kept = []
+    for size, axes in zip(shape, spec + (None,) * (len(shape) - len(spec)), strict=True):
+        names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        kept.append(axes if size % parts == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*kept))
 
 
 def apply_gradients(state: TrainState, grads: nnx.State, tx) -> TrainState:
@@ -83,6 +100,11 @@ def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         return jax.make_array_from_process_local_data(sharding.named(mesh, *axes), x)
 
     return {name: place(x) for name, x in batch.items()}
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays, whole on every device: a frozen model."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def count_parameters(tree: Any) -> int:

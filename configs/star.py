@@ -1,0 +1,149 @@
+"""Stage 3, STAR: video, text and cameras to the tokens of a 4D object.
+
+    fourdstar prepare --tokens --data data/tiny --bundle runs/vqvae/bundle --out data/tiny_tokens
+    fourdstar train --config=configs/star.py:tiny --workdir=runs/star
+
+`tiny` runs on two CPU cores in under ten minutes, after configs/vqvae.py:tiny, and leaves a whole
+model in runs/star/bundle. `small` is for one GPU, `base` for one to four, `paper` for sixteen
+(paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's XL).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(scale: str = "small") -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "star"
+    config.seed = 0
+    config.steps = 100_000
+    config.batch_size = 64  # objects
+    config.data = ConfigDict(dict(dir=f"data/{scale}_tokens", timesteps=8))
+    config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
+
+    config.model = model(scale)
+    config.loss = ConfigDict(
+        dict(
+            num_groups=placeholder(int),  # of T timesteps are predicted at each step; None: all
+            drop_text=0.1,
+            drop_video=0.1,
+            history_noise=0.0,
+            known_weight=1.0,
+            z_loss=5e-5,
+        )
+    )
+    config.schedule = ConfigDict(dict(learning_rate=1e-4, warmup_steps=2000))
+    config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0))
+
+    config.log_every = 100
+    config.eval_every = 5000
+    config.checkpoint_every = 5000
+    config.storage = "float16"  # of the bundle's weights
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, seq=1, tensor=1))
+    config.rules = ConfigDict()  # changes to sharding.DEFAULT_RULES
+
+    match scale:
+        case "tiny":
+            config.data.timesteps = 4
+            config.batch_size = 8
+            config.steps = 1500
+            config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=50))
+            config.optim.weight_decay = 0.01
+            config.log_every = 50
+            config.eval_every = 500
+            config.checkpoint_every = 500
+        case "small":
+            config.schedule.learning_rate = 5e-4
+        case "base":
+            config.batch_size = 32
+        case "paper":
+            config.data.timesteps = 24
+            config.loss.num_groups = 6
+    return config
+
+
+def model(scale: str) -> ConfigDict:
+    """Constructor arguments of `STAR` at a scale; `text_vocab` comes from the tokens' captions."""
+    match scale:
+        case "tiny":
+            return ConfigDict(
+                dict(
+                    num_codebooks=4,
+                    vocab_size=64,
+                    code_dim=16,
+                    image_size=64,
+                    patch=16,
+                    dim=128,
+                    num_layers=4,
+                    num_heads=4,
+                    hidden_dim=352,
+                    head_dim=64,
+                    head_layers=1,
+                    head_heads=4,
+                    container_slots=8,
+                    container_neighbors=3,
+                    text_encoder="words",
+                    text_vocab=0,
+                    text_length=12,
+                    text_dim=64,
+                    spe_octaves=4,
+                    rope="none",
+                    dtype="float32",
+                )
+            )
+        case "small":
+            return ConfigDict(
+                dict(
+                    num_codebooks=4,
+                    vocab_size=512,
+                    code_dim=32,
+                    image_size=128,
+                    patch=16,
+                    dim=320,
+                    num_layers=8,
+                    num_heads=5,
+                    hidden_dim=896,
+                    head_dim=192,
+                    head_layers=2,
+                    head_heads=4,
+                    container_slots=64,
+                    container_neighbors=5,
+                    text_encoder="words",
+                    text_vocab=0,
+                    text_length=24,
+                    text_dim=64,
+                    spe_octaves=4,
+                    rope="none",
+                    dtype="bfloat16",
+                )
+            )
+        case "base" | "paper":
+            paper = scale == "paper"
+            return ConfigDict(
+                dict(
+                    num_codebooks=8,
+                    vocab_size=4096,
+                    code_dim=64,
+                    image_size=256,
+                    patch=16,
+                    dim=1280 if paper else 1024,
+                    num_layers=36 if paper else 24,
+                    num_heads=20 if paper else 16,
+                    hidden_dim=3584 if paper else 2816,
+                    head_dim=768 if paper else 512,
+                    head_layers=3,
+                    head_heads=12 if paper else 8,
+                    container_slots=512 if paper else 256,
+                    container_neighbors=5,
+                    text_encoder="t5",
+                    text_vocab=0,
+                    text_length=120,
+                    text_dim=2048,
+                    time_features=256,
+                    dropout=0.1,
+                    remat=True,
+                    dtype="bfloat16",
+                )
+            )
+        case _:
+            raise ValueError(f"{scale=} must be tiny, small, base or paper")

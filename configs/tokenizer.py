@@ -1,0 +1,113 @@
+"""Stage 1, the image tokenizer.
+
+    fourdstar prepare --assets ASSETS --out data/tiny --licence CC0
+    fourdstar train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
+
+`tiny` runs on two CPU cores in under ten minutes. `small` is for one GPU. At the scales `base` and
+`paper` the tokenizer is the released UniTok with frozen weights: there is nothing to train, and the
+config says its sizes.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(scale: str = "small") -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "tokenizer"
+    config.seed = 0
+    config.steps = 100_000
+    config.batch_size = 8  # clips; each gives timesteps x (rig + extra views) images
+    config.data = ConfigDict(dict(dir="data/small", timesteps=2))
+
+    config.model = model(scale)
+    config.loss = ConfigDict(
+        dict(l1_weight=0.2, l2_weight=1.0, quantizer_weight=1.0, foreground_weight=2.0)
+    )
+    config.schedule = ConfigDict(dict(learning_rate=5e-4, warmup_steps=1000))
+    config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.02, clip_norm=10.0))
+    config.repair_every = 200  # steps; codes idle for that long are re-seeded
+    config.repair_until = 0.7  # of the run: then the codebooks settle
+
+    config.log_every = 100
+    config.eval_every = 5000
+    config.checkpoint_every = 5000
+    config.storage = "float16"  # of the bundle's weights
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, seq=1, tensor=1))
+    config.rules = ConfigDict()  # changes to sharding.DEFAULT_RULES
+
+    match scale:
+        case "tiny":
+            config.data = ConfigDict(dict(dir="data/tiny", timesteps=2))
+            config.batch_size = 4
+            config.steps = 4000
+            config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=100))
+            config.eval_every = 1000
+            config.checkpoint_every = 1000
+        case "small":
+            pass
+        case "base" | "paper":
+            config.data.dir = f"data/{scale}"
+    return config
+
+
+def model(scale: str) -> ConfigDict:
+    """Constructor arguments of `UniTok` at a scale."""
+    match scale:
+        case "tiny":
+            return ConfigDict(
+                dict(
+                    resolution=64,
+                    stem_channels=(16, 32, 64),
+                    dim=64,
+                    num_blocks=2,
+                    num_decoder_blocks=2,
+                    num_heads=4,
+                    hidden_dim=128,
+                    tail_channels=(64, 32, 16),
+                    num_codebooks=4,
+                    vocab_size=64,
+                    code_dim=16,
+                    dtype="float32",
+                )
+            )
+        case "small":
+            return ConfigDict(
+                dict(
+                    resolution=128,
+                    stem_channels=(32, 64, 128),
+                    dim=192,
+                    num_blocks=4,
+                    num_decoder_blocks=4,
+                    num_heads=6,
+                    hidden_dim=384,
+                    tail_channels=(128, 64, 32),
+                    num_codebooks=4,
+                    vocab_size=512,
+                    code_dim=32,
+                    dtype="bfloat16",
+                )
+            )
+        case "base" | "paper":  # UniTok as released (arXiv:2502.20321)
+            return ConfigDict(
+                dict(
+                    resolution=256,
+                    stem="hybrid",
+                    stem_channels=(160, 160, 320),
+                    stem_depths=(2, 4),
+                    dim=1024,
+                    num_blocks=31,
+                    num_decoder_blocks=31,
+                    num_heads=16,
+                    hidden_dim=2048,
+                    tail="hybrid",
+                    tail_channels=(320, 320, 160),
+                    tail_depths=(4, 2),
+                    num_codebooks=8,
+                    vocab_size=4096,
+                    code_dim=64,
+                    learned_positions=False,
+                    dtype="bfloat16",
+                )
+            )
+        case _:
+            raise ValueError(f"{scale=} must be tiny, small, base or paper")

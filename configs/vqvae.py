@@ -1,0 +1,136 @@
+"""Stage 2, the 4D VQ-VAE: codes of the views to 3D Gaussians that move.
+
+    fourdstar train --config=configs/vqvae.py:tiny --workdir=runs/vqvae
+
+`tiny` runs on two CPU cores in under ten minutes, after configs/tokenizer.py:tiny. `small` is for
+one GPU, `base` for one to four, `paper` for eight (paper section 4.1; the paper gives no sizes).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(scale: str = "small") -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "vqvae"
+    config.seed = 0
+    config.steps = 100_000
+    config.batch_size = 8  # objects
+    config.data = ConfigDict(dict(dir=f"data/{scale}", timesteps=8))
+    config.bundle = "runs/tokenizer/bundle"  # holds the frozen tokenizer
+
+    config.model = model(scale)
+    # What is rendered of each object and step; the tokens of all timesteps and views go in.
+    config.render = ConfigDict(dict(num_timesteps=4, num_views=4))
+    config.loss = ConfigDict(
+        dict(
+            coarse_weight=0.5,
+            alpha_weight=1.0,
+            foreground_weight=0.0,
+            flow_weight=0.05,
+            warp_weight=0.05,
+            lpips_weight=0.0,
+            adversarial_weight=0.0,
+            capacity=placeholder(int),  # (Gaussian, tile) pairs of a render; None: see rasterize
+        )
+    )
+    config.schedule = ConfigDict(dict(learning_rate=4e-4, warmup_steps=1000))
+    config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0))
+
+    config.log_every = 100
+    config.eval_every = 5000
+    config.checkpoint_every = 5000
+    config.storage = "float16"  # of the bundle's weights
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, seq=1, tensor=1))
+    config.rules = ConfigDict()  # changes to sharding.DEFAULT_RULES
+
+    match scale:
+        case "tiny":
+            config.data.timesteps = 4
+            config.batch_size = 2
+            config.steps = 1500
+            config.render = ConfigDict(dict(num_timesteps=2, num_views=2))
+            config.loss.foreground_weight = 1.0
+            config.loss.flow_weight = 0.0
+            config.loss.warp_weight = 0.0
+            config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=50))
+            config.optim.weight_decay = 0.01
+            config.log_every = 50
+            config.eval_every = 500
+            config.checkpoint_every = 500
+        case "small" | "base":
+            pass
+        case "paper":
+            config.data.timesteps = 24
+    return config
+
+
+def model(scale: str) -> ConfigDict:
+    """Constructor arguments of `VQVAE4D` at a scale."""
+    match scale:
+        case "tiny":
+            return ConfigDict(
+                dict(
+                    resolution=64,
+                    grid=4,
+                    code_dim=16,
+                    dim=64,
+                    num_blocks=2,
+                    num_heads=4,
+                    hidden_dim=128,
+                    view_attention_every=2,
+                    up_channels=(64, 32),
+                    offset_dim=48,
+                    offset_layers=1,
+                    offset_heads=4,
+                    unet_channels=(8, 16),
+                    unet_blocks=1,
+                    dtype="float32",
+                )
+            )
+        case "small":
+            return ConfigDict(
+                dict(
+                    resolution=128,
+                    grid=8,
+                    code_dim=32,
+                    dim=192,
+                    num_blocks=4,
+                    num_heads=6,
+                    hidden_dim=384,
+                    view_attention_every=2,
+                    up_channels=(128, 64, 64),
+                    offset_dim=128,
+                    offset_layers=2,
+                    offset_heads=4,
+                    unet_channels=(16, 32, 64),
+                    unet_blocks=1,
+                    dtype="bfloat16",
+                )
+            )
+        case "base" | "paper":  # the trunk is UniTok's decoder, whose weights it can start from
+            paper = scale == "paper"
+            return ConfigDict(
+                dict(
+                    resolution=256,
+                    grid=16,
+                    code_dim=64,
+                    dim=1024,
+                    num_blocks=31,
+                    num_heads=16,
+                    hidden_dim=2048,
+                    view_attention_every=8,
+                    up="hybrid",
+                    up_channels=(320, 320, 160),
+                    up_depths=(4, 2),
+                    offset_dim=512 if paper else 256,
+                    offset_layers=2,
+                    offset_heads=8,
+                    unet_channels=(32, 64, 128) if paper else (24, 48, 96),
+                    unet_blocks=2,
+                    remat=True,
+                    dtype="bfloat16",
+                )
+            )
+        case _:
+            raise ValueError(f"{scale=} must be tiny, small, base or paper")

@@ -1,0 +1,313 @@
+"""From a dataset on disk to batches: grain over tensorflow-datasets' records.
+
+A batch is a dict of numpy arrays (float32 unless it says otherwise):
+
+    images        [B, T, V, h, w, 3]  [0, 1] over white      extra_images   [B, T, E, h, w, 3]
+    masks         [B, T, V, h, w, 1]                         extra_masks    [B, T, E, h, w, 1]
+    viewmats, Ks  [B, V, 4, 4], [B, V, 3, 3]                 extra_viewmats, extra_Ks
+    flow          [B, T-1, V, h, w, 2]  pixels to the next timestep (where the dataset has it)
+    depth         [B, T, V, h, w, 1]  camera z (where the dataset has it)
+    times         [B, T]  frames since the window's first
+    text_ids      [B, L] int32          clip  [B] int32, the clip's number in the dataset
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fourdstar_jax.data import splits, transforms
+from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
+from fourdstar_jax.text.words import WordTokenizer
+
+RADIUS, FOV_DEG = 1.5, 49.1  # of every camera: L4GM's and LGM's rig
+
+RADIUS, FOV_DEG = 1.5, 49.1  # of every rig, see fourdstar.py
+
+
+def read_manifest(data_dir: str | Path) -> dict:
+    """The dataset's manifest (settings, hash, splits, captions); ValueError if there is none."""
+    path = Path(data_dir) / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"data_dir={str(data_dir)!r} has no manifest.json: not a prepared dataset")
+    manifest = json.loads(path.read_text())
+    if manifest.get("schema") != 1:
+        raise ValueError(f"{path} has schema {manifest.get('schema')}, this version reads 1")
+    return manifest
+
+
+def provenance(data_dir: str | Path) -> dict[str, str]:
+    """What a model trained on the dataset says of it: the hashes of its content and its split."""
+    manifest = read_manifest(data_dir)
+    return {"data_sha256": manifest["sha256"], "split_sha256": manifest["split_sha256"]}
+
+
+def rig(data_dir: str | Path) -> dict[str, Any]:
+    """The ring of cameras and the frame rate of the dataset."""
+    settings = read_manifest(data_dir)["settings"]
+    views = settings["views"]
+    return {
+        "azimuths_deg": [360.0 * v / views for v in range(views)],
+        "radius": RADIUS,
+        "fov_deg": FOV_DEG,
+        "fps": settings["fps"],
+    }
+
+
+def load_words(data_dir: str | Path, max_len: int = 12) -> WordTokenizer:
+    """The word tokenizer of a dataset's training captions; the same for the same dataset."""
+    return WordTokenizer.from_captions(read_manifest(data_dir)["train_captions"], max_len)
+
+
+def rig(data_dir: str | Path) -> dict[str, Any]:
+    """The rig of a dataset: azimuths and fov in degrees, radius in scene units, frames a second."""
+    settings = read_manifest(data_dir)["settings"]
+    V = settings["views"]
+    return {
+        "azimuths_deg": [360.0 * v / V for v in range(V)],
+        "radius": RADIUS,
+        "fov_deg": FOV_DEG,
+        "fps": settings["fps"],
+    }
+
+
+def provenance(data_dir: str | Path) -> dict[str, str]:
+    """Hashes of the dataset and of its split, which trained models carry."""
+    manifest = read_manifest(data_dir)
+    return {"data_sha256": manifest["sha256"], "split_sha256": manifest["split_sha256"]}
+
+
+def open_split(data_dir: str | Path, split: str):
+    """Random access to a split's records (a tensorflow-datasets source, schema in fourdstar.py).
+
+    Raises ValueError for a split that the dataset does not have.
+    """
+    import tensorflow_datasets as tfds
+
+    manifest = read_manifest(data_dir)
+    if split not in manifest["splits"]:
+        raise ValueError(f"{split=} is not one of the dataset's {sorted(manifest['splits'])}")
+    return tfds.builder_from_directory(str(data_dir)).as_data_source(split)
+
+
+class ClipSource:
+    """A split's clips as dicts of arrays with decoded uint8 images, kept in memory up to a cap.
+
+    A grain random-access source. Every record's own split is compared with the one asked for, and
+    with the committed split file, so that no unseen clip can reach training by a wrong file name.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, *, cache_bytes: int = 2 << 30):
+        self.data_dir, self.split = str(data_dir), split
+        self.manifest = read_manifest(data_dir)
+        self._source = open_split(data_dir, split)
+        self._room, self._cache = cache_bytes, {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __repr__(self) -> str:  # grain stores it beside the iterator's state
+        return f"ClipSource({self.manifest['sha256'][:16]}, {self.split}, {len(self)})"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = int(i)
+        if i in self._cache:
+            return self._cache[i]
+        record = self._source[i]
+        text = ("object_id", "clip_id", "asset_sha256", "clip_name", "split", "licence")
+        out = {k: _text(record[k]) for k in (*text, "appearance", "motion")}
+        clip_index = int(record["clip_index"])
+        splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
+        s = self.manifest["settings"]
+        F = len(record["frame_times"])
+        for name, views in (("rig", s["views"]), ("extra", s["extra_views"])):
+            if views == 0:
+                continue
+            rgba = np.stack(record[f"{name}_rgba"])
+            out[f"{name}_rgba"] = rgba.reshape(F, views, *rgba.shape[1:])
+            out[f"{name}_viewmats"] = record[f"{name}_viewmats"]
+            out[f"{name}_Ks"] = record[f"{name}_Ks"]
+        for key in ("rig_flow", "rig_depth"):
+            if key in record:
+                out[key] = np.asarray(record[key])
+        out |= {"fps": float(record["fps"]), "frame_times": record["frame_times"]}
+        out["index"] = int(record["index"])
+        nbytes = sum(v.nbytes for v in out.values() if isinstance(v, np.ndarray))
+        if nbytes <= self._room:
+            self._room -= nbytes
+            self._cache[i] = out
+        return out
+
+    def __getstate__(self) -> dict:  # for worker processes, which open the files themselves
+        return self.__dict__ | {"_cache": {}, "_source": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._source = open_split(self.data_dir, self.split)
+
+
+def _text(value) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+class Windows:
+    """A clip and a random generator to an example; a class, so that worker processes can have it.
+
+    Without `random` an example is the first window with its own caption, the rig as it is.
+    """
+
+    def __init__(
+        self,
+        words: WordTokenizer,
+        timesteps: int,
+        random: bool,
+        rig_roll: bool,
+        neutral_prompt: float,
+    ):
+        if timesteps < 1:
+            raise ValueError(f"{timesteps=} must be positive")
+        self.words, self.timesteps, self.random = words, timesteps, random
+        self.rig_roll, self.neutral_prompt = rig_roll, neutral_prompt
+
+    def draw(
+        self, num_frames: int, num_views: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, int, bool]:
+        """Frames of the window, the view that becomes the input view, whether the prompt is neutral.
+
+        The draws come in one order and number, so that images and tokens of one seed agree.
+        """
+        frames = transforms.window(num_frames, self.timesteps, rng if self.random else None)
+        view, chance = int(rng.integers(num_views)), rng.random()
+        return frames, view if self.rig_roll else 0, bool(chance < self.neutral_prompt)
+
+    def __call__(self, clip: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        V = clip["rig_rgba"].shape[1]
+        frames, view, neutral = self.draw(len(clip["frame_times"]), V, rng)
+        text = NEUTRAL_PROMPT if neutral else caption(clip["appearance"], clip["motion"])
+        others = clip.get("extra_viewmats", np.zeros((0, 4, 4), np.float32))
+        viewmats, extra_viewmats = clip["rig_viewmats"], others
+        if view:
+            viewmats, extra_viewmats = transforms.input_view_to_front(viewmats, others, view)
+        images, masks = transforms.on_white(np.roll(clip["rig_rgba"][frames], -view, axis=1))
+        out = {
+            "images": images,
+            "masks": masks,
+            "viewmats": viewmats,
+            "Ks": np.roll(clip["rig_Ks"], -view, axis=0),
+            "times": np.arange(self.timesteps, dtype=np.float32),
+            "text_ids": self.words([text])[0],
+            "clip": np.int32(clip["index"]),
+        }
+        if "extra_rgba" in clip:
+            extra_images, extra_masks = transforms.on_white(clip["extra_rgba"][frames])
+            out |= {"extra_images": extra_images, "extra_masks": extra_masks}
+            out |= {"extra_viewmats": extra_viewmats, "extra_Ks": clip["extra_Ks"]}
+        if "rig_flow" in clip:
+            out["flow"] = np.roll(clip["rig_flow"][frames[:-1]], -view, axis=1).astype(np.float32)
+        if "rig_depth" in clip:
+            depth = np.roll(clip["rig_depth"][frames], -view, axis=1).astype(np.float32)
+            out["depth"] = depth[..., None]
+        return out
+
+
+def make_loader(
+    data_dir: str | Path,
+    split: str,
+    *,
+    batch_size: int,
+    timesteps: int,
+    seed: int = 0,
+    train: bool | None = None,
+    shuffle: bool | None = None,
+    repeat: bool | None = None,
+    rig_roll: bool | None = None,
+    neutral_prompt: float | None = None,
+    words: WordTokenizer | None = None,
+    max_len: int = 12,
+    worker_count: int = 0,
+    cache_bytes: int = 2 << 30,
+):
+    """A grain dataset of batches; `iter()` of it has `get_state` and `set_state` and resumes exactly.
+
+    Training (the default for the split "train") shuffles, repeats without end, starts windows at random,
+    rolls the rig so that any view may be the input view, and gives half of the examples the neutral
+    prompt. Otherwise clips come once, in order, from the first frame, as they are, and the last
+    batch may be smaller. Every JAX process reads its own share: `batch_size` is that of all together.
+
+    Args:
+      train: reads as for training or as for evaluation, whatever the split; the further options
+        change parts of it.
+      words: tokenizer of a model that exists; by default that of the training captions, with
+        captions cut to `max_len` pieces.
+      worker_count: processes that read; 0 reads in threads of this one.
+      cache_bytes: decoded clips kept in memory, a process.
+    """
+    random = split == "train" if train is None else train
+    neutral_prompt = (0.5 if random else 0.0) if neutral_prompt is None else neutral_prompt
+    if not 0 <= neutral_prompt <= 1:
+        raise ValueError(f"{neutral_prompt=} is not a probability")
+    source = ClipSource(data_dir, split, cache_bytes=cache_bytes)
+    return batches(
+        source,
+        Windows(
+            words or load_words(data_dir, max_len),
+            timesteps,
+            random,
+            random if rig_roll is None else rig_roll,
+            neutral_prompt,
+        ),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=random if shuffle is None else shuffle,
+        repeat=random if repeat is None else repeat,
+        worker_count=worker_count,
+    )
+
+
+def batches(
+    source,
+    example,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    repeat: bool,
+    worker_count: int,
+):
+    """The steps that every loader shares: process share, shuffle, repeat, `example`, batch."""
+    import grain
+    import jax
+
+    processes = jax.process_count()
+    if batch_size < 1 or batch_size % processes:
+        raise ValueError(f"{batch_size=} must be a positive multiple of {processes=}")
+    local = batch_size // processes
+    dataset = grain.MapDataset.source(source).seed(seed)
+    dataset = dataset[jax.process_index() :: processes]
+    if repeat and len(dataset) == 0:
+        raise ValueError(f"fewer clips than {processes=}")
+    if shuffle:
+        dataset = dataset.shuffle()
+    if repeat:
+        dataset = dataset.repeat()
+    dataset = dataset.random_map(example).batch(local, drop_remainder=repeat)
+    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    dataset = dataset.to_iter_dataset(threads)
+    if worker_count:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_count))
+    return dataset
+
+
+def rename_into_place(partial: Path, out_dir: Path) -> None:
+    """Gives a finished temporary folder its name, putting aside and then removing an older one."""
+    partial.chmod(0o755)  # mkdtemp's is private
+    if out_dir.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.old-", dir=out_dir.parent))
+        out_dir.rename(old / "replaced")
+        partial.rename(out_dir)
+        shutil.rmtree(old)
+    else:
+        partial.rename(out_dir)

@@ -1,0 +1,442 @@
+"""From a folder of animated GLB files to a dataset: what `fourdstar prepare` does.
+
+Files that cannot be read are quarantined, clips that hardly move are dropped; both are named with
+the reason in `report.json`. The dataset is written to a temporary folder beside the wanted one and
+renamed at the end, so that a folder of that name is complete.
+"""
+
+import contextlib
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fourdstar_jax import geometry
+from fourdstar_jax.data import gltf, pipeline, posing, render, splits
+from fourdstar_jax.text import captions
+from fourdstar_jax.types import Cameras
+
+EXTRA_ELEVATIONS_DEG = (-30.0, 5.0)  # negative looks from above
+PNG_LEVEL = 4
+
+
+class Settings(NamedTuple):
+    """What decides the content of a dataset."""
+
+    image_size: int = 64
+    views: int = 4
+    extra_views: int = 2
+    max_frames: int = 8
+    fps: float = 8.0
+    flow: bool = True
+    depth: bool = False
+
+
+class _Job(NamedTuple):
+    path: str
+    object_id: str
+    licence: str
+    settings: Settings
+    spool: str
+
+
+def prepare(
+    assets_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    image_size: int = 64,
+    views: int = 4,
+    extra_views: int = 2,
+    max_frames: int = 8,
+    fps: float = 8.0,
+    flow: bool = True,
+    depth: bool = False,
+    licence: str | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Renders every moving clip below `assets_dir` into `out_dir`; returns the manifest.
+
+    Args:
+      licence: keep assets whose licence in `assets_dir/assets.csv` begins so (such as "CC0").
+      limit: keep the first so many assets, in order of their paths.
+      workers: processes that render; None is one a core, 0 renders in this process.
+      overwrite: replace `out_dir` if it holds something.
+
+    Raises ValueError for settings out of range, a folder without usable clips and an `out_dir`
+    that is not empty; RuntimeError when there is no EGL.
+    """
+    settings = Settings(image_size, views, extra_views, max_frames, float(fps), flow, depth)
+    _check(settings)
+    assets_dir, out_dir = Path(assets_dir), Path(out_dir)
+    if not assets_dir.is_dir():
+        raise ValueError(f"assets_dir={str(assets_dir)!r} is not a folder")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"out_dir={str(out_dir)!r} is a file")
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
+        raise ValueError(f"out_dir={str(out_dir)!r} is not empty (overwrite replaces it)")
+    files, licences, skipped = _find(assets_dir, licence)
+    files = files[:limit]
+    if not files:
+        raise ValueError(f"no .glb file below {str(assets_dir)!r} with {licence=}")
+    render.Renderer(image_size, 1).close()  # a missing EGL is said here, once
+
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
+    try:
+        start = time.perf_counter()
+        spool = partial / "spool"
+        spool.mkdir()
+        jobs = [
+            _Job(
+                str(assets_dir / f),
+                f.removesuffix(".glb"),
+                licences.get(f, "unknown"),
+                settings,
+                str(spool),
+            )
+            for f in files
+        ]
+        results = _run(jobs, os.cpu_count() or 1 if workers is None else workers, log)
+        clips = sorted((c for r in results for c in r["clips"]), key=lambda c: c["clip_id"])
+        render_s = time.perf_counter() - start
+        if not clips:
+            reasons = [f"{q['file']}: {q['reason']}" for r in results for q in r["quarantined"]]
+            detail = reasons[0] if reasons else "all were dropped because they hardly move"
+            raise ValueError(f"no clip left of {len(files)} files ({detail})")
+        _build(partial, clips, settings)
+        frames = sum(c["num_frames"] for c in clips) * (views + extra_views)
+        report = {
+            "assets": len(files),
+            "assets_without_the_licence": skipped,
+            "clips_kept": len(clips),
+            "quarantined": sorted(
+                (q for r in results for q in r["quarantined"]), key=lambda q: q["file"]
+            ),
+            "dropped": sorted(
+                (d for r in results for d in r["dropped"]), key=lambda d: (d["file"], d["clip"])
+            ),
+            "warnings": sorted(
+                (w for r in results for w in r["warnings"]), key=lambda w: w["file"]
+            ),
+            "images": frames,
+            "render_seconds": round(render_s, 1),
+            "images_per_second": round(frames / render_s, 1),
+        }
+        manifest = _manifest(clips, settings)
+        for name, content in (("report.json", report), ("manifest.json", manifest)):
+            (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+        shutil.rmtree(spool)
+        pipeline.rename_into_place(partial, out_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    counts = ", ".join(f"{n} {s}" for s, n in manifest["splits"].items())
+    log(
+        f"{len(clips)} clips ({counts}), {len(report['dropped'])} dropped, "
+        f"{len(report['quarantined'])} files quarantined: {out_dir / 'report.json'}"
+    )
+    return manifest
+
+
+def _check(s: Settings) -> None:
+    for name in ("image_size", "views", "max_frames", "fps"):
+        if getattr(s, name) <= 0:
+            raise ValueError(f"{name}={getattr(s, name)} must be positive")
+    if s.extra_views < 0:
+        raise ValueError(f"extra_views={s.extra_views} must not be negative")
+    if s.image_size > 1024 or s.views + s.extra_views > 64 or s.max_frames > 1024:
+        raise ValueError(
+            f"image_size={s.image_size} (at most 1024), {s.views}+{s.extra_views} views (64) or "
+            f"max_frames={s.max_frames} (1024) is too large"
+        )
+
+
+def _find(assets_dir: Path, licence: str | None) -> tuple[list[str], dict[str, str], int]:
+    """GLB files below the folder that have the licence, all licences, and how many lack it."""
+    files = sorted(p.relative_to(assets_dir).as_posix() for p in assets_dir.rglob("*.glb"))
+    licences = {}
+    table = assets_dir / "assets.csv"
+    if table.is_file():
+        with open(table, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not {"file", "licence"} <= set(reader.fieldnames or ()):
+                raise ValueError(f"{table} has no columns file and licence")
+            licences = {row["file"]: row["licence"] for row in reader}
+    if licence is None:
+        return files, licences, 0
+    kept = [f for f in files if licences.get(f, "unknown").startswith(licence)]
+    return kept, licences, len(files) - len(kept)
+
+
+def _run(jobs: list[_Job], workers: int, log: Callable[[str], None]) -> list[dict]:
+    results, start = [], time.perf_counter()
+
+    def done(result):
+        results.append(result)
+        n = len(results)
+        if n % max(1, len(jobs) // 10) == 0 or n == len(jobs):
+            elapsed = time.perf_counter() - start
+            left = elapsed / n * (len(jobs) - n)
+            log(f"rendered {n}/{len(jobs)} assets, {elapsed:.0f} s, about {left:.0f} s left")
+
+    if workers == 0:
+        for job in jobs:
+            done(_render_asset(job))
+        return results
+    context = multiprocessing.get_context("spawn")  # OpenGL and JAX do not survive a fork
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=(workers,)
+    ) as pool:
+        futures = [pool.submit(_render_asset, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                done(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+def _start_worker(workers: int) -> None:
+    """One thread of llvmpipe a process when there are several."""
+    if workers > 1:
+        os.environ.setdefault("LP_NUM_THREADS", "1")
+
+
+_renderers: dict[tuple[int, int], render.Renderer] = {}
+
+
+def _render_asset(job: _Job) -> dict:
+    """Renders an asset's clips to the spool folder; returns what is to be said about them."""
+    s = job.settings
+    file = f"{job.object_id}.glb"
+    result = {"clips": [], "quarantined": [], "dropped": [], "warnings": []}
+    made: list[Path] = []
+    try:
+        asset = gltf.load(job.path, name=file)
+        result["warnings"] += [{"file": file, "warning": w} for w in asset.warnings]
+        if not asset.clips:
+            raise gltf.MalformedAsset("no animation")
+        key = (s.image_size, s.views + s.extra_views)
+        if key not in _renderers:
+            _renderers[key] = render.Renderer(*key)
+        renderer = _renderers[key]
+        renderer.load(asset)
+        for clip in asset.clips:
+            if posing.num_frames(clip, s.fps, s.max_frames) < min(2, s.max_frames):
+                reason = f"{clip.duration_s:.3f} s long: one frame at {s.fps:g} frames a second"
+                result["dropped"].append({"file": file, "clip": clip.name, "reason": reason})
+                continue
+            sequence = posing.sample_clip(asset, clip, fps=s.fps, max_frames=s.max_frames)
+            if sequence.motion < posing.MIN_MOTION and s.max_frames > 1:
+                reason = f"hardly moves: {sequence.motion:.4f} < {posing.MIN_MOTION}"
+                result["dropped"].append({"file": file, "clip": clip.name, "reason": reason})
+                continue
+            record = _record(asset, clip, sequence, renderer, job)
+            path = Path(job.spool) / f"{asset.sha256}-{clip.index}.npz"
+            made.append(path)
+            np.savez(path, allow_pickle=False, **record)
+            result["clips"].append(
+                {
+                    "clip_id": str(record["clip_id"]),
+                    "split": str(record["split"]),
+                    "appearance": str(record["appearance"]),
+                    "motion": str(record["motion"]),
+                    "num_frames": len(record["frame_times"]),
+                    "sha256": _content_hash(record),
+                    "spool": str(path),
+                }
+            )
+    except gltf.MalformedAsset as error:  # the file is set aside whole, its clips with it
+        for path in made:
+            path.unlink()
+        result = {
+            "clips": [],
+            "quarantined": [{"file": file, "reason": str(error)}],
+            "dropped": [],
+            "warnings": [],
+        }
+    return result
+
+
+def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]:
+    """The clip's fields as arrays; PNG files as their bytes in a row and their lengths."""
+    s = job.settings
+    clip_id = f"{job.object_id}#{clip.index}"
+    size = {"width": s.image_size, "height": s.image_size}
+    size |= {"radius": pipeline.RADIUS, "fov_deg": pipeline.FOV_DEG}
+    rig = geometry.orbit_cameras(np.arange(s.views) * 360.0 / s.views, **size)
+    seed = hashlib.sha256(f"{asset.sha256}#{clip.index}".encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(seed, "<u4"))
+    extra = geometry.orbit_cameras(
+        rng.uniform(0, 360, s.extra_views),
+        rng.uniform(*EXTRA_ELEVATIONS_DEG, s.extra_views),
+        **size,
+    )
+    cameras = Cameras(*(np.concatenate(pair) for pair in zip(rig, extra, strict=True)))
+    F, V = len(sequence.positions), s.views
+    pngs: dict[str, list[bytes]] = {"rig_rgba": [], "extra_rgba": []}
+    flow, depth = [], []
+    for f in range(F):
+        frame = renderer.draw(
+            sequence.positions[f],
+            sequence.normals[f],
+            cameras,
+            next_positions=sequence.positions[(f + 1) % F] if s.flow else None,
+            depth=s.depth,
+        )
+        for v, image in enumerate(frame.rgba):
+            pngs["rig_rgba" if v < V else "extra_rgba"].append(_png(image))
+        if frame.flow is not None:
+            flow.append(frame.flow[:V].astype(np.float16))
+        if frame.depth is not None:
+            depth.append(frame.depth[:V].astype(np.float16))
+    record = {
+        "object_id": job.object_id,
+        "clip_id": clip_id,
+        "asset_sha256": asset.sha256,
+        "clip_index": clip.index,
+        "clip_name": clip.name,
+        "split": splits.split_of(asset.sha256, clip.index),
+        "licence": job.licence,
+        "appearance": captions.appearance_caption(job.object_id),
+        "motion": captions.motion_caption(clip.name),
+        "fps": np.float32(s.fps),
+        "frame_times": (np.arange(F) / s.fps).astype(np.float32),
+        "rig_viewmats": rig.viewmats,
+        "rig_Ks": rig.Ks,
+        "extra_viewmats": extra.viewmats,
+        "extra_Ks": extra.Ks,
+    }
+    for key, images in pngs.items():
+        record[key] = np.frombuffer(b"".join(images), np.uint8)
+        record[f"{key}_lengths"] = np.array([len(p) for p in images], np.int64)
+    if s.flow:
+        record["rig_flow"] = np.stack(flow)
+    if s.depth:
+        record["rig_depth"] = np.stack(depth)
+    return {key: np.asarray(value) for key, value in record.items()}
+
+
+def _png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG", compress_level=PNG_LEVEL)
+    return out.getvalue()
+
+
+def _content_hash(record: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(record):
+        value = record[key]
+        digest.update(f"{key} {value.dtype.str} {value.shape} ".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _build(folder: Path, clips: list[dict], s: Settings) -> None:
+    """Writes the records with tensorflow-datasets and moves them to the top of `folder`."""
+    from fourdstar_jax.data import fourdstar
+
+    def records(split: str):
+        for index, clip in enumerate(clips):
+            if clip["split"] == split:
+                yield clip["clip_id"], _example(clip["spool"], index, s)
+
+    config = fourdstar.FourdstarConfig(
+        name=f"{s.image_size}px_{s.views}+{s.extra_views}views",
+        image_size=s.image_size,
+        views=s.views,
+        extra_views=s.extra_views,
+        flow=s.flow,
+        depth=s.depth,
+        splits=tuple(x for x in splits.SPLITS if any(c["split"] == x for c in clips)),
+        records=records,
+    )
+    built = folder / "built"
+    with _quiet():
+        builder = fourdstar.Fourdstar(
+            data_dir=str(built), config=config, file_format="array_record"
+        )
+        builder.download_and_prepare()
+    for path in Path(builder.data_dir).iterdir():
+        path.rename(folder / path.name)
+    shutil.rmtree(built)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without tensorflow-datasets' own progress and talk of downloads: nothing is downloaded."""
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+        logging.set_verbosity(level)
+
+
+def _example(path: str, index: int, s: Settings) -> dict:
+    with np.load(path, allow_pickle=False) as stored:
+        record = {key: stored[key] for key in stored.files}
+    example = {"index": index}
+    for key, value in record.items():
+        if key.endswith("_lengths") or (key.startswith("extra_") and s.extra_views == 0):
+            continue
+        if key.endswith("_rgba"):
+            ends = np.cumsum(record[f"{key}_lengths"])
+            starts = ends - record[f"{key}_lengths"]
+            example[key] = [
+                io.BytesIO(value[a:b].tobytes()) for a, b in zip(starts, ends, strict=True)
+            ]
+        elif value.dtype.kind == "U":
+            example[key] = str(value)
+        else:
+            example[key] = value
+    return example
+
+
+def _manifest(clips: list[dict], s: Settings) -> dict:
+    """What a reader must know, with a hash over settings, records and split."""
+    identity = {
+        "schema": 1,
+        "settings": s._asdict(),
+        "split_sha256": splits.SHA256,
+        "records": [[c["clip_id"], c["sha256"]] for c in clips],
+    }
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    train = {(c["appearance"], c["motion"]) for c in clips if c["split"] == "train"}
+    return {
+        "schema": 1,
+        "sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "settings": identity["settings"],
+        "split_sha256": splits.SHA256,
+        "splits": {x: n for x in splits.SPLITS if (n := sum(c["split"] == x for c in clips))},
+        "train_captions": sorted(captions.caption(a, m) for a, m in train),
+        "clips": [{k: c[k] for k in ("clip_id", "split", "num_frames", "sha256")} for c in clips],
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("numpy", "pillow", "moderngl", "tensorflow-datasets")
+        },
+    }

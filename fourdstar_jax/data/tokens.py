@@ -1,0 +1,301 @@
+"""A folder of tokens: a dataset seen through a frozen tokenizer, so that STAR trains without images.
+
+Layout of the folder (nothing in it is ever unpickled):
+
+    spec.json              schema, the tokenizer's spec, the dataset's hash and settings, counts
+    codebooks.safetensors  `codebooks` [K, vocab, D/K] float32
+    train.array_record     one record a clip: a safetensors file with `tokens` [F, V, n, K] uint16,
+                           `viewmats` [V, 4, 4], `Ks` [V, 3, 3]; names and captions as metadata
+    unseen_clip.array_record, unseen_object.array_record
+
+Readers compare the tokenizer's spec: tokens of another tokenizer are numbers without meaning.
+"""
+
+import functools
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from fourdstar_jax.data import pipeline, splits, transforms
+from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
+from fourdstar_jax.text.words import WordTokenizer
+
+_TEXT = ("clip_id", "object_id", "asset_sha256", "split", "appearance", "motion")
+
+
+def tokenize(
+    data_dir: str | Path,
+    out_dir: str | Path,
+    encode: Callable[[np.ndarray], Any],
+    *,
+    spec: Any,
+    codebooks: Float[np.ndarray, "K vocab d"],
+    batch_images: int = 64,
+    overwrite: bool = False,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Encodes the rig views of every clip of a dataset; returns the content of spec.json.
+
+    Args:
+      encode: images [batch_images, h, w, 3] in [-1, 1] to tokens [batch_images, n, K]; the last
+        batch is filled up, so one compiled shape serves all.
+      spec: the tokenizer's spec, a mapping or something with `to_dict()`.
+      codebooks: as `codes` uses them.
+
+    Raises ValueError when `out_dir` holds something (unless `overwrite`), or for more than 65,536
+    codes.
+    """
+    from array_record.python import array_record_module
+    from safetensors.numpy import save, save_file
+
+    out_dir = Path(out_dir)
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
+        raise ValueError(f"out_dir={str(out_dir)!r} is not empty (overwrite replaces it)")
+    if codebooks.shape[1] > 1 << 16:
+        raise ValueError(f"{codebooks.shape[1]} codes do not fit 16 bits")
+    manifest = pipeline.read_manifest(data_dir)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
+    try:
+        for split in manifest["splits"]:
+            source = pipeline.ClipSource(data_dir, split, cache_bytes=0)
+            writer = array_record_module.ArrayRecordWriter(
+                str(partial / f"{split}.array_record"), "group_size:1"
+            )
+            for i in range(len(source)):
+                clip = source[i]
+                images = 2 * transforms.on_white(clip["rig_rgba"])[0] - 1  # [F, V, h, w, 3]
+                tokens = _encode(images, encode, batch_images)
+                if tokens.min() < 0 or tokens.max() >= codebooks.shape[1]:
+                    raise ValueError(f"encode gave token {tokens.max()} of {codebooks.shape[1]}")
+                arrays = {
+                    "tokens": tokens.astype(np.uint16),
+                    "viewmats": clip["rig_viewmats"],
+                    "Ks": clip["rig_Ks"],
+                }
+                metadata = {k: clip[k] for k in _TEXT}
+                metadata |= {
+                    "index": str(clip["index"]),
+                    "clip_index": clip["clip_id"].split("#")[-1],
+                }
+                arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+                writer.write(save(arrays, metadata=metadata))
+            writer.close()
+            log(f"{split}: {len(source)} clips")
+        content = {
+            "schema": 1,
+            "tokenizer": _plain(spec),
+            "data": {k: manifest[k] for k in ("sha256", "split_sha256", "settings")},
+            "splits": manifest["splits"],
+            "train_captions": manifest["train_captions"],
+        }
+        save_file(
+            {"codebooks": np.ascontiguousarray(codebooks, np.float32)},
+            partial / "codebooks.safetensors",
+        )
+        (partial / "spec.json").write_text(json.dumps(content, indent=1) + "\n")
+        pipeline.rename_into_place(partial, out_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return content
+
+
+class Spec:
+    """The tokenizer's spec as a folder of tokens stores it."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        self.fields = dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.fields)
+
+    def check(self, other: Any) -> None:
+        """Raises ValueError that names each field in which `other` (a spec or mapping) differs."""
+        theirs = _plain(other)
+        different = [
+            f"{key} (tokens {self.fields.get(key)!r}, tokenizer {theirs.get(key)!r})"
+            for key in sorted(self.fields.keys() | theirs.keys())
+            if self.fields.get(key) != theirs.get(key)
+        ]
+        if different:
+            raise ValueError(f"the tokens are of another tokenizer: {', '.join(different)}")
+
+
+class TokenFolder:
+    """A folder of tokens, opened: spec, codebooks, hashes and words.
+
+    With `spec`, the spec of the tokenizer in use, a difference is a ValueError that names it.
+    """
+
+    def __init__(self, token_dir: str | Path, *, spec: Any = None):
+        self.path = Path(token_dir)
+        path = self.path / "spec.json"
+        if not path.is_file():
+            raise ValueError(f"token_dir={str(token_dir)!r} has no spec.json: not tokens")
+        self.content = json.loads(path.read_text())
+        if self.content.get("schema") != 1:
+            raise ValueError(f"{path} has schema {self.content.get('schema')}, not 1")
+        self.spec = Spec(self.content["tokenizer"])
+        if spec is not None:
+            self.spec.check(spec)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Clips of each split."""
+        return self.content["splits"]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of the dataset and of its split, which trained models carry."""
+        data = self.content["data"]
+        return {"data_sha256": data["sha256"], "split_sha256": data["split_sha256"]}
+
+    @functools.cached_property
+    def codebooks(self) -> Float[np.ndarray, "K vocab d"]:
+        """The vectors that the tokens index."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.path / "codebooks.safetensors")["codebooks"]
+
+    def word_tokenizer(self, max_len: int) -> WordTokenizer:
+        """The word tokenizer of the training captions, the same as the dataset's."""
+        return WordTokenizer.from_captions(self.content["train_captions"], max_len)
+
+
+class TokenSource:
+    """A split's clips as dicts with `tokens` [F, V, n, K]; a grain random-access source."""
+
+    def __init__(self, folder: TokenFolder, split: str):
+        self.folder, self.split = folder, split
+        if split not in folder.splits:
+            raise ValueError(f"{split=} is not one of {sorted(folder.splits)}")
+        self._open()
+
+    def _open(self) -> None:
+        from array_record.python import array_record_module
+
+        self._reader = array_record_module.ArrayRecordReader(
+            str(self.folder.path / f"{self.split}.array_record")
+        )
+        self._cache: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def __repr__(self) -> str:  # grain stores it beside the iterator's state
+        data = self.folder.hashes["data_sha256"][:16]
+        return f"TokenSource({data}, {self.split}, {len(self)})"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = int(i)
+        if i not in self._cache:
+            self._cache[i] = self._read(i)
+        return self._cache[i]
+
+    def _read(self, i: int) -> dict[str, Any]:
+        from safetensors.numpy import load
+
+        data = self._reader.read([i])[0]
+        out: dict[str, Any] = dict(load(data))
+        header = json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])
+        metadata = header["__metadata__"]
+        out |= {k: metadata[k] for k in _TEXT} | {"index": int(metadata["index"])}
+        clip_index = int(metadata["clip_index"])
+        splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
+        return out
+
+    def __getstate__(self) -> dict:  # for worker processes, which open the files themselves
+        return {"folder": self.folder, "split": self.split}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def make_loader(
+    folder: TokenFolder | str | Path,
+    split: str,
+    *,
+    batch_size: int,
+    timesteps: int,
+    seed: int = 0,
+    train: bool | None = None,
+    shuffle: bool | None = None,
+    repeat: bool | None = None,
+    rig_roll: bool | None = None,
+    neutral_prompt: float | None = None,
+    words: WordTokenizer | None = None,
+    max_len: int = 12,
+    worker_count: int = 0,
+):
+    """Like `pipeline.make_loader`, over tokens: `tokens` [B, T, V, n, K] int32 in place of images.
+
+    Batches also hold `viewmats`, `Ks`, `times`, `text_ids` and `clip`. With the same seed they are
+    the same clips, windows, rolls and prompts as those of the images.
+    """
+    if not isinstance(folder, TokenFolder):
+        folder = TokenFolder(folder)
+    random = split == "train" if train is None else train
+    neutral_prompt = (0.5 if random else 0.0) if neutral_prompt is None else neutral_prompt
+    if not 0 <= neutral_prompt <= 1:
+        raise ValueError(f"{neutral_prompt=} is not a probability")
+    return pipeline.batches(
+        TokenSource(folder, split),
+        _TokenWindows(
+            words or folder.word_tokenizer(max_len),
+            timesteps,
+            random,
+            random if rig_roll is None else rig_roll,
+            neutral_prompt,
+        ),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=random if shuffle is None else shuffle,
+        repeat=random if repeat is None else repeat,
+        worker_count=worker_count,
+    )
+
+
+class _TokenWindows(pipeline.Windows):
+    def __call__(self, clip: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        F, V = clip["tokens"].shape[:2]
+        frames, view, neutral = self.draw(F, V, rng)
+        viewmats = clip["viewmats"]
+        if view:
+            viewmats, _ = transforms.input_view_to_front(viewmats, viewmats[:0], view)
+        text = NEUTRAL_PROMPT if neutral else caption(clip["appearance"], clip["motion"])
+        return {
+            "tokens": np.roll(clip["tokens"][frames], -view, axis=1).astype(np.int32),
+            "viewmats": viewmats,
+            "Ks": np.roll(clip["Ks"], -view, axis=0),
+            "times": np.arange(self.timesteps, dtype=np.float32),
+            "text_ids": self.words([text])[0],
+            "clip": np.int32(clip["index"]),
+        }
+
+
+def _encode(images: np.ndarray, encode, batch_images: int) -> np.ndarray:
+    flat = images.reshape(-1, *images.shape[2:])
+    out = []
+    for lo in range(0, len(flat), batch_images):
+        part = flat[lo : lo + batch_images]
+        filled = np.zeros((batch_images, *part.shape[1:]), part.dtype)
+        filled[: len(part)] = part
+        out.append(np.asarray(encode(filled))[: len(part)])
+    tokens = np.concatenate(out)
+    return tokens.reshape(*images.shape[:2], *tokens.shape[1:])
+
+
+def _plain(spec: Any) -> dict:
+    """A spec as JSON would give it back, so that tuples and lists compare equal."""
+    if not isinstance(spec, Mapping):
+        spec = spec.to_dict()
+    return json.loads(json.dumps(dict(spec)))

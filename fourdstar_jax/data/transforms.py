@@ -1,0 +1,47 @@
+"""What happens to one example, in numpy: windows in time, white background, rolls of the rig."""
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+
+from fourdstar_jax import geometry
+
+
+def window(
+    num_frames: int, timesteps: int, rng: np.random.Generator | None
+) -> Int64[np.ndarray, " T"]:
+    """Frames of a window: from a random start, or from the first frame without `rng`.
+
+    A clip shorter than the window loops (any start); a longer one is never wrapped.
+    """
+    if num_frames < 1 or timesteps < 1:
+        raise ValueError(f"{num_frames=} and {timesteps=} must be positive")
+    starts = num_frames if num_frames < timesteps else num_frames - timesteps + 1
+    start = 0 if rng is None else int(rng.integers(starts))
+    return (start + np.arange(timesteps)) % num_frames
+
+
+def on_white(
+    rgba: UInt8[np.ndarray, "*b h w 4"],
+) -> tuple[Float32[np.ndarray, "*b h w 3"], Float32[np.ndarray, "*b h w 1"]]:
+    """Images in [0, 1] over white, and masks."""
+    scaled = rgba.astype(np.float32) / 255
+    alpha = scaled[..., 3:]
+    return scaled[..., :3] * alpha + (1 - alpha), alpha
+
+
+def input_view_to_front(
+    viewmats: Float32[np.ndarray, "V 4 4"],
+    others: Float32[np.ndarray, "E 4 4"],
+    view: int,
+    *,
+    radius: float = 1.5,
+) -> tuple[Float32[np.ndarray, "V 4 4"], Float32[np.ndarray, "E 4 4"]]:
+    """Makes `view` the first of its rig, the rest after it in a ring, and moves the world.
+
+    In the new world the first camera stands at [0, 0, radius] and looks at the origin; `others`
+    move along. Images are to be rolled by `-view` along their view axis.
+    """
+    front = geometry.orbit_cameras([0.0], radius=radius, width=1, height=1).viewmats[0]
+    world = np.linalg.inv(viewmats[view].astype(np.float64)) @ front
+    rolled = np.roll(viewmats, -view, axis=0)
+    return (rolled @ world).astype(np.float32), (others @ world).astype(np.float32)

@@ -1,0 +1,177 @@
+"""Reads what users bring (mp4, webm, gif, a folder of frames, a picture) as the model's input.
+
+The frames are sampled in time and framed in space as the training data is: `fps` 8 from the
+start, white background, the object centred at the size that the training rig shows it at.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+
+MAX_FRAMES = 10_000
+MAX_PIXELS = 64_000_000
+MIN_SIDE = 16
+FPS = 8.0
+
+# The rig scales the bounding box over the whole clip to a longest side of 0.9, seen from 1.5 away
+# with a field of view of 49.1 degrees: this fraction of the picture's side.
+OCCUPANCY = 0.9 / (2 * 1.5 * math.tan(math.radians(49.1) / 2))
+BACKGROUND_TOLERANCE = 20 / 255  # of a plain background: video compression leaves some noise
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    *,
+    resolution: int,
+    timesteps: int,
+    fps: float = FPS,
+    folder_fps: float = FPS,
+    fit: str = "object",
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_PIXELS,
+    timeout_s: int = 120,
+    max_memory: int = 4 << 30,
+) -> tuple[Float[np.ndarray, "T r r 3"], dict[str, Any]]:
+    """Up to `timesteps` frames of a file or folder, ready for a tokenizer of `resolution` pixels.
+
+    The clip is sampled at the times 0, 1/fps, 2/fps, ... (the nearest frame of each), for as long
+    as it lasts; a picture gives one frame. A folder's pictures, in natural order (2 before 10),
+    are `folder_fps` a second. Transparent pixels become white. With `fit="object"` the object is
+    cut out by the bounding box over the whole clip and scaled as in training; `fit="none"` only
+    pads to a square and resizes. Values are in [0, 1]; the second result tells what was read.
+
+    Decoding happens in a process of its own with limits on time and memory, and opens no network
+    connection. Raises ValueError, in one line, for anything that cannot be used.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path} may not be read")
+    if resolution < 1 or timesteps < 1:
+        raise ValueError(f"{resolution=} and {timesteps=} must be positive")
+    if not (fps > 0 and folder_fps > 0):
+        raise ValueError(f"{fps=} and {folder_fps=} must be positive")
+    frames, info = _decode(
+        path,
+        fps=fps,
+        folder_fps=folder_fps,
+        timesteps=timesteps,
+        max_frames=max_frames,
+        max_pixels=max_pixels,
+        timeout_s=timeout_s,
+        max_memory=max_memory,
+    )
+    images, framing = frame_object(frames, resolution=resolution, fit=fit)
+    return images, {**info, **framing, "fps": fps, "timesteps": len(images)}
+
+
+def _decode(path: Path, **request: Any) -> tuple[UInt8[np.ndarray, "T h w 4"], dict[str, Any]]:
+    timeout_s = request["timeout_s"]
+    script = Path(__file__).with_name("decode.py")
+    with tempfile.TemporaryDirectory(prefix="fourdstar-") as out:
+        request |= {"path": str(path.resolve()), "out": out, "min_side": MIN_SIDE}
+        try:
+            process = subprocess.run(
+                [sys.executable, "-P", str(script), json.dumps(request)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=timeout_s,
+                # threads of these libraries would only use up the memory limit
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"{path} was not decoded within {timeout_s=}") from None
+        lines = process.stderr.decode(errors="replace").strip().splitlines()
+        if process.returncode == 3 and lines:
+            raise ValueError(lines[-1].replace(str(path.resolve()), str(path)))
+        if process.returncode != 0:
+            why = lines[-1] if lines else f"the decoder ended with code {process.returncode}"
+            raise ValueError(f"{path} could not be decoded: {why}")
+        frames = np.load(Path(out) / "frames.npy", allow_pickle=False)
+        info = json.loads((Path(out) / "info.json").read_text())
+    return frames, info
+
+
+def frame_object(
+    frames: UInt8[np.ndarray, "T h w c"], *, resolution: int, fit: str = "object"
+) -> tuple[Float[np.ndarray, "T r r 3"], dict[str, Any]]:
+    """RGB or RGBA frames as square float images on white, the object centred and scaled.
+
+    Without transparency the background is told by the colour along the border of the pictures:
+    a plain one that is not white is replaced by white, one that is not plain stays as it is and
+    the whole picture counts as the object.
+    """
+    if fit not in ("object", "none"):
+        raise ValueError(f"{fit=} must be 'object' or 'none'")
+    if frames.shape[-1] not in (3, 4):
+        raise ValueError(f"frames have {frames.shape[-1]} channels; 3 or 4 are needed")
+    if frames.shape[-1] == 4 and frames[..., 3].min() < 255:
+        alphas = frames[..., 3:].astype(np.float32) / 255
+        images = np.rint(frames[..., :3] * alphas + 255 * (1 - alphas)).astype(np.uint8)
+        mask, background = frames[..., 3] > 127, "transparent"
+    else:
+        images, mask, background = _on_white(frames[..., :3])
+    if not mask.any():
+        raise ValueError("no object to be seen: every frame is nothing but background")
+    height, width = mask.shape[1:]
+    left, top, side = 0.0, 0.0, float(max(width, height))
+    if fit == "object" and background != "not plain":
+        columns, rows = _extent(mask.any(axis=0), axis=0), _extent(mask.any(axis=0), axis=1)
+        side = max(columns[1] - columns[0], rows[1] - rows[0]) / OCCUPANCY
+        left, top = (sum(columns) - side) / 2, (sum(rows) - side) / 2
+    else:
+        left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, side)
+    squares = np.stack([_crop(image, box, resolution) for image in images])
+    info = {"background": background, "source_size": [width, height], "crop": [left, top, side]}
+    return squares.astype(np.float32) / 255, info
+
+
+def _on_white(
+    images: UInt8[np.ndarray, "T h w 3"],
+) -> tuple[UInt8[np.ndarray, "T h w 3"], Bool[np.ndarray, "T h w"], str]:
+    """Images on white, object mask, and what the background was."""
+    border = np.concatenate(
+        [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1
+    ).reshape(-1, 3)
+    colour = np.median(border, axis=0)
+    tolerance = 255 * BACKGROUND_TOLERANCE
+    # an object may touch the border, but not most of it
+    if (np.abs(border - colour).max(axis=1) > tolerance).mean() > 0.4:
+        return images, np.ones(images.shape[:3], bool), "not plain"
+    mask = np.abs(images - colour.astype(np.float32)).max(axis=-1) > tolerance
+    if colour.min() >= 255 - tolerance:
+        return images, mask, "white"
+    return np.where(mask[..., None], images, np.uint8(255)), mask, "plain"
+
+
+def _extent(mask: Bool[np.ndarray, "h w"], axis: int) -> tuple[float, float]:
+    """First and last + 1 column (axis 0) or row (axis 1) of the mask, specks ignored."""
+    counts = mask.sum(axis=axis)
+    hits = np.flatnonzero(counts >= min(counts.max(), 2 + mask.shape[axis] // 200))
+    return float(hits[0]), float(hits[-1] + 1)
+
+
+def _crop(
+    image: UInt8[np.ndarray, "h w 3"], box: tuple[float, float, float], resolution: int
+) -> UInt8[np.ndarray, "r r 3"]:
+    """The square (left, top, side), white outside the picture, resized with antialiasing."""
+    left, top, side = box
+    pad = math.ceil(max(0.0, -left, -top, left + side - image.shape[1], top + side - len(image)))
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), constant_values=255)
+    region = (left + pad, top + pad, left + pad + side, top + pad + side)
+    picture = Image.fromarray(padded).resize(
+        (resolution, resolution), Image.Resampling.BICUBIC, box=region
+    )
+    return np.asarray(picture)

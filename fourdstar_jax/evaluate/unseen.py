@@ -1,0 +1,168 @@
+"""How a trained bundle does on unseen clips: reconstruction, likelihood, use of its conditions.
+
+Reconstruction is compared with the mean training image of each view. STAR's likelihood of the novel
+views' tokens is compared with a count model, and with itself under another clip's video, another
+object's container and swapped captions. Every difference is a mean over clips with a 95 % bootstrap
+interval; clips are seen from their first frame.
+"""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fourdstar_jax.data import pipeline
+from fourdstar_jax.evaluate import counts
+from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
+from fourdstar_jax.generate import Model
+from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.star.model import Condition
+from fourdstar_jax.types import Cameras
+
+BATCH = 8  # clips
+
+
+def evaluate(
+    bundle_dir: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str],
+    split: str = "unseen_clip",
+) -> dict[str, Any]:
+    """All figures of a split as a JSON-ready dict; dB for PSNR, nats a code for likelihoods.
+
+    Raises ValueError if the dataset's rig is not the bundle's, or for an unknown split.
+    """
+    model = Model(bundle_dir)
+    rig = pipeline.rig(data_dir)
+    if rig != {key: model.rig[key] for key in rig}:
+        raise ValueError(f"the dataset's rig {rig} is not the bundle's {model.rig}")
+    clips = _load(model, data_dir, split)
+    train = _load(model, data_dir, "train")
+    report: dict[str, Any] = {
+        "split": split,
+        "num_clips": len(clips["images"]),
+        "timesteps": model.max_timesteps,
+        **pipeline.provenance(data_dir),
+    }
+    report["reconstruction"] = _reconstruction(model, clips, train["images"])
+    if "star" in model.description["stages"]:
+        report["likelihood"] = _likelihood(model, clips, train)
+    return report
+
+
+def _load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
+    """A split's first windows, one array an entry, with their tokens `[clips, T, V, n, K]`."""
+    words = model.words if "star" in model.description["stages"] else None
+    loader = pipeline.make_loader(
+        data_dir,
+        split,
+        batch_size=BATCH,
+        timesteps=model.max_timesteps,
+        train=False,
+        words=words,
+    )
+    encode = jax.jit(lambda tokenizer, images: tokenizer.encode(2 * images - 1))
+    wanted = ("images", "masks", "viewmats", "Ks", "times", "text_ids", "clip")
+    parts = []
+    for batch in loader:
+        tokens = encode(model.tokenizer, batch["images"])
+        parts.append({k: batch[k] for k in wanted} | {"tokens": np.asarray(tokens)})
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+
+def _batches(clips: dict[str, np.ndarray]):
+    for start in range(0, len(clips["images"]), BATCH):
+        yield {k: v[start : start + BATCH] for k, v in clips.items()}
+
+
+def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
+    size = model.resolution
+
+    @jax.jit
+    def render(vqvae, tokenizer, batch):
+        cameras = Cameras(batch["viewmats"], batch["Ks"])
+        decoded = vqvae(tokenizer.codes(batch["tokens"]), cameras, batch["times"])
+        cameras = jax.tree.map(lambda x: x[:, None], cameras)
+        white = jnp.ones(3)
+        options = dict(width=size, height=size, background=white)
+        both = [rasterize(g, cameras, **options) for g in (decoded.gaussians, decoded.coarse)]
+        tokenized = (tokenizer.decode(batch["tokens"]) + 1) / 2
+        return both[0].renders, both[1].renders, tokenized, both[0].overflow | both[1].overflow
+
+    mean_image = np.broadcast_to(train_images.mean(axis=(0, 1)), clips["images"].shape[1:])
+    rows: dict[str, list[float]] = {}
+    for batch in _batches(clips):
+        fine, coarse, tokenized, overflow = render(model.vqvae, model.tokenizer, batch)
+        assert not overflow, "the rasterizer overflowed"
+        for i in range(len(batch["images"])):
+            truth, mask = batch["images"][i], batch["masks"][i]
+            pictures = {
+                "model": np.asarray(fine[i]),
+                "coarse": np.asarray(coarse[i]),
+                "tokenizer": np.asarray(tokenized[i]),
+                "mean_image": mean_image,
+            }
+            for name, picture in pictures.items():
+                rows.setdefault(f"{name}_psnr", []).append(psnr(picture, truth))
+                rows.setdefault(f"{name}_psnr_in_mask", []).append(psnr(picture, truth, mask))
+    out: dict[str, Any] = {name: float(np.mean(values)) for name, values in rows.items()}
+    for where in ("psnr", "psnr_in_mask"):
+        gain = np.subtract(rows[f"model_{where}"], rows[f"mean_image_{where}"])
+        out[f"gain_over_mean_image_{where}"] = bootstrap_interval(gain)
+        offsets = np.subtract(rows[f"model_{where}"], rows[f"coarse_{where}"])
+        out[f"gain_of_offsets_{where}"] = bootstrap_interval(offsets)
+    return out
+
+
+def _likelihood(model: Model, clips, train) -> dict[str, Any]:
+    nll = jax.jit(
+        lambda star, tokens, condition, history: star.nll(tokens, condition, history_tokens=history)
+    )
+    other = _another_object(clips)
+    count, timesteps, _, n, codes = clips["tokens"].shape
+    groups = clips["tokens"].reshape(count, timesteps, -1, codes)
+
+    def novel(swap: str | None = None) -> np.ndarray:
+        """Mean over the novel views' codes of each clip, nats."""
+        per_clip = []
+        for start in range(0, count, BATCH):
+            own = np.arange(start, min(start + BATCH, count))
+            condition = Condition(
+                text_ids=clips["text_ids"][other[own] if swap == "text" else own],
+                video_tokens=clips["tokens"][other[own] if swap == "video" else own][:, :, 0],
+                times=clips["times"][own],
+                cameras=Cameras(clips["viewmats"][own], clips["Ks"][own]),
+            )
+            history = groups[other[own] if swap == "container" else own]
+            values = np.asarray(nll(model.star, groups[own], condition, history))
+            per_clip.append(values[:, :, n:].mean(axis=(1, 2, 3)))
+        return np.concatenate(per_clip)
+
+    right = novel()
+    row = int(round(n**0.5))
+    vocab = model.description["tokenizer"]["vocab_size"]
+    table = counts.fit_counts(train["tokens"], vocab_size=vocab, row_length=row)
+    baseline = counts.nll(table, clips["tokens"])[:, :, 1:].mean(axis=(1, 2, 3, 4))
+    out: dict[str, Any] = {
+        "nll_novel": bootstrap_interval(right),
+        "count_model_nll_novel": bootstrap_interval(baseline),
+        "star_minus_count_model": bootstrap_interval(right - baseline),
+    }
+    for swap in ("video", "container", "text"):
+        out[f"rise_with_another_{swap}"] = bootstrap_interval(novel(swap) - right)
+    return out
+
+
+def _another_object(clips) -> np.ndarray:
+    """For every clip the number of another, the next one whose video has other tokens."""
+    videos = clips["tokens"][:, :, 0].reshape(len(clips["tokens"]), -1)
+    count = len(videos)
+    if count < 2:
+        raise ValueError("comparing conditions needs two clips or more")
+    other = np.empty(count, np.int64)
+    for i in range(count):
+        later = np.arange(i + 1, i + count) % count
+        differs = np.any(videos[later] != videos[i], axis=1)
+        other[i] = later[np.argmax(differs)]
+    return other

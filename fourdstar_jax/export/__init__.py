@@ -1,0 +1,102 @@
+"""Writes what generation made: Gaussians as safetensors and PLY, videos, and a manifest."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from tqdm import tqdm
+
+from fourdstar_jax.export import video
+from fourdstar_jax.export.folder import MANIFEST, file_sha256, output_folder
+from fourdstar_jax.export.ply import read_ply, write_ply
+from fourdstar_jax.export.splats import read_splats, write_splats
+from fourdstar_jax.generate import Object4D
+
+__all__ = ["output_folder", "read_ply", "read_splats", "save", "write", "write_ply", "write_splats"]
+
+SCHEMA_VERSION = 1
+AXES = "RUB: x right, y up, z towards the camera of azimuth 0"
+UNITS = "the object's longest side over the clip is 0.9 in training; cameras stand at `radius`"
+README = """\
+Watch orbit.mp4 (around the object while it moves) and fixed_*.mp4 (azimuth in degrees).
+ply/ is a sequence of 3D Gaussian PLY files, y up: drop the folder into a splat viewer that plays
+sequences, such as SuperSplat. splats.safetensors has the same as arrays (see manifest.json).
+"""
+
+
+def save(
+    object4d: Object4D,
+    path: str | os.PathLike[str],
+    *,
+    size: int = 256,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> None:
+    """Writes an object to the folder `path`, whole or not at all; videos of `size` pixels a side.
+
+    Raises ValueError if the folder is not empty, unless `overwrite` and it is an earlier output.
+    """
+    with output_folder(path, overwrite=overwrite) as folder:
+        write(object4d, folder, size=size, progress=progress)
+
+
+def write(
+    object4d: Object4D,
+    folder: Path,
+    *,
+    size: int = 256,
+    truth: Float[np.ndarray, "T V h w 3"] | None = None,
+    progress: bool = False,
+) -> None:
+    """Fills an existing, empty folder. With `truth`, the rig's views of it stand left of ours."""
+    gaussians, rig = object4d.gaussians, object4d.rig
+    write_splats(folder / "splats.safetensors", gaussians, fps=object4d.fps)
+    (folder / "ply").mkdir()
+    for t in range(len(gaussians.means)):
+        frame = type(gaussians)(*(x[t] for x in gaussians))
+        write_ply(folder / "ply" / f"frame_{t:04d}.ply", frame)
+
+    def track(frames: Iterator) -> Iterator:
+        total = round(3.0 * video.ORBIT_FPS)
+        return iter(tqdm(frames, "orbit", total, unit="frame", disable=not progress))
+
+    camera = {"size": size, "radius": rig["radius"], "fov_deg": rig["fov_deg"]}
+    video.write_orbit(
+        folder / "orbit.mp4", gaussians, fps=object4d.fps, seconds=3.0, track=track, **camera
+    )
+    for view, azimuth in enumerate(rig["azimuths_deg"]):
+        images = video.fixed_view(gaussians, azimuth, **camera)
+        if truth is not None:
+            left = np.stack([_resized(image, size) for image in truth[:, view]])
+            images = np.concatenate([left, images], axis=2)
+        images = video.repeated(images, object4d.fps)
+        video.write_video(folder / f"fixed_{azimuth:03.0f}.mp4", images, fps=object4d.fps)
+    (folder / "README.txt").write_text(README)
+    (folder / MANIFEST).write_text(json.dumps(manifest(object4d, folder), indent=2) + "\n")
+
+
+def manifest(object4d: Object4D, folder: Path) -> dict[str, Any]:
+    """All that is needed to make the object again, and the hashes of the files. No dates."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return {
+        "schema": "fourdstar_jax object",
+        "schema_version": SCHEMA_VERSION,
+        "timesteps": object4d.gaussians.means.shape[0],
+        "gaussians": object4d.gaussians.means.shape[1],
+        "fps": object4d.fps,
+        "axes": AXES,
+        "units": UNITS,
+        "rig": object4d.rig,
+        **object4d.meta,
+        "files": {str(f.relative_to(folder)): file_sha256(f) for f in files},
+    }
+
+
+def _resized(image: Float[np.ndarray, "h w 3"], size: int) -> Float[np.ndarray, "s s 3"]:
+    picture = Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255

@@ -1,0 +1,106 @@
+"""PLY files of 3D Gaussians in the layout of the original 3D Gaussian Splatting code (INRIA).
+
+binary_little_endian, one `vertex` element, all float32: x y z nx ny nz f_dc_0..2 opacity
+scale_0..2 rot_0..3, with colour = 0.5 + SH_C0 * f_dc, opacity as a logit, scale as a natural
+logarithm and the rotation wxyz. Nothing is pruned or sorted: Gaussian g stays in place g.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from fourdstar_jax.types import Gaussians
+
+SH_C0 = 0.28209479177387814
+PROPERTIES = (
+    *("x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity"),
+    *("scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"),
+)
+OPTIONAL = {"nx", "ny", "nz", *(f"f_rest_{i}" for i in range(45))}
+MAX_HEADER = 16_384  # bytes
+OPACITY_MARGIN = 1e-6  # keeps the logit finite
+MIN_SCALE = 1e-12  # keeps the logarithm finite
+
+
+def write_ply(path: str | os.PathLike[str], gaussians: Gaussians) -> None:
+    """Writes one timestep, `[G, ...]`. Raises ValueError for other shapes or non-finite values."""
+    means, quats, scales, opacities, colors = (np.asarray(x, np.float32) for x in gaussians)
+    if means.ndim != 2:
+        raise ValueError(f"{means.shape=} must be [G, 3]: one file holds one timestep")
+    norms = np.linalg.norm(quats, axis=-1, keepdims=True)
+    quats = np.where(norms > 1e-12, quats / np.maximum(norms, 1e-12), [1.0, 0.0, 0.0, 0.0])
+    opacities = np.clip(opacities.astype(np.float64), OPACITY_MARGIN, 1 - OPACITY_MARGIN)
+    columns = [
+        means,
+        np.zeros_like(means),
+        (colors - 0.5) / SH_C0,
+        np.log(opacities / (1 - opacities))[:, None],
+        np.log(np.maximum(scales, MIN_SCALE)),
+        quats,
+    ]
+    table = np.concatenate(columns, axis=1).astype("<f4")
+    if not np.isfinite(table).all():
+        raise ValueError("gaussians hold values that are not finite")
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}"]
+    header += [f"property float {name}" for name in PROPERTIES]
+    Path(path).write_bytes("\n".join([*header, "end_header", ""]).encode() + table.tobytes())
+
+
+def read_ply(path: str | os.PathLike[str]) -> Gaussians:
+    """Reads a PLY of this layout, normals and higher harmonics ignored, as numpy arrays `[G, ...]`.
+
+    Meant for files from outside: the header is bounded, unknown properties and sizes that do not
+    match the file are refused with a ValueError, before anything large is allocated.
+    """
+    with open(path, "rb") as file:
+        head = file.read(MAX_HEADER)
+        end = re.search(rb"\nend_header\r?\n", head)
+        if not head.startswith(b"ply") or end is None:
+            raise ValueError(f"{path} is not a PLY file with a header below {MAX_HEADER} bytes")
+        names, count = _parse_header(head[: end.start()].decode("ascii", "replace"), path)
+        file.seek(0, os.SEEK_END)
+        size = file.tell() - end.end()
+        if size != count * len(names) * 4:
+            raise ValueError(f"{path}: {count} vertices of {len(names)} floats are not {size} B")
+        file.seek(end.end())
+        table = np.fromfile(file, "<f4", count * len(names)).reshape(count, len(names))
+    column = dict(zip(names, table.T, strict=True))
+
+    def take(*wanted: str) -> Float[np.ndarray, "G n"]:
+        return np.stack([column[name] for name in wanted], axis=-1)
+
+    quats = take("rot_0", "rot_1", "rot_2", "rot_3")
+    return Gaussians(
+        means=take("x", "y", "z"),
+        quats=quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12),
+        scales=np.exp(take("scale_0", "scale_1", "scale_2")),
+        opacities=(1 / (1 + np.exp(-column["opacity"].astype(np.float64)))).astype(np.float32),
+        colors=np.float32(0.5) + np.float32(SH_C0) * take("f_dc_0", "f_dc_1", "f_dc_2"),
+    )
+
+
+def _parse_header(header: str, path: str | os.PathLike[str]) -> tuple[list[str], int]:
+    names: list[str] = []
+    count = None
+    for line in header.split("\n")[1:]:
+        match line.split():
+            case ["format", kind, "1.0"]:
+                if kind != "binary_little_endian":
+                    raise ValueError(f"{path}: PLY format {kind} is not read")
+            case ["comment" | "obj_info", *_]:
+                pass
+            case ["element", "vertex", number] if number.isdigit() and count is None:
+                count = int(number)
+            case ["property", "float" | "float32", name] if count is not None:
+                if name not in PROPERTIES and name not in OPTIONAL:
+                    raise ValueError(f"{path}: unknown PLY property {name!r}")
+                names.append(name)
+            case _:
+                raise ValueError(f"{path}: unexpected PLY header line {line[:80]!r}")
+    missing = [name for name in PROPERTIES if name not in names and name not in OPTIONAL]
+    if count is None or missing or len(set(names)) != len(names):
+        raise ValueError(f"{path}: PLY properties are missing or double: {missing or names}")
+    return names, count

@@ -1,0 +1,290 @@
+"""A video or picture, and perhaps text, to a 4D object: tokenizer, STAR, 4D VQ-VAE.
+
+    video [T, h, w, 3] -> tokens of view 0 [T, n, K] -> tokens of all views [T, V n, K]
+    -> codes [T, V, n, D] -> Gaussians [T, G, ...]
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+from tqdm import tqdm
+
+from fourdstar_jax import bundle, geometry
+from fourdstar_jax.data import video as video_input
+from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.star.model import Condition
+from fourdstar_jax.text.captions import NEUTRAL_PROMPT
+from fourdstar_jax.text.words import WordTokenizer
+from fourdstar_jax.types import Cameras, Gaussians
+
+RIG_KEYS = ("azimuths_deg", "radius", "fov_deg", "fps", "max_timesteps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Object4D:
+    """Moving Gaussians, the same ones in the same order at every timestep, and how they came."""
+
+    gaussians: Gaussians  # numpy, [T, G, ...]
+    fps: float
+    rig: dict[str, Any]  # azimuths_deg, radius, fov_deg of the views it was made from
+    tokens: Int[np.ndarray, "T N K"]
+    meta: dict[str, Any]  # JSON: seed, text, input, model, versions; see the export's manifest
+
+    def render(
+        self, cameras: Cameras, *, width: int, height: int, background: float = 1.0
+    ) -> Float[Array, "T V h w 3"]:
+        """Images in [0, 1] of every timestep from every camera `[V, ...]`."""
+        images = []
+        for t in range(len(self.gaussians.means)):
+            gaussians = Gaussians(*(x[t] for x in self.gaussians))
+            images.append(
+                rasterize(
+                    gaussians,
+                    cameras,
+                    width=width,
+                    height=height,
+                    background=np.full(3, background, np.float32),
+                ).renders
+            )
+        return jnp.stack(images)
+
+
+def load(folder: str | os.PathLike[str]) -> "Model":
+    """The model of a bundle (see `bundle`). Raises ValueError if something in it is unusable."""
+    return Model(folder)
+
+
+class Model:
+    """The three stages of a bundle, loaded as they are needed, and what they are called with."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.description = bundle.read(folder)
+        if self.description["tokenizer"] is None or "vqvae" not in self.description["stages"]:
+            raise ValueError(f"bundle {folder} is not complete: it has no tokenizer or no vqvae")
+        rig = self._info("vqvae").get("rig")
+        if not isinstance(rig, dict) or not set(RIG_KEYS) <= set(rig):
+            raise ValueError(f"bundle {folder}: vqvae.info.rig lacks some of {RIG_KEYS}")
+        self.rig: dict[str, Any] = {key: rig[key] for key in RIG_KEYS}
+        self.max_timesteps = int(rig["max_timesteps"])
+        self.resolution = int(self.description["tokenizer"]["resolution"])
+
+    def _info(self, stage: str) -> dict[str, Any]:
+        entry = self.description["stages"].get(stage)
+        if entry is None:
+            raise ValueError(f"bundle {self.folder} has no {stage} yet: train that stage")
+        return entry["info"]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return bundle.load_stage(self.folder, "tokenizer")
+
+    @functools.cached_property
+    def vqvae(self) -> Any:
+        return bundle.load_stage(self.folder, "vqvae")
+
+    @functools.cached_property
+    def star(self) -> Any:
+        return bundle.load_stage(self.folder, "star")
+
+    @functools.cached_property
+    def words(self) -> WordTokenizer:
+        words = self._info("star").get("words")
+        if not isinstance(words, dict):
+            raise ValueError(f"bundle {self.folder}: star.info.words, the vocabulary, is missing")
+        return WordTokenizer.from_dict(words)
+
+    def cameras(self, size: int) -> Cameras:
+        """The rig `[V, ...]` with intrinsics for images of `size` pixels a side."""
+        return geometry.orbit_cameras(
+            self.rig["azimuths_deg"],
+            radius=self.rig["radius"],
+            fov_deg=self.rig["fov_deg"],
+            width=size,
+            height=size,
+        )
+
+    def generate(
+        self,
+        video: str | os.PathLike[str] | Shaped[np.ndarray, "T h w c"],
+        text: str | None = None,
+        *,
+        key: jax.Array | None = None,
+        seed: int | None = None,
+        timesteps: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        cfg: float = 1.0,
+        fit: str = "object",
+        folder_fps: float = video_input.FPS,
+        max_frames: int = video_input.MAX_FRAMES,
+        progress: bool = False,
+    ) -> Object4D:
+        """Makes a 4D object that looks and moves like a video; a picture makes a static one.
+
+        `video` is a file or folder (see `data.video.read_video`) or an array of RGB or RGBA frames,
+        uint8 or floats in [0, 1], that are 1 / fps of the model apart. `text` says what is seen and
+        how it moves; without it the paper's neutral prompt stands in. The randomness is `key` or
+        `jax.random.key(seed)` (0). All timesteps there are are used, up to the model's maximum;
+        `timesteps` asks for a number, and a shorter clip is then repeated, as in training.
+
+        Raises ValueError for input that cannot be used.
+        """
+        if key is not None and seed is not None:
+            raise ValueError("give key or seed, not both")
+        if timesteps is not None and not 1 <= timesteps <= self.max_timesteps:
+            raise ValueError(f"{timesteps=} must be from 1 to {self.max_timesteps}, the model's most")
+        if not (temperature >= 0 and np.isfinite(temperature) and np.isfinite(cfg)):
+            raise ValueError(f"{temperature=} and {cfg=} must be finite, and temperature at least 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"{top_k=} must be at least 1")
+        images, info = self._read(
+            video, timesteps or self.max_timesteps, fit, folder_fps, max_frames
+        )
+        if timesteps is not None:
+            images = images[np.arange(timesteps) % len(images)]
+        seed = 0 if seed is None and key is None else seed
+        key = jax.random.key(seed) if key is None else key
+
+        star, count = self.star, len(images)
+        prompt = text if text is not None else NEUTRAL_PROMPT
+        cameras = self.cameras(self.resolution)
+        video_tokens = _encode(self.tokenizer, jnp.asarray(images))  # [T, n, K]
+        condition = Condition(
+            text_ids=jnp.asarray(self.words([prompt])),
+            video_tokens=video_tokens[None],
+            times=jnp.arange(count, dtype=jnp.float32)[None],
+            cameras=Cameras(*(jnp.asarray(x)[None] for x in cameras)),
+        )
+        if top_k is None:
+            top_k = self._info("star").get("top_k")
+        with tqdm(total=count, desc="timesteps", unit="step", disable=not progress) as bar:
+
+            def on_group(t: int, tokens: Array) -> None:
+                tokens.block_until_ready()  # so that the estimate is of work done
+                bar.update()
+
+            tokens = star.generate(
+                condition,
+                key,
+                temperature=temperature,
+                top_k=top_k,
+                cfg_scale=cfg,
+                on_group=on_group,
+            )[0]
+        meta = {
+            "made_by": "generate",
+            "seed": seed,
+            "text": text,
+            "prompt": prompt,
+            "input": info,
+            "sampling": {"temperature": temperature, "top_k": top_k, "cfg": cfg},
+            **self._provenance(("tokenizer", "vqvae", "star")),
+        }
+        return self._object(tokens, meta)
+
+    def reconstruct(self, images: Float[np.ndarray, "T V h w 3"], **info: Any) -> Object4D:
+        """The object of a clip seen by the whole rig, through tokenizer and 4D VQ-VAE alone.
+
+        Images are in [0, 1] on white. `info` is kept in the result's description of the input.
+        """
+        views = len(self.rig["azimuths_deg"])
+        if images.shape[1:] != (views, self.resolution, self.resolution, 3):
+            size = self.resolution
+            raise ValueError(f"{images.shape=} must be [T, {views}, {size}, {size}, 3]")
+        tokens = _encode(self.tokenizer, jnp.asarray(images))  # [T, V, n, K]
+        tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
+        meta = {
+            "made_by": "reconstruct",
+            "input": info,
+            **self._provenance(("tokenizer", "vqvae")),
+        }
+        return self._object(tokens, meta)
+
+    def _read(
+        self, source: Any, timesteps: int, fit: str, folder_fps: float, max_frames: int
+    ) -> tuple[Float[np.ndarray, "T h w 3"], dict[str, Any]]:
+        if isinstance(source, str | os.PathLike):
+            images, info = video_input.read_video(
+                source,
+                resolution=self.resolution,
+                timesteps=timesteps,
+                fps=self.rig["fps"],
+                folder_fps=folder_fps,
+                fit=fit,
+                max_frames=max_frames,
+            )
+            return images, {**info, "name": Path(source).name, "sha256": _sha256_of(Path(source))}
+        frames = np.asarray(source)
+        if frames.ndim != 4 or len(frames) == 0:
+            raise ValueError(f"video has shape {frames.shape}; [T, h, w, 3 or 4] is needed")
+        if np.issubdtype(frames.dtype, np.floating):
+            if not (np.isfinite(frames).all() and frames.min() >= 0 and frames.max() <= 1):
+                raise ValueError("video: floats must lie in [0, 1]")
+            frames = np.rint(frames * 255).astype(np.uint8)
+        if frames.dtype != np.uint8:
+            raise ValueError(f"video has type {frames.dtype}; uint8 or floats are needed")
+        digest = hashlib.sha256(np.ascontiguousarray(frames[:timesteps]).tobytes()).hexdigest()
+        images, info = video_input.frame_object(
+            frames[:timesteps], resolution=self.resolution, fit=fit
+        )
+        return images, {**info, "kind": "array", "sha256": digest}
+
+    def _object(self, tokens: Int[Array, "T N K"], meta: dict[str, Any]) -> Object4D:
+        views = len(self.rig["azimuths_deg"])
+        by_view = tokens.reshape(1, len(tokens), views, -1, tokens.shape[-1])
+        gaussians = _decode(self.tokenizer, self.vqvae, by_view, self.cameras(self.resolution))
+        return Object4D(
+            gaussians=Gaussians(*(np.asarray(x[0], np.float32) for x in gaussians)),
+            fps=float(self.rig["fps"]),
+            rig={key: self.rig[key] for key in ("azimuths_deg", "radius", "fov_deg")},
+            tokens=np.asarray(tokens, np.int32),
+            meta=meta,
+        )
+
+    def _provenance(self, stages: tuple[str, ...]) -> dict[str, Any]:
+        entries = {stage: self.description["stages"][stage] for stage in stages}
+        configs = json.dumps({s: e["config"] for s, e in entries.items()}, sort_keys=True)
+        return {
+            "model": {
+                "config_sha256": hashlib.sha256(configs.encode()).hexdigest(),
+                "weights_sha256": {stage: entry["sha256"] for stage, entry in entries.items()},
+            },
+            "versions": bundle.versions(),
+            "device": jax.devices()[0].platform,
+        }
+
+
+@jax.jit
+def _encode(tokenizer: Any, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
+    return tokenizer.encode(2 * images - 1)
+
+
+@jax.jit
+def _decode(
+    tokenizer: Any, vqvae: Any, tokens: Int[Array, "B T V n K"], cameras: Cameras
+) -> Gaussians:
+    batch, timesteps = tokens.shape[:2]
+    cameras = Cameras(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in cameras))
+    times = jnp.broadcast_to(jnp.arange(timesteps, dtype=jnp.float32), (batch, timesteps))
+    return vqvae(tokenizer.codes(tokens), cameras, times).gaussians
+
+
+def _sha256_of(path: Path) -> str:
+    """SHA-256 of a file, or of the names and hashes of a folder's files, sorted by name."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(f for f in path.iterdir() if f.is_file()):
+        digest.update(f"{file.name}\0{_sha256_of(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,183 @@
+"""The definition of density-peaks clustering (DPC-KNN), and the same, one group at a time.
+
+Du et al. 2016 as TCFormer (github.com/zengwang430521/TCFormer) uses it on tokens, with the paper's
+Eq. 1 and 2: the density rho of a token is measured inside its own group, its delta is the distance
+to the nearest denser token of any group, and the tokens with the largest rho * delta are centres.
+
+Everything here is deterministic. Of two tokens of equal density the one with the smaller index
+counts as denser (TCFormer adds noise instead), and tokens with equal ids are at a distance of
+exactly 0, which the product form of the distance would only give up to rounding.
+Densities are kept as logarithms: the order is the same and nothing underflows.
+One sample at a time; `api` and the container map over the batch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Clusters(NamedTuple):
+    """Centres, best first, and the cluster of every token."""
+
+    centers: Int[Array, "*b M"]  # index of the centre token
+    valid: Bool[Array, "*b M"]  # False: surplus, the centre repeats a better one or is masked out
+    assignment: Int[Array, "*b L"]  # cluster of each token, -1 where masked out
+
+
+class Peaks(NamedTuple):
+    """What is known of S token slots after some groups have come in; the rest is masked out."""
+
+    x: Float[Array, "*b S D"]
+    ids: Int[Array, "*b S K"]
+    mask: Bool[Array, "*b S"]
+    log_densities: Float[Array, "*b S"]
+    deltas: Float[Array, "*b S"]  # infinite for the densest token
+    max_distance: Float[Array, "*b"]  # over all pairs so far
+    filled: Int[Array, ""]  # number of slots that are
+
+
+def distances(
+    x: Float[Array, "L D"],
+    y: Float[Array, "R D"],
+    x_ids: Int[Array, "L K"],
+    y_ids: Int[Array, "R K"],
+) -> Float[Array, "L R"]:
+    """Euclidean distances divided by sqrt(D), in float32; exactly 0 between equal ids."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+    square = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1) - 2 * product
+    same = jnp.ones(square.shape, bool)
+    for k in range(x_ids.shape[1]):  # a loop, so that no [L, R, K] array is made
+        same &= x_ids[:, None, k] == y_ids[:, k]
+    return jnp.where(same, 0.0, jnp.sqrt(jnp.maximum(square, 0.0) / x.shape[1]))
+
+
+def log_densities(
+    distance: Float[Array, "N N"], mask: Bool[Array, " N"], *, k: int
+) -> Float[Array, " N"]:
+    """-mean of the squared distances to the k nearest, the token itself being one of them.
+
+    A group with fewer than k valid tokens averages over those it has.
+    """
+    nearest = -jax.lax.top_k(jnp.where(mask, -distance, -jnp.inf), min(k, mask.shape[0]))[0]
+    found = jnp.isfinite(nearest)
+    total = jnp.sum(jnp.where(found, nearest, 0.0) ** 2, axis=1)
+    return -total / jnp.maximum(jnp.sum(found, axis=1), 1)
+
+
+def is_denser(
+    log_density: Float[Array, "*b"],
+    index: Int[Array, "*b"],
+    other: Float[Array, "*c"],
+    other_index: Int[Array, "*c"],
+) -> Bool[Array, "*d"]:
+    """Whether the first is denser than the other: by density, then by the smaller index."""
+    return (log_density > other) | ((log_density == other) & (index < other_index))
+
+
+def empty_peaks(num_slots: int, dim: int, num_ids: int) -> Peaks:
+    """No group has come in yet."""
+    return Peaks(
+        x=jnp.zeros((num_slots, dim)),
+        ids=jnp.zeros((num_slots, num_ids), jnp.int32),
+        mask=jnp.zeros(num_slots, bool),
+        log_densities=jnp.zeros(num_slots),
+        deltas=jnp.full(num_slots, jnp.inf),
+        max_distance=jnp.zeros(()),
+        filled=jnp.zeros((), jnp.int32),
+    )
+
+
+def add_group(
+    peaks: Peaks,
+    x: Float[Array, "N D"],
+    ids: Int[Array, "N K"],
+    mask: Bool[Array, " N"],
+    *,
+    k: int,
+) -> Peaks:
+    """Takes one more group in. Exact: the result is that of a run over all groups at once.
+
+    Densities never change, being of one group each, so delta is a running minimum. Memory and time
+    grow with S times N, not with S squared.
+    """
+    x = x.astype(jnp.float32)
+    start = peaks.filled
+    new = start + jnp.arange(x.shape[0])
+    density = log_densities(distances(x, x, ids, ids), mask, k=k)
+
+    def write(buffer, rows):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis=0)
+
+    xs, all_ids, valid = write(peaks.x, x), write(peaks.ids, ids), write(peaks.mask, mask)
+    densities = write(peaks.log_densities, density)
+    index = jnp.arange(xs.shape[0])
+    distance = distances(xs, x, all_ids, ids)  # [S, N], every slot to the new group
+    pair = valid[:, None] & mask
+    denser = is_denser(density, new, densities[:, None], index[:, None])
+    older = ~denser & (index[:, None] != new)  # the slot is denser than the new token
+    deltas = jnp.minimum(peaks.deltas, jnp.min(distance, 1, where=pair & denser, initial=jnp.inf))
+    new_deltas = jnp.min(distance, 0, where=pair & older, initial=jnp.inf)
+    new_deltas = jnp.minimum(jax.lax.dynamic_slice_in_dim(deltas, start, x.shape[0]), new_deltas)
+    return Peaks(
+        x=xs,
+        ids=all_ids,
+        mask=valid,
+        log_densities=densities,
+        deltas=write(deltas, new_deltas),
+        max_distance=jnp.maximum(peaks.max_distance, jnp.max(distance, where=pair, initial=0.0)),
+        filled=start + x.shape[0],
+    )
+
+
+def find_clusters(peaks: Peaks, *, num_clusters: int) -> Clusters:
+    """The tokens with the largest rho * delta, and for each token the nearest of them.
+
+    The densest token's delta is the largest distance of the sample. A centre with delta 0 has a
+    denser twin: it is surplus and takes no tokens. A centre belongs to its own cluster.
+    """
+    deltas = jnp.where(jnp.isinf(peaks.deltas), peaks.max_distance, peaks.deltas)
+    densest = peaks.mask & jnp.isinf(peaks.deltas)
+    # With all tokens alike every delta is 0: the densest one is still a centre.
+    score = peaks.log_densities + jnp.log(jnp.where(densest, jnp.maximum(deltas, 1e-30), deltas))
+    score, centers = jax.lax.top_k(jnp.where(peaks.mask, score, -jnp.inf), num_clusters)
+    valid = score > -jnp.inf
+    distance = distances(peaks.x, peaks.x[centers], peaks.ids, peaks.ids[centers])  # [S, M]
+    assignment = jnp.argmin(jnp.where(valid, distance, jnp.inf), axis=1)
+    own = jnp.arange(peaks.x.shape[0])[:, None] == jnp.where(valid, centers, -1)
+    assignment = jnp.where(jnp.any(own, axis=1), jnp.argmax(own, axis=1), assignment)
+    return Clusters(centers, valid, jnp.where(peaks.mask, assignment, -1))
+
+
+def cluster(
+    x: Float[Array, "L D"],
+    ids: Int[Array, "L K"],
+    mask: Bool[Array, " L"],
+    *,
+    num_clusters: int,
+    k: int,
+    num_groups: int,
+) -> Clusters:
+    """All groups at once, from the whole distance matrix: slow, complete, the definition."""
+    size = x.shape[0] // num_groups
+    distance = distances(x, x, ids, ids)
+    blocks = distance.reshape(num_groups, size, num_groups, size)
+    own = jnp.arange(num_groups)
+    density = jax.vmap(lambda d, m: log_densities(d, m, k=k))(
+        blocks[own, :, own, :], mask.reshape(num_groups, size)
+    ).reshape(-1)
+    index = jnp.arange(x.shape[0])
+    pair = mask[:, None] & mask
+    denser = is_denser(density, index, density[:, None], index[:, None])  # column over row
+    peaks = Peaks(
+        x=x.astype(jnp.float32),
+        ids=ids,
+        mask=mask,
+        log_densities=density,
+        deltas=jnp.min(distance, 1, where=pair & denser, initial=jnp.inf),
+        max_distance=jnp.max(distance, where=pair, initial=0.0),
+        filled=jnp.int32(x.shape[0]),
+    )
+    return find_clusters(peaks, num_clusters=num_clusters)

@@ -1,0 +1,284 @@
+"""`rasterize`: differentiable rendering of 3D Gaussians, the call that models and users make."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from fourdstar_jax.kernels.rasterize import binning, reference, xla
+from fourdstar_jax.kernels.rasterize.binning import pick_capacity
+from fourdstar_jax.kernels.rasterize.projection import project, usable_mask
+from fourdstar_jax.types import Cameras, Gaussians, Rendered
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
+MAX_FEATURES = 16
+
+
+def rasterize(
+    gaussians: Gaussians,
+    cameras: Cameras,
+    *,
+    width: int,
+    height: int,
+    features: Shaped[Array | np.ndarray, "..."] | None = None,
+    background: Any = None,
+    near: float = 0.01,
+    far: float = math.inf,
+    eps2d: float = 0.3,
+    antialiased: bool = False,
+    capacity: int | None = None,
+    implementation: str | None = None,
+) -> Rendered:
+    """Renders 3D Gaussians into every camera (3D Gaussian Splatting, Kerbl et al. 2023).
+
+    Values follow gsplat 1.5.3 in its classic mode: EWA projection; alpha = min(opacity *
+    exp(-sigma), 0.999), skipped below 1/255; front to back by camera z, equal depths by index; a
+    pixel ends before the Gaussian that would leave it a transmittance of 1e-4 or less. Pixel
+    centres lie at +0.5.
+
+    Leading axes of Gaussians `[..., G, *]` and cameras `[..., V, *]` broadcast against each other:
+    `[B, T]` Gaussians and `[B, 1]` cameras give renders `[B, T, V, h, w, 3]`.
+
+    Differentiable in means, quats, scales, opacities, colors, features, viewmats, Ks and
+    background; jit, vmap and shard_map work. A Gaussian with a NaN or an infinity anywhere is
+    dropped whole (`usable_mask` finds those), a zero quaternion is the identity, the sign of a
+    scale is ignored.
+
+    Args:
+      width, height: image size in pixels.
+      features: up to 16 further channels `[..., G, F]`, blended as colours are, over zero.
+      background: colour behind everything, broadcastable to `[..., V, 3]`; black by default.
+      near, far: camera z outside of which Gaussians are dropped; scene units.
+      eps2d: added to the diagonal of the 2D covariance, pixels squared.
+      antialiased: scales opacities by sqrt(det / det_blurred) (Mip-Splatting, Yu et al. 2024).
+      capacity: room for (Gaussian, tile) pairs over the whole call; memory and time follow it. By
+        default there is room for every pair there could be (images x tiles x G, tiles of 8x8
+        pixels) if those are at most 4,194,304, so that nothing can overflow. Above that, a call
+        with concrete arrays counts the pairs first and makes room for all, and under a trace (jit,
+        grad, vmap) there is room for 16 pairs for each Gaussian and image, at least 1,048,576.
+        Where pairs do not fit, `overflow` is set and the images are not to be used;
+        `pick_capacity` chooses a capacity from a count. `reference` ignores it.
+      implementation: "reference" (dense), "xla" (tiles, any device; the default), "pallas_gpu",
+        "pallas_tpu".
+
+    Raises:
+      ValueError: an argument has a wrong shape, type or size; the message names it.
+      NotImplementedError: this implementation does not run here; the message says which do.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+    if implementation in ("pallas_gpu", "pallas_tpu"):
+        raise NotImplementedError(
+            f"implementation {implementation!r} is not available in this version; "
+            "'xla' and 'reference' run on every device"
+        )
+    _check_options(width, height, near, far, eps2d, capacity)
+    gaussians, cameras, features, background, batch = _check_arrays(
+        gaussians, cameras, features, background
+    )
+    options = dict(
+        width=int(width),
+        height=int(height),
+        near=float(near),
+        far=float(far),
+        eps2d=float(eps2d),
+        antialiased=bool(antialiased),
+    )
+    arrays = (gaussians, cameras, features, background)
+    grid = binning.Grid(xla.TILE, int(width), int(height))
+    images = math.prod(batch) * cameras.Ks.shape[-3]
+    if capacity is None:
+        num = max(gaussians.means.shape[-2], 1)
+        small = images * grid.columns * grid.rows * num <= binning.DENSE_LIMIT
+        capacity = binning.default_capacity(images, num, grid)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
+        if implementation != "reference" and not traced and not small:
+            count, too_many = _count(gaussians, cameras, features, **options)
+            if too_many:
+                raise ValueError(
+                    "the gaussians touch more than 2**31 tiles in all: render fewer images or "
+                    "gaussians in a call, or smaller scales"
+                )
+            capacity = pick_capacity(int(count))
+    return _rasterize(
+        *arrays, **options, capacity=int(capacity), implementation=implementation or "xla"
+    )
+
+
+def _check_options(width, height, near, far, eps2d, capacity):
+    for name, value in (("width", width), ("height", height), ("capacity", capacity)):
+        if name == "capacity" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value <= 0:
+            raise ValueError(f"{name}={value!r} must be a positive whole number")
+    if not 0 < near < far:
+        raise ValueError(f"near={near} and far={far} must satisfy 0 < near < far")
+    if not 0 <= eps2d < math.inf:
+        raise ValueError(f"eps2d={eps2d} must be finite and not negative")
+
+
+def _check_arrays(gaussians, cameras, features, background):
+    """Everything as float arrays of one type, shapes checked, at least one Gaussian."""
+    if not isinstance(gaussians, Gaussians):
+        raise ValueError(f"gaussians must be a Gaussians, not {type(gaussians).__name__}")
+    if not isinstance(cameras, Cameras):
+        raise ValueError(f"cameras must be a Cameras, not {type(cameras).__name__}")
+    named = {f"gaussians.{k}": v for k, v in gaussians._asdict().items()}
+    named |= {f"cameras.{k}": v for k, v in cameras._asdict().items()}
+    if features is not None:
+        named["features"] = features
+    if background is not None:
+        named["background"] = background
+    for name, x in named.items():
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise ValueError(f"{name} must hold floats, not {jnp.result_type(x)}")
+    dtype = jnp.result_type(jnp.float32, *named.values())
+    named = {name: jnp.asarray(x, dtype) for name, x in named.items()}
+
+    means = named["gaussians.means"]
+    if means.ndim < 2 or means.shape[-1] != 3:
+        raise ValueError(f"gaussians.means must be [..., G, 3], not {means.shape}")
+    leading, num = means.shape[:-2], means.shape[-2]
+    for field, tail in (("quats", (4,)), ("scales", (3,)), ("opacities", ()), ("colors", (3,))):
+        shape, wanted = named[f"gaussians.{field}"].shape, (*leading, num, *tail)
+        if shape != wanted:
+            raise ValueError(f"gaussians.{field} must be {wanted} as the means are, not {shape}")
+    viewmats, Ks = named["cameras.viewmats"], named["cameras.Ks"]
+    if viewmats.ndim < 3 or viewmats.shape[-2:] != (4, 4):
+        raise ValueError(f"cameras.viewmats must be [..., V, 4, 4], not {viewmats.shape}")
+    if Ks.shape != (*viewmats.shape[:-2], 3, 3):
+        wanted = (*viewmats.shape[:-2], 3, 3)
+        raise ValueError(f"cameras.Ks must be {wanted} as the viewmats are, not {Ks.shape}")
+    views = viewmats.shape[-3]
+    if views == 0:
+        raise ValueError(f"cameras.viewmats hold no camera: {viewmats.shape}")
+    try:
+        batch = np.broadcast_shapes(leading, viewmats.shape[:-3])
+    except ValueError:
+        raise ValueError(
+            f"leading axes of gaussians {leading} and cameras {viewmats.shape[:-3]} "
+            "must broadcast against each other"
+        ) from None
+    if 0 in batch:
+        raise ValueError(f"leading axes {batch} of gaussians and cameras must not be empty")
+    features = named.get("features")
+    if features is not None:
+        if features.ndim < 2 or features.shape[-2] != num:
+            raise ValueError(f"features must be [..., G, F] with G={num}, not {features.shape}")
+        if not 0 < features.shape[-1] <= MAX_FEATURES:
+            raise ValueError(
+                f"features must have 1 to {MAX_FEATURES} channels, not {features.shape[-1]}"
+            )
+        try:
+            fits = np.broadcast_shapes(batch, features.shape[:-2]) == batch
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"features {features.shape} must broadcast to {(*batch, num)} + (F,)")
+    background = named.get("background")
+    if background is None:
+        background = jnp.zeros(3, dtype)
+    try:
+        fits = np.broadcast_shapes((*batch, views, 3), background.shape) == (*batch, views, 3)
+    except ValueError:
+        fits = False
+    if not fits or background.shape[-1:] != (3,):
+        raise ValueError(
+            f"background must broadcast to {(*batch, views, 3)}, not {background.shape}"
+        )
+    gaussians = Gaussians(*(named[f"gaussians.{field}"] for field in Gaussians._fields))
+    return gaussians, Cameras(viewmats, Ks), features, background, batch
+
+
+def _prepare(gaussians, cameras, features, **options):
+    """Unusable Gaussians made harmless, an empty scene given one of them, all projected."""
+    if gaussians.means.shape[-2] == 0:
+        gaussians = jax.tree.map(
+            lambda x, axis: jnp.pad(
+                x,
+                [(0, 1) if i == x.ndim + axis else (0, 0) for i in range(x.ndim)],
+                constant_values=jnp.nan,
+            ),
+            gaussians,
+            Gaussians(-2, -2, -2, -1, -2),
+        )
+        if features is not None:
+            features = jnp.zeros((1, features.shape[-1]), features.dtype)
+    usable = usable_mask(gaussians, features)
+    gaussians = Gaussians(
+        *(
+            jnp.where(
+                usable.reshape(*usable.shape, *(1,) * (x.ndim - gaussians.opacities.ndim)), x, 0.0
+            )
+            for x in gaussians
+        )
+    )
+    if features is not None:
+        features = jnp.where(usable[..., None], features, 0.0)
+    return gaussians, features, project(gaussians, cameras, usable, **options)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("width", "height", "near", "far", "eps2d", "antialiased")
+)
+def _count(gaussians, cameras, features, **options):
+    _, _, projected = _prepare(gaussians, cameras, features, **options)
+    grid = binning.Grid(xla.TILE, options["width"], options["height"])
+    return binning.count_pairs(projected, grid)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "width",
+        "height",
+        "near",
+        "far",
+        "eps2d",
+        "antialiased",
+        "capacity",
+        "implementation",
+    ),
+)
+def _rasterize(
+    gaussians, cameras, features, background, *, capacity, implementation, **options
+) -> Rendered:
+    gaussians, features, projected = _prepare(gaussians, cameras, features, **options)
+    width, height = options["width"], options["height"]
+    shape = projected.depths.shape  # [..., V, G]
+    # Alpha is a channel of ones: one minus the transmittance has few digits where alpha is small,
+    # and one minus alpha has few where the transmittance, the background's share, is small.
+    depths = projected.depths[..., None]
+    channels = [gaussians.colors[..., None, :, :], depths, jnp.ones_like(depths)]
+    if features is not None:
+        channels.append(features[..., None, :, :])
+    channels = [jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in channels]
+    channels = jnp.concatenate(channels, axis=-1)  # [..., V, G, 5 + F]
+    axes = len(shape) - 1
+    projected = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), projected)
+    channels = channels.reshape(-1, *channels.shape[axes:])
+
+    if implementation == "reference":
+        blended = reference.blend(projected, channels, width=width, height=height)
+        count, too_many = binning.count_pairs(projected, binning.Grid(xla.TILE, width, height))
+        overflow = jnp.zeros_like(too_many)
+    else:
+        blended, bins = xla.blend(
+            projected, channels, width=width, height=height, capacity=capacity
+        )
+        count, overflow = bins.count, bins.overflow
+    blended = blended.reshape(*shape[:-1], *blended.shape[1:])  # [..., V, h, w, C + 1]
+    alphas, left = blended[..., 4:5], blended[..., -1:]
+    hit = alphas > 0
+    return Rendered(
+        renders=blended[..., :3] + left * background[..., None, None, :],
+        alphas=alphas,
+        depths=jnp.where(hit, blended[..., 3:4] / jnp.where(hit, alphas, 1.0), 0.0),
+        features=None if features is None else blended[..., 5:-1],
+        num_intersections=count,
+        overflow=overflow,
+    )

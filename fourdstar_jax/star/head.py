@@ -1,0 +1,106 @@
+"""The head: a small causal transformer over the K sub-codes of a token (depth transformer).
+
+As UniTok's AutoRegressiveHead (github.com/FoundationVision/UniTok): the sequence is the trunk's
+hidden state, then embeddings of codes 1 to K-1; slot k predicts code k. No positional encoding. One
+output matrix per codebook, zero at the start, so that training starts at ln(vocab).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fourdstar_jax import nn
+from fourdstar_jax.star.embed import vector
+from fourdstar_jax.star.transformer import KV, Layer
+
+
+class DepthHead(nnx.Module):
+    """p(codes of a token | hidden state) by the chain rule over the K codes."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        num_codebooks: int,
+        vocab_size: int,
+        init,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
+        self.input = nn.linear(dim, head_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.tables = vector(
+            rngs.params(), num_codebooks - 1, vocab_size, head_dim, std=1.0,
+            axes=(None, "vocab", None),
+        )  # fmt: skip
+        self.layers = nnx.List(
+            [Layer(head_dim, num_heads, hidden_dim, **kw) for _ in range(num_layers)]
+        )
+        self.norm = nnx.RMSNorm(head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        zeros = nnx.with_partitioning(nnx.initializers.zeros, (None, None, "vocab"))
+        shape = (num_codebooks, head_dim, vocab_size)
+        self.output = nnx.Param(zeros(rngs.params(), shape, jnp.float32))
+        self.num_codebooks = num_codebooks
+
+    def logits(self, x: Float[Array, "*b D"], code: int) -> Float[Array, "*b vocab"]:
+        weights = self.output[...][code].astype(x.dtype)
+        return jnp.matmul(x, weights, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self, hidden: Float[Array, "R D"], tokens: Int[Array, "R K"]
+    ) -> Float[Array, "R K vocab"]:
+        """Logits of every code given the ones before it."""
+        x = self.input(hidden)[:, None]
+        codes = self.tables[...][jnp.arange(self.num_codebooks - 1), tokens[:, :-1]]
+        x = jnp.concatenate([x, codes.astype(x.dtype)], axis=1)  # [R, K, D]
+        mask = np.tri(self.num_codebooks, dtype=bool)
+        for layer in self.layers:
+            x, _ = layer(x, mask=mask)
+        weights = self.output[...].astype(x.dtype)
+        return jnp.einsum("rkd,kdv->rkv", self.norm(x), weights, preferred_element_type=jnp.float32)
+
+    def decode(
+        self,
+        hidden: Float[Array, "R D"],
+        pick: Callable[[int, Float[Array, "R vocab"]], Int[Array, " R"]],
+    ) -> tuple[Int[Array, "R K"], Float[Array, "R K vocab"]]:
+        """Codes one after the other, each chosen by `pick(k, logits)`; also the logits."""
+        x = self.input(hidden)[:, None]
+        past: list[KV | None] = [None] * len(self.layers)
+        tokens, logits = [], []
+        for code in range(self.num_codebooks):
+            for i, layer in enumerate(self.layers):
+                x, own = layer(x, past[i])
+                past[i] = own if code == 0 else jax.tree.map(
+                    lambda a, b: jnp.concatenate([a, b], axis=1), past[i], own
+                )  # fmt: skip
+            logits.append(self.logits(self.norm(x)[:, 0], code))
+            tokens.append(pick(code, logits[-1]))
+            if code < self.num_codebooks - 1:
+                x = self.tables[...][code, tokens[-1]][:, None].astype(x.dtype)
+        return jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1)
+
+
+def filter_logits(
+    logits: Float[Array, "*b vocab"], *, top_k: int | None, top_p: Float[Array, ""] | None
+) -> Float[Array, "*b vocab"]:
+    """-inf for codes outside the `top_k` best and outside the smallest set of mass `top_p`."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        inside = mass - jax.nn.softmax(ranked, axis=-1) < top_p  # the first one always
+        least = jnp.min(ranked, axis=-1, where=inside, initial=jnp.inf, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits

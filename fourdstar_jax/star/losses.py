@@ -1,0 +1,69 @@
+"""STAR's loss: cross-entropy over the codes, one group at a time (paper Eq. 3 and 4)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class GroupLosses(NamedTuple):
+    """Of every code of every token."""
+
+    nll: Float[Array, "B G N K"]  # nats
+    lse_squared: Float[Array, "B G N K"]  # squared log-sum-exp of the logits
+    correct: Float[Array, "B G N K"]  # 1 where the most probable code is the true one
+
+
+def group_losses(
+    head: Callable[[Float[Array, "R D"], Int[Array, "R K"]], Float[Array, "R K vocab"]],
+    hidden: Float[Array, "B G N D"],
+    tokens: Int[Array, "B G N K"],
+) -> GroupLosses:
+    """Scans over the groups, rematerialised, so that one group's logits exist at a time."""
+    codes = tokens.shape[-1]
+
+    @jax.checkpoint
+    def one(group):
+        x, targets = group
+        targets = targets.reshape(-1, codes)
+        logits = head(x.reshape(-1, x.shape[-1]), targets)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        parts = GroupLosses(lse - chosen, lse**2, correct)
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], codes), parts)
+
+    groups = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(tokens, 1, 0))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), jax.lax.map(one, groups))
+
+
+def summarize(
+    losses: GroupLosses,
+    *,
+    num_known: int,
+    known_weight: float,
+    z_loss: float,
+    by_group: bool,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The training loss and what to report.
+
+    The first `num_known` tokens of a group are those of the input view, which the prefix already
+    shows; they count `known_weight` times in the loss and are reported apart, as in MVAR. `z_loss`
+    weighs the squared log-sum-exp (PaLM).
+    """
+    nll = losses.nll
+    weights = jnp.where(jnp.arange(nll.shape[2]) < num_known, known_weight, 1.0)
+    per_token = jnp.mean(nll + z_loss * losses.lse_squared, axis=(0, 1, 3))
+    loss = jnp.sum(per_token * weights) / jnp.sum(weights)
+    metrics = {"loss": loss, "nll": jnp.mean(nll), "accuracy": jnp.mean(losses.correct)}
+    metrics["nll_ref"] = jnp.mean(nll[:, :, :num_known])
+    if num_known < nll.shape[2]:
+        metrics["nll_novel"] = jnp.mean(nll[:, :, num_known:])
+    for k in range(nll.shape[3]):
+        metrics[f"nll_code{k + 1}"] = jnp.mean(nll[..., k])
+    if by_group:
+        for t in range(nll.shape[1]):
+            metrics[f"nll_group{t + 1}"] = jnp.mean(nll[:, t])
+    return loss, metrics

@@ -1,0 +1,395 @@
+"""STAR: from text, a video and cameras to the tokens of a 4D object, timestep by timestep.
+
+Tokens of a timestep form a group of N = V n, view after view, each view row by row. The model
+predicts group t from the prefix (text, tokens of the video), the container's tokens (the state of
+groups before t) and the group's own past. Shapes, with M container slots and P = L + T n:
+
+    prefix stream  [B, P, D]          text MLP | image MLP + own ray + own time + segment
+    group stream   [B, T, M + N, D]   container tokens | previous token (START first) + ray and time
+                                      of the position to be predicted (shift positional encoding)
+
+The image tokenizer's MLP is strictly position-wise: attention over an image would let a token see
+the ones it has to predict.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fourdstar_jax import nn
+from fourdstar_jax.star import decode, embed
+from fourdstar_jax.star.container import Container
+from fourdstar_jax.star.embed import Codebook
+from fourdstar_jax.star.head import DepthHead
+from fourdstar_jax.star.losses import GroupLosses, group_losses, summarize
+from fourdstar_jax.star.transformer import (
+    Rotary,
+    Transformer,
+    axial_angles,
+    group_mask,
+    round_up,
+)
+from fourdstar_jax.types import Cameras
+
+
+class Condition(NamedTuple):
+    """What generation is conditioned on. View 0 of the cameras is the video's."""
+
+    text_ids: Int[Array, "B L"]  # padded with 0
+    video_tokens: Int[Array, "B T n K"]
+    times: Float[Array, "B T"]  # seconds since the first frame * fps
+    cameras: Cameras  # [B, V], intrinsics at the tokenizer's image size, constant over time
+    text_features: Float[Array, "B L C"] | None = None  # with text_encoder="t5" only
+
+
+class Places(NamedTuple):
+    """Where and when each token of the object is."""
+
+    spe: Float[Array, "B T N D"]  # ray embedding + time embedding
+    coordinates: Float[Array, "B T N 4"]  # time, view, row, column
+
+
+class STAR(nnx.Module):
+    """Spatial-temporal state propagation autoregressive model (paper 3.2)."""
+
+    def __init__(
+        self,
+        *,
+        num_codebooks: int,
+        vocab_size: int,
+        code_dim: int,
+        image_size: int,
+        patch: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        head_layers: int,
+        head_heads: int,
+        container_slots: int,
+        container_neighbors: int,
+        text_vocab: int,
+        text_length: int,
+        text_dim: int = 64,
+        text_encoder: str = "words",
+        hidden_dim: int | None = None,
+        head_hidden_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        refine_blocks: int = 2,
+        time_features: int = 32,
+        spe_octaves: int = 0,
+        rope: str = "none",
+        prefix: str = "bidirectional",
+        history: str = "container",
+        dropout: float = 0.0,
+        init_std: float = 0.02,
+        remat: bool = False,
+        codebooks: Float[Array, "K vocab C"] | None = None,
+        dtype: nn.Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """`code_dim` is the width of a whole code, `codebooks` the tokenizer's `[K, vocab, D/K]`.
+
+        Without `codebooks` random unit vectors stand in for them until the weights are loaded.
+        Feed-forwards are 8/3 of the width, rounded up to a multiple of 32, unless given.
+        """
+        if rope not in ("none", "axial"):
+            raise ValueError(f"{rope=} must be 'none' or 'axial'")
+        if prefix not in ("bidirectional", "causal"):
+            raise ValueError(f"{prefix=} must be 'bidirectional' or 'causal'")
+        if code_dim % num_codebooks:
+            raise ValueError(f"{code_dim=} must be a multiple of {num_codebooks=}")
+        group_mask(1, 1, 1, history)  # says so if there is no such history
+        shape = (num_codebooks, vocab_size, code_dim // num_codebooks)
+        if codebooks is None:
+            books = jax.random.normal(rngs.params(), shape)
+            books /= jnp.linalg.norm(books, axis=-1, keepdims=True)
+        else:
+            books = jnp.asarray(codebooks, jnp.float32)
+        if books.shape != shape:
+            raise ValueError(f"codebooks are {books.shape}; the sizes given say {shape}")
+        hidden_dim = hidden_dim or round_up(8 / 3 * dim)
+        head_hidden_dim = head_hidden_dim or round_up(8 / 3 * head_dim)
+        init = nnx.initializers.normal(init_std)
+        # The tokenizers' MLPs keep the variance instead (default init): text, tokens, rays and
+        # times are summed, and with N(0, 0.02) twice in a row rays would drown the others.
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        self.codebook = Codebook(books)
+        self.text = embed.TextPrefix(
+            text_encoder,
+            vocab_size=text_vocab,
+            length=text_length,
+            text_dim=text_dim,
+            dim=dim,
+            **kw,
+        )
+        self.image = nn.Mlp(code_dim, dim, dim, use_bias=False, **kw)
+        self.rays = embed.RayEncoder(
+            image_size, patch, dim, octaves=spe_octaves, std=init_std, **kw
+        )
+        self.time = embed.TimeEncoder(time_features, dim, **kw)
+        self.start = embed.vector(rngs.params(), dim)
+        self.video_segment = embed.vector(rngs.params(), dim)
+        self.null_video = embed.vector(rngs.params(), dim)
+        self.container = Container(
+            dim, num_heads, num_slots=container_slots, neighbors=container_neighbors,
+            refine_blocks=refine_blocks, init=init, **kw,
+        )  # fmt: skip
+        self.trunk = Transformer(
+            dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads,
+            causal_prefix=prefix == "causal", dropout=dropout, remat=remat, init=init, **kw,
+        )  # fmt: skip
+        self.head = DepthHead(
+            dim, head_dim=head_dim, num_layers=head_layers, num_heads=head_heads,
+            hidden_dim=head_hidden_dim, num_codebooks=num_codebooks, vocab_size=vocab_size,
+            init=init, **kw,
+        )  # fmt: skip
+        self.grid = image_size // patch
+        self.rotary_dim = dim // num_heads if rope == "axial" else None
+        self.history = history
+        self.num_codebooks, self.vocab_size = num_codebooks, vocab_size
+        self.dropout, self.dtype = dropout, dtype
+
+    # ---------------------------------------------------------------- pieces of the sequence
+
+    def embed(self, tokens: Int[Array, "*b K"]) -> Float[Array, "*b D"]:
+        """Image tokenizer (paper 3.2.1): an MLP of the dequantised code, position by position."""
+        return self.image(embed.lookup(jax.lax.stop_gradient(self.codebook[...]), tokens))
+
+    def places(self, condition: Condition) -> Places:
+        """Shift positional encoding of all positions: ray embedding plus time embedding."""
+        rays, times = self.rays(condition.cameras), self.time(condition.times)
+        views = condition.cameras.viewmats.shape[1]
+        return Places(
+            spe=rays[:, None] + times[:, :, None],
+            coordinates=embed.token_coordinates(condition.times, views, self.grid, self.grid),
+        )
+
+    def prefix_stream(
+        self,
+        condition: Condition,
+        places: Places,
+        drop_text: Bool[Array, " B"] | None,
+        drop_video: Bool[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B P D"], Rotary | None]:
+        """Text, then the video frame by frame; a dropped condition holds a learned vector."""
+        text = self.text(condition.text_ids, condition.text_features, drop_text)
+        n = condition.video_tokens.shape[2]
+        video = self.embed(condition.video_tokens)
+        if drop_video is not None:
+            null = self.null_video[...].astype(video.dtype)
+            video = jnp.where(drop_video[:, None, None, None], null, video)
+        video = video + places.spe[:, :, :n] + self.video_segment[...].astype(video.dtype)
+        video = video.reshape(video.shape[0], -1, video.shape[-1])
+        rotary = None
+        if self.rotary_dim is not None:
+            seen = places.coordinates[:, :, :n].reshape(video.shape[0], -1, 4)
+            seen = jnp.pad(seen, ((0, 0), (text.shape[1], 0), (0, 0)))  # text does not turn
+            angles = axial_angles(seen, self.rotary_dim)
+            rotary = Rotary(angles, angles)
+        return jnp.concatenate([text, video], axis=1), rotary
+
+    def token_slots(
+        self, features: Float[Array, "*b N D"], spe: Float[Array, "*b N D"]
+    ) -> Float[Array, "*b N D"]:
+        """Slot j holds token j - 1 (START first) and the ray and time of token j."""
+        start = jnp.broadcast_to(
+            self.start[...].astype(spe.dtype), (*spe.shape[:-2], 1, spe.shape[-1])
+        )
+        return jnp.concatenate([start, features[..., :-1, :]], axis=-2) + spe
+
+    def group_rotary(
+        self, memory_places: Float[Array, "*b M 4"], coordinates: Float[Array, "*b N 4"]
+    ) -> Rotary | None:
+        """A slot asks from the position it predicts and is found at that of the token it holds."""
+        if self.rotary_dim is None:
+            return None
+        held = jnp.concatenate([coordinates[..., :1, :], coordinates[..., :-1, :]], axis=-2)
+        asked = jnp.concatenate([memory_places, coordinates], axis=-2)
+        held = jnp.concatenate([memory_places, held], axis=-2)
+        return Rotary(q=axial_angles(asked, self.rotary_dim), k=axial_angles(held, self.rotary_dim))
+
+    # ---------------------------------------------------------------- teacher forcing
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T N K"],
+        condition: Condition,
+        *,
+        history_tokens: Int[Array, "B T N K"] | None = None,
+        drop_text: Bool[Array, " B"] | None = None,
+        drop_video: Bool[Array, " B"] | None = None,
+        groups: Int[Array, "B G"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B G N D"]:
+        """The trunk's hidden states of all groups, or of those named in `groups`.
+
+        The container's history is built from `history_tokens` where given. `key` is for dropout.
+        """
+        self.check(condition, tokens.shape)
+        batch, _, size, _ = tokens.shape
+        places = self.places(condition)
+        prefix, prefix_rotary = self.prefix_stream(condition, places, drop_text, drop_video)
+        features = self.embed(tokens)
+        past, past_tokens = features, tokens
+        if history_tokens is not None:
+            past, past_tokens = self.embed(history_tokens), history_tokens
+
+        x = self.container.normalize(past)
+        clusters = self.container.cluster_history(x, past_tokens)
+        everywhere = Places(
+            spe=places.spe.reshape(batch, -1, places.spe.shape[-1]),
+            coordinates=places.coordinates.reshape(batch, -1, 4),
+        )
+        if groups is not None:
+            pick = jax.vmap(lambda y, i: y[i])
+            clusters = jax.tree.map(lambda y: pick(y, groups), clusters)
+            features = pick(features, groups)
+            places = jax.tree.map(lambda y: pick(y, groups), places)
+        x = x.reshape(batch, -1, x.shape[-1])
+        memory, memory_places = self.container(x, *everywhere, clusters)  # [B, G, M, D]
+
+        stream = jnp.concatenate([memory, self.token_slots(features, places.spe)], axis=2)
+        rotary = self.group_rotary(memory_places, places.coordinates)
+        slots = memory.shape[2]
+        mask = group_mask(prefix.shape[1], slots, size, self.history)
+        dropout_key = key if self.dropout else None
+        stream = self.trunk(prefix, stream, mask, prefix_rotary, rotary, dropout_key)
+        return stream[:, :, slots:]
+
+    def logits(
+        self, tokens: Int[Array, "B T N K"], condition: Condition, **kwargs
+    ) -> Float[Array, "B T N K vocab"]:
+        """Teacher-forced logits of every code, all at once; keyword arguments as `hidden`."""
+        hidden = self.hidden(tokens, condition, **kwargs)
+        flat = self.head(hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1, tokens.shape[-1]))
+        return flat.reshape(*tokens.shape, self.vocab_size)
+
+    def group_losses(
+        self, tokens: Int[Array, "B T N K"], condition: Condition, **kwargs
+    ) -> GroupLosses:
+        """Losses of every code; keyword arguments as `hidden`."""
+        hidden = self.hidden(tokens, condition, **kwargs)
+        if (groups := kwargs.get("groups")) is not None:
+            tokens = jax.vmap(lambda y, i: y[i])(tokens, groups)
+        return group_losses(self.head, hidden, tokens)
+
+    def nll(
+        self,
+        tokens: Int[Array, "B T N K"],
+        condition: Condition,
+        *,
+        history_tokens: Int[Array, "B T N K"] | None = None,
+        drop_text: Bool[Array, " B"] | None = None,
+        drop_video: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B T N K"]:
+        """Negative log-likelihood of every code in nats, for evaluation.
+
+        The condition may be another clip's; `history_tokens` gives the container another object.
+        """
+        return self.group_losses(
+            tokens, condition, history_tokens=history_tokens,
+            drop_text=drop_text, drop_video=drop_video,
+        ).nll  # fmt: skip
+
+    def loss(
+        self,
+        tokens: Int[Array, "B T N K"],
+        condition: Condition,
+        *,
+        key: jax.Array | None = None,
+        train: bool = True,
+        num_groups: int | None = None,
+        drop_text: float = 0.1,
+        drop_video: float = 0.1,
+        history_noise: float = 0.0,
+        known_weight: float = 1.0,
+        z_loss: float = 0.0,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Mean cross-entropy over groups, slots and codes (paper Eq. 4), and metrics in nats.
+
+        Training needs a `key`. It drops the text and the video independently (for classifier-free
+        guidance), may predict only `num_groups` random groups of each sample (each container still
+        comes from all groups before), and may replace a share `history_noise` of the container's
+        tokens by random ones, as generation will make mistakes. `train=False` does none of it.
+        `known_weight` weighs the input view's tokens, which the prefix shows.
+        """
+        batch, timesteps = tokens.shape[:2]
+        if train and key is None:
+            raise ValueError("loss(train=True) needs a key for dropping conditions")
+        if num_groups is not None and not 1 <= num_groups <= timesteps:
+            raise ValueError(f"{num_groups=} must lie between 1 and the {timesteps} timesteps")
+        kwargs: dict[str, Any] = {}
+        if train and key is not None:
+            text_key, video_key, group_key, noise_key, dropout_key = jax.random.split(key, 5)
+            kwargs["drop_text"] = jax.random.bernoulli(text_key, drop_text, (batch,))
+            kwargs["drop_video"] = jax.random.bernoulli(video_key, drop_video, (batch,))
+            kwargs["key"] = dropout_key
+            if history_noise:
+                where_key, what_key = jax.random.split(noise_key)
+                wrong = jax.random.bernoulli(where_key, history_noise, (*tokens.shape[:-1], 1))
+                other = jax.random.randint(what_key, tokens.shape, 0, self.vocab_size, tokens.dtype)
+                kwargs["history_tokens"] = jnp.where(wrong, other, tokens)
+            if num_groups is not None and num_groups < timesteps:
+                order = jnp.argsort(jax.random.uniform(group_key, (batch, timesteps)), axis=1)
+                kwargs["groups"] = jnp.sort(order[:, :num_groups], axis=1)
+        return summarize(
+            self.group_losses(tokens, condition, **kwargs),
+            num_known=condition.video_tokens.shape[2],
+            known_weight=known_weight,
+            z_loss=z_loss,
+            by_group="groups" not in kwargs,
+        )
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        condition: Condition,
+        key: jax.Array,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_scale: float = 1.0,
+        write_known: bool = True,
+        on_group: Callable[[int, Int[Array, "B N K"]], None] | None = None,
+    ) -> Int[Array, "B T N K"]:
+        """Samples an object; the same key and condition give the same tokens.
+
+        `temperature=0` takes the most probable code each time. `top_k` and `top_p` restrict the
+        choice. `cfg_scale` other than 1 guides: logits move from those without the video (text
+        kept, as MVAR) towards and beyond those with it, at twice the cost. `write_known` writes the
+        input view's tokens instead of sampling them. `on_group(t, tokens)` is called after each
+        timestep. Raises ValueError for settings outside their range.
+        """
+        return decode.generate(
+            self, condition, key, temperature=temperature, top_k=top_k, top_p=top_p,
+            cfg_scale=cfg_scale, write_known=write_known, on_group=on_group,
+        )  # fmt: skip
+
+    def check(self, condition: Condition, shape: tuple[int, ...] | None = None):
+        """Raises ValueError if the condition (or tokens of this shape) do not fit the model."""
+        batch, timesteps, n, codes = condition.video_tokens.shape
+        views = condition.cameras.viewmats.shape[1]
+        if n != self.grid**2 or codes != self.num_codebooks:
+            raise ValueError(
+                f"video_tokens have {n} tokens of {codes} codes a frame; the model takes "
+                f"{self.grid**2} of {self.num_codebooks}"
+            )
+        if condition.times.shape != (batch, timesteps):
+            raise ValueError(f"times are {condition.times.shape}, not {(batch, timesteps)}")
+        expected = (batch, timesteps, views * n, codes)
+        if shape is not None and tuple(shape) != expected:
+            raise ValueError(f"tokens are {tuple(shape)}; the condition says {expected}")
+        self.container.check(timesteps * views * n)
+
+
+def count_params(model: nnx.Module) -> int:
+    """Number of trained parameters, of a model or of its shapes."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,306 @@
+"""STAR's transformer: Llama blocks over two streams, the shared prefix and the groups.
+
+Group t sees {prefix, container t, its own past} and no other group, so groups are a batch axis and
+one static mask serves them all. The prefix runs once; every layer hands its keys and values of the
+prefix to all groups. Decoding runs the same layers with the prefix and the group cached.
+
+Blocks are Llama's (RMSNorm, SwiGLU, no biases) as in LlamaGen.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fourdstar_jax import nn
+from fourdstar_jax.sharding import constrain
+
+
+class KV(NamedTuple):
+    """Keys, rotated already, and values."""
+
+    k: Float[Array, "B S H E"]
+    v: Float[Array, "B S H E"]
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of rotary angles: those of queries and those of keys of the same slots."""
+
+    q: Float[Array, "*b L 2 R"]
+    k: Float[Array, "*b L 2 R"]
+
+
+def round_up(x: float, multiple: int = 32) -> int:
+    return int(-(-x // multiple) * multiple)
+
+
+def group_mask(
+    num_prefix: int, num_container: int, num_tokens: int, history: str = "container"
+) -> Bool[np.ndarray, "Q S"]:
+    """Who sees whom, for any group: rows container and tokens, columns prefix, container, tokens.
+
+    Container slots see the prefix and each other, token slots those and their own past.
+    """
+    if history == "full" or history.startswith("window:"):
+        raise NotImplementedError(
+            f"{history=} is planned: groups see each other only through the container now"
+        )
+    if history != "container":
+        raise ValueError(f"{history=} must be 'container', 'full' or 'window:w'")
+    mask = np.zeros((num_container + num_tokens, num_prefix + num_container + num_tokens), bool)
+    mask[:, : num_prefix + num_container] = True
+    mask[num_container:, num_prefix + num_container :] = np.tri(num_tokens, dtype=bool)
+    return mask
+
+
+def axial_angles(
+    coordinates: Float[Array, "*b L A"], head_dim: int, base: float = 100.0
+) -> Float[Array, "*b L 2 R"]:
+    """Cosines and sines for rotary embeddings over A coordinates, an equal share of pairs each.
+
+    Coordinates stay below a few dozen, hence the base of 100 (Su et al. 2021 take 10,000 for long
+    texts). Pairs that are left over do not turn.
+    """
+    axes = coordinates.shape[-1]
+    pairs = head_dim // 2 // axes
+    if pairs < 1:
+        raise ValueError(
+            f"rope='axial' needs heads of at least {2 * axes} channels, not {head_dim}"
+        )
+    frequencies = base ** (-np.arange(pairs, dtype=np.float32) / pairs)
+    angles = coordinates[..., None] * frequencies  # [..., L, A, pairs]
+    angles = angles.reshape(*coordinates.shape[:-1], axes * pairs)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-2)
+
+
+def rotate(x: Float[Array, "B L H E"], angles: Float[Array, "B L 2 R"] | None):
+    """Turns the first R channels against the R after them."""
+    if angles is None:
+        return x
+    pairs = angles.shape[-1]
+    cos, sin = angles[:, :, None, 0].astype(x.dtype), angles[:, :, None, 1].astype(x.dtype)
+    a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share of the entries and scales the others; nothing without a key."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+class Layer(nnx.Module):
+    """One Llama block. Queries may share keys and values (`num_kv_heads` < `num_heads`)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        *,
+        num_kv_heads: int | None = None,
+        dropout: float = 0.0,
+        init,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if dim % num_heads or num_heads % num_kv_heads:
+            raise ValueError(f"{dim=}, {num_heads=}, {num_kv_heads=} must divide one another")
+        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
+        head_dim = dim // num_heads
+        self.attention_norm = nnx.RMSNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.q = nn.linear(dim, dim, ("embed", "heads"), **kw)
+        self.k = nn.linear(dim, num_kv_heads * head_dim, ("embed", "heads"), **kw)
+        self.v = nn.linear(dim, num_kv_heads * head_dim, ("embed", "heads"), **kw)
+        self.out = nn.linear(dim, dim, ("heads", "embed"), **kw)
+        self.ffn_norm = nnx.RMSNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.ffn = nn.SwiGLU(dim, hidden_dim, **kw)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.dropout = dropout
+
+    def qkv(self, x, rotary: Rotary | None):
+        x = self.attention_norm(x)
+
+        def heads(y, number):
+            return constrain(
+                y.reshape(*x.shape[:2], number, self.head_dim), "batch", None, "heads", None
+            )
+
+        q, k = heads(self.q(x), self.num_heads), heads(self.k(x), self.num_kv_heads)
+        v = heads(self.v(x), self.num_kv_heads)
+        if rotary is not None:
+            q, k = rotate(q, rotary.q), rotate(k, rotary.k)
+        return q, KV(k, v)
+
+    def finish(self, x, y, key: jax.Array | None):
+        """The rest of the block after attention gave y."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = x + dropout(self.out(y.reshape(x.shape)), self.dropout, keys[0])
+        return x + dropout(self.ffn(self.ffn_norm(x)), self.dropout, keys[1])
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        before: KV | None = None,
+        *,
+        mask: Bool[np.ndarray, "Q S"] | None = None,
+        rotary: Rotary | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B Q D"], KV]:
+        """x over {before, x}; also returns the keys and values of x."""
+        q, own = self.qkv(x, rotary)
+        kv = own if before is None else jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b], axis=1), before, own
+        )  # fmt: skip
+        shown = None if mask is None else jnp.asarray(mask)[None, None]
+        y = jax.nn.dot_product_attention(q, kv.k, kv.v, mask=shown)
+        return self.finish(x, y, key), own
+
+    def step(
+        self,
+        x: Float[Array, "B 1 D"],
+        prefix: KV,
+        cache: KV,
+        index: Int[Array, ""],
+        rotary: Rotary | None = None,
+    ) -> tuple[Float[Array, "B 1 D"], KV]:
+        """One slot: writes its keys and values at `index` of the cache and attends up to there."""
+        q, own = self.qkv(x, rotary)
+        cache = jax.tree.map(
+            lambda c, y: jax.lax.dynamic_update_slice_in_dim(c, y.astype(c.dtype), index, axis=1),
+            cache, own,
+        )  # fmt: skip
+        q = q.reshape(q.shape[0], self.num_kv_heads, -1, self.head_dim) * self.head_dim**-0.5
+
+        def logits(k):
+            return jnp.einsum("bhre,bshe->bhrs", q, k, preferred_element_type=jnp.float32)
+
+        past = jnp.arange(cache.k.shape[1]) <= index
+        split = prefix.k.shape[1]
+        weights = jnp.concatenate(
+            [logits(prefix.k), jnp.where(past, logits(cache.k), -jnp.inf)], axis=-1
+        )
+        weights = jax.nn.softmax(weights, axis=-1).astype(q.dtype)
+        y = jnp.einsum("bhrs,bshe->bhre", weights[..., :split], prefix.v)
+        y += jnp.einsum("bhrs,bshe->bhre", weights[..., split:], cache.v)
+        return self.finish(x, y, None), cache
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, rngs: nnx.Rngs) -> Any:
+    """One module whose parameters have a leading axis of `number` layers, for `lax.scan`."""
+    layers = jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), number))
+
+    def annotate(x):
+        if isinstance(x, nnx.Variable) and (axes := x.get_metadata().get("out_sharding")):
+            return x.copy(out_sharding=("layers", *axes))
+        return x
+
+    return jax.tree.map(annotate, layers, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+class Transformer(nnx.Module):
+    """The layers, stacked and scanned over (a program of one layer compiles), and the last norm."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        *,
+        num_kv_heads: int | None,
+        causal_prefix: bool,
+        dropout: float,
+        remat: bool,
+        init,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.layers = stack_layers(
+            lambda rngs: Layer(
+                dim, num_heads, hidden_dim, num_kv_heads=num_kv_heads, dropout=dropout,
+                init=init, dtype=dtype, rngs=rngs,
+            ),
+            num_layers,
+            rngs,
+        )  # fmt: skip
+        self.norm = nnx.RMSNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.num_layers = num_layers
+        self.causal_prefix, self.remat = causal_prefix, remat
+
+    def prefix_mask(self, length: int) -> Bool[np.ndarray, "P P"] | None:
+        return np.tri(length, dtype=bool) if self.causal_prefix else None
+
+    def __call__(
+        self,
+        prefix: Float[Array, "B P D"],
+        groups: Float[Array, "B G Q D"],
+        mask: Bool[np.ndarray, "Q S"],
+        prefix_rotary: Rotary | None = None,
+        rotary: Rotary | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B G Q D"]:
+        """All groups at once. Rotary angles of the groups have axes [B, G, Q, ...]."""
+        size = groups.shape[1]
+        if rotary is not None:
+            rotary = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), rotary)
+        prefix_mask = self.prefix_mask(prefix.shape[1])
+
+        def one(carry, layer_and_key):
+            prefix, groups = carry
+            layer, key = layer_and_key
+            keys = (None, None) if key is None else jax.random.split(key)
+            prefix, kv = layer(prefix, mask=prefix_mask, rotary=prefix_rotary, key=keys[0])
+            shared = jax.tree.map(lambda y: jnp.repeat(y, size, axis=0), kv)
+            flat = groups.reshape(-1, *groups.shape[2:])
+            flat, _ = layer(flat, shared, mask=mask, rotary=rotary, key=keys[1])
+            prefix = constrain(prefix, "batch", None, None)
+            groups = constrain(flat.reshape(groups.shape), "batch", None, None, None)
+            return (prefix, groups), None
+
+        keys = None if key is None else jax.random.split(key, self.num_layers)
+        body = jax.checkpoint(one) if self.remat else one
+        (_, groups), _ = jax.lax.scan(body, (prefix, groups), (self.layers, keys))
+        return self.norm(groups)
+
+    def prefill(self, prefix: Float[Array, "B P D"], rotary: Rotary | None) -> KV:
+        """Keys and values of the prefix; the layers are the first axis."""
+        mask = self.prefix_mask(prefix.shape[1])
+        return jax.lax.scan(
+            lambda x, layer: layer(x, mask=mask, rotary=rotary), prefix, self.layers
+        )[1]
+
+    def block(
+        self,
+        x: Float[Array, "B Q D"],
+        prefix: KV,
+        mask: Bool[np.ndarray, "Q S"],
+        rotary: Rotary | None,
+        size: int,
+    ) -> KV:
+        """A cache with room for a group's `size` slots, filled with the first Q."""
+        _, own = jax.lax.scan(
+            lambda x, y: y[0](x, y[1], mask=mask, rotary=rotary), x, (self.layers, prefix)
+        )
+        room = ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))
+        return jax.tree.map(lambda y: jnp.pad(y, room), own)
+
+    def step(
+        self,
+        x: Float[Array, "B 1 D"],
+        prefix: KV,
+        cache: KV,
+        index: Int[Array, ""],
+        rotary: Rotary | None,
+    ) -> tuple[Float[Array, "B 1 D"], KV]:
+        """The hidden state of slot `index`, and the cache with it."""
+        x, cache = jax.lax.scan(
+            lambda x, y: y[0].step(x, y[1], y[2], index, rotary), x, (self.layers, prefix, cache)
+        )
+        return self.norm(x), cache

@@ -1,0 +1,78 @@
+"""Captions as rows of a small learned table: T5's word pieces, numbered anew by what occurs.
+
+The table of `text.encoder = words` has one row for every piece of the training captions, so a
+model carries a few hundred rows and not T5's 32,100. Row 0 pads, row 1 stands for every other piece.
+The tokenizer file is T5's (Apache-2.0, Google), gzipped beside this file.
+"""
+
+import functools
+import gzip
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from fourdstar_jax.text.captions import NEUTRAL_PROMPT
+
+PAD, UNKNOWN = 0, 1
+TOKENIZER_FILE = Path(__file__).parent / "t5_tokenizer.json.gz"
+
+
+@functools.cache
+def t5_tokenizer():
+    """T5's SentencePiece model as a `tokenizers.Tokenizer`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(gzip.decompress(TOKENIZER_FILE.read_bytes()).decode())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def t5_ids(text: str) -> list[int]:
+    """T5's ids without the end mark, of the text in lower case."""
+    return t5_tokenizer().encode(text.lower().strip(), add_special_tokens=False).ids
+
+
+class WordTokenizer:
+    """Captions to rows of a table with `vocab_size` rows, padded or cut to `max_len`."""
+
+    def __init__(self, t5_vocabulary: Sequence[int], max_len: int):
+        if max_len < 1:
+            raise ValueError(f"{max_len=} must be positive")
+        if len(set(t5_vocabulary)) != len(t5_vocabulary):
+            raise ValueError("t5_vocabulary names an id twice")
+        self.t5_vocabulary = [int(i) for i in t5_vocabulary]
+        self.max_len = int(max_len)
+        self._row = {t5: row for row, t5 in enumerate(self.t5_vocabulary, start=2)}
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str], max_len: int = 12) -> "WordTokenizer":
+        """A table for the pieces of these captions and of the neutral prompt, in order of T5's ids."""
+        pieces = {i for caption in [*captions, NEUTRAL_PROMPT] for i in t5_ids(caption)}
+        return cls(sorted(pieces), max_len)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table, padding and unknown included."""
+        return 2 + len(self.t5_vocabulary)
+
+    def __call__(self, captions: Sequence[str]) -> Int32[np.ndarray, "B L"]:
+        out = np.full((len(captions), self.max_len), PAD, np.int32)
+        for row, caption in zip(out, captions, strict=True):
+            ids = [self._row.get(i, UNKNOWN) for i in t5_ids(caption)[: self.max_len]]
+            row[: len(ids)] = ids
+        return out
+
+    def to_dict(self) -> dict:
+        """Plain lists and numbers, for the bundle's json."""
+        return {"t5_vocabulary": self.t5_vocabulary, "max_len": self.max_len}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "WordTokenizer":
+        """The inverse of `to_dict`."""
+        try:
+            return cls(data["t5_vocabulary"], data["max_len"])
+        except (KeyError, TypeError) as error:
+            raise ValueError("data is not what WordTokenizer.to_dict returns") from error

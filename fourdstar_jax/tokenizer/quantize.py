@@ -1,0 +1,154 @@
+"""Multi-codebook cosine quantiser of UniTok, with usage statistics and dead-code repair.
+
+A vector is cut into K chunks; each chunk becomes the codebook vector of largest cosine. All of it
+is float32, as in UniTok, which switches mixed precision off here.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fourdstar_jax import geometry
+
+
+class CodeUsage(nnx.Variable):
+    """How the codes have been used: not a parameter, changed by `UniTok.with_stats` only."""
+
+
+class QuantizerStats(NamedTuple):
+    """Per code: its share of recent use, and for how many steps nothing has chosen it."""
+
+    usage: Float[Array, "K vocab"]  # exponential moving average, sums to 1 over vocab once warm
+    idle_steps: Int[Array, "K vocab"]
+
+
+class Quantized(NamedTuple):
+    codes: Float[Array, "*b n D"]  # unit-length chunks; the gradient passes straight through
+    tokens: Int[Array, "*b n K"]
+    loss: Float[Array, ""]
+    perplexity: Float[Array, ""]  # exp of the entropy of this call's tokens, mean over codebooks
+    stats: QuantizerStats  # after this call
+
+
+def nearest(
+    chunks: Float[Array, "*b n K d"], codebooks: Float[Array, "K vocab d"]
+) -> Int[Array, "*b n K"]:
+    """Ids of the codebook vectors of largest cosine; the lowest id where several tie."""
+    cosine = jnp.einsum(
+        "...kd,kvd->...kv", chunks, geometry.normalize(codebooks), precision="highest"
+    )
+    return jnp.argmax(cosine, axis=-1).astype(jnp.int32)
+
+
+def lookup(
+    tokens: Int[Array, "*b n K"], codebooks: Float[Array, "K vocab d"]
+) -> Float[Array, "*b n D"]:
+    """The chunks' codebook vectors side by side."""
+    num_codebooks = codebooks.shape[0]
+    vectors = codebooks[jnp.arange(num_codebooks), tokens]  # [..., n, K, d]
+    return vectors.reshape(*tokens.shape[:-1], -1)
+
+
+class Quantizer(nnx.Module):
+    """K codebooks of `vocab_size` vectors; `code_dim` is the width of all chunks together.
+
+    `commitment` is VQ-VAE's beta. `usage_decay` is that of the moving average of the usage.
+    """
+
+    def __init__(
+        self,
+        num_codebooks: int,
+        vocab_size: int,
+        code_dim: int,
+        *,
+        commitment: float = 0.25,
+        usage_decay: float = 0.99,
+        rngs: nnx.Rngs,
+    ):
+        if code_dim % num_codebooks:
+            raise ValueError(f"{code_dim=} must be a multiple of {num_codebooks=}")
+        shape = (num_codebooks, vocab_size, code_dim // num_codebooks)
+        # Only directions count. Unit length keeps the optimizer's relative step on a code small.
+        vectors = geometry.normalize(jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.codebooks = nnx.Param(vectors, out_sharding=(None, "vocab", None))
+        self.usage = CodeUsage(jnp.zeros(shape[:2], jnp.float32))
+        self.idle_steps = CodeUsage(jnp.zeros(shape[:2], jnp.int32))
+        self.commitment = commitment
+        self.usage_decay = usage_decay
+
+    def chunks(self, x: Float[Array, "*b n D"]) -> Float[Array, "*b n K d"]:
+        """The vector cut into K chunks of unit length."""
+        num_codebooks, _, width = self.codebooks.shape
+        x = x.astype(jnp.float32)
+        return geometry.normalize(x.reshape(*x.shape[:-1], num_codebooks, width))
+
+    def normalized(self) -> Float[Array, "K vocab d"]:
+        """The codebooks as codes are made of them: unit length."""
+        return geometry.normalize(self.codebooks[...])
+
+    def encode(self, x: Float[Array, "*b n D"]) -> Int[Array, "*b n K"]:
+        return nearest(self.chunks(x), self.codebooks[...])
+
+    def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
+        return lookup(tokens, self.normalized())
+
+    def stats(self) -> QuantizerStats:
+        return QuantizerStats(self.usage[...], self.idle_steps[...])
+
+    def __call__(self, x: Float[Array, "*b n D"]) -> Quantized:
+        """Quantises for training: straight-through codes, loss and the statistics to keep."""
+        chunks = self.chunks(x)
+        tokens = nearest(chunks, self.codebooks[...])
+        codes = self.codes(tokens)
+        flat = chunks.reshape(codes.shape)
+        stop = jax.lax.stop_gradient
+        loss = jnp.mean((codes - stop(flat)) ** 2)
+        loss += self.commitment * jnp.mean((stop(codes) - flat) ** 2)
+
+        num_codebooks, vocab_size, _ = self.codebooks.shape
+        ids = tokens.reshape(-1, num_codebooks)
+        counts = jnp.zeros((num_codebooks, vocab_size), jnp.float32)
+        counts = counts.at[jnp.arange(num_codebooks), ids].add(1.0)
+        share = counts / ids.shape[0]
+        entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12)), axis=-1)
+        old = self.stats()
+        stats = QuantizerStats(
+            usage=self.usage_decay * old.usage + (1 - self.usage_decay) * share,
+            idle_steps=jnp.where(counts > 0, 0, old.idle_steps + 1),
+        )
+        return Quantized(
+            codes=flat + stop(codes - flat),
+            tokens=tokens,
+            loss=loss,
+            perplexity=jnp.mean(jnp.exp(entropy)),
+            stats=stats,
+        )
+
+
+def repair_dead_codes(
+    codebooks: Float[Array, "K vocab d"],
+    stats: QuantizerStats,
+    chunks: Float[Array, "*b n K d"],
+    key: Array,
+    *,
+    max_idle_steps: int,
+) -> tuple[Float[Array, "K vocab d"], QuantizerStats, Int[Array, ""]]:
+    """Re-seeds codes idle for `max_idle_steps` or longer from current encoder vectors.
+
+    Replacements are drawn with replacement, per codebook. Returns the codebooks, the statistics
+    with the idle counters of re-seeded codes at zero, and how many were re-seeded.
+    `max_idle_steps=0` re-seeds all codes: a start from data.
+    """
+    num_codebooks, vocab_size, _ = codebooks.shape
+    pool = chunks.reshape(-1, *chunks.shape[-2:])  # [B n, K, d]
+    rows = jax.random.randint(key, (vocab_size, num_codebooks), 0, pool.shape[0])
+    fresh = pool[rows, jnp.arange(num_codebooks)].swapaxes(0, 1)  # [K, vocab, d]
+    dead = stats.idle_steps >= max_idle_steps
+    return (
+        jnp.where(dead[..., None], fresh, codebooks),
+        stats._replace(idle_steps=jnp.where(dead, 0, stats.idle_steps)),
+        jnp.sum(dead),
+    )

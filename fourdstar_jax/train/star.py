@@ -1,0 +1,120 @@
+"""Stage 3: trains STAR on a folder of tokens."""
+
+import functools
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from fourdstar_jax import bundle, sharding
+from fourdstar_jax.data import tokens
+from fourdstar_jax.star.model import STAR, Condition
+from fourdstar_jax.train import optim
+from fourdstar_jax.train import state as train_state
+from fourdstar_jax.train.checkpoint import Checkpoints
+from fourdstar_jax.train.metrics import Mean, MetricWriter
+from fourdstar_jax.types import Cameras
+
+
+def condition_of(batch: dict) -> Condition:
+    """The condition that a batch of tokens comes with: its own caption and input view."""
+    return Condition(
+        text_ids=batch["text_ids"],
+        video_tokens=batch["tokens"][:, :, 0],
+        times=batch["times"],
+        cameras=Cameras(batch["viewmats"], batch["Ks"]),
+    )
+
+
+def groups_of(batch: dict) -> jax.Array:
+    """Tokens [B, T, V, n, K] of a batch as groups [B, T, N, K], view after view."""
+    views = batch["tokens"]
+    return views.reshape(*views.shape[:2], -1, views.shape[-1])
+
+
+def train_step(graphdef, state, batch, key, *, tx, loss_config):
+    """One optimizer step. Pure; the randomness of step s is `key` folded with s."""
+
+    def loss_fn(params):
+        model = nnx.merge(graphdef, params, state.rest)
+        return model.loss(
+            groups_of(batch),
+            condition_of(batch),
+            key=jax.random.fold_in(key, state.step),
+            **loss_config,
+        )
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    return train_state.apply_gradients(state, grads, tx), metrics
+
+
+def eval_step(graphdef, state, batch):
+    """Metrics without dropped conditions."""
+    model = nnx.merge(graphdef, state.params, state.rest)
+    return model.loss(groups_of(batch), condition_of(batch), train=False)[1]
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains by `config` (see configs/star.py) and leaves `<workdir>/bundle`.
+
+    The bundle takes over the stages of `config.bundle`, whose tokenizer must be the one that made
+    the tokens. Restarts from the newest checkpoint in `workdir`, with the batches it would have
+    seen. Raises FloatingPointError when the loss is not finite.
+    """
+    key = jax.random.key(config.seed)
+    folder = tokens.TokenFolder(config.data.dir)
+    folder.spec.check(bundle.spec(config.bundle))
+    with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
+        words = folder.word_tokenizer(config.model.text_length)
+        config.model.text_vocab = words.vocab_size
+        loader = functools.partial(
+            tokens.make_loader, folder, words=words, timesteps=config.data.timesteps
+        )
+        batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
+        held_out = loader(split="unseen_clip", batch_size=config.batch_size)
+
+        schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
+        tx = optim.make_optimizer(schedule, **config.optim)
+        arguments = bundle.module_arguments(config.model.to_dict())
+        arguments["codebooks"] = folder.codebooks
+        graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
+        checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
+        state, batches = checkpoints.restore(state, batches)
+
+        step_fn = jax.jit(
+            functools.partial(train_step, graphdef, tx=tx, loss_config=config.loss.to_dict()),
+            donate_argnums=0,
+        )
+        eval_fn = jax.jit(functools.partial(eval_step, graphdef))
+        first = int(state.step)
+        writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
+        mean = Mean()
+        for step in range(first, config.steps):
+            batch = train_state.to_device(next(batches), mesh)
+            state, metrics = step_fn(state, batch, key)
+            mean.add(metrics)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
+                mean = Mean()
+            if done % config.eval_every == 0 or done == config.steps:
+                held = Mean()
+                for batch in held_out:
+                    held.add(eval_fn(state, train_state.to_device(batch, mesh)))
+                writer.write(done, held.result(), prefix="eval")
+                writer.restart_clock()
+            checkpoints.save(done, state, batches, force=done == config.steps)
+        checkpoints.close()
+        writer.close()
+        model = nnx.merge(graphdef, state.params, state.rest)
+    if jax.process_index() == 0:
+        bundle.copy(config.bundle, f"{workdir}/bundle", stages=("tokenizer", "vqvae"))
+        bundle.save_stage(
+            f"{workdir}/bundle",
+            "star",
+            model,
+            config,
+            storage=config.storage,
+            words=words.to_dict(),
+            **folder.hashes,
+        )

@@ -1,0 +1,131 @@
+"""Stage 1: trains a tokenizer of the UniTok family on single views of the dataset."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from fourdstar_jax import bundle, sharding
+from fourdstar_jax.data import pipeline
+from fourdstar_jax.tokenizer.losses import tokenizer_loss
+from fourdstar_jax.tokenizer.unitok import UniTok
+from fourdstar_jax.train import optim
+from fourdstar_jax.train import state as train_state
+from fourdstar_jax.train.checkpoint import Checkpoints
+from fourdstar_jax.train.metrics import Mean, MetricWriter
+
+
+def pictures(batch: dict) -> dict:
+    """All views of a batch, extra ones too, as single images in [-1, 1] with their masks."""
+
+    def flat(rig, extra):
+        both = jnp.concatenate([rig, extra], axis=2)  # [B, T, V + E, h, w, c]
+        return both.reshape(-1, *both.shape[-3:])
+
+    return {
+        "images": 2 * flat(batch["images"], batch["extra_images"]) - 1,
+        "masks": flat(batch["masks"], batch["extra_masks"]),
+    }
+
+
+def train_step(graphdef, state, batch, *, tx, loss_config):
+    """One optimizer step; keeps the usage statistics of the codes. Pure."""
+    batch = pictures(batch)
+
+    def loss_fn(params):
+        model = nnx.merge(graphdef, params, state.rest)
+        output = model(batch["images"])
+        loss, metrics = tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)
+        return loss, (metrics, output.stats)
+
+    grads, (metrics, stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    state = train_state.apply_gradients(state, grads, tx)
+    model = nnx.merge(graphdef, state.params, state.rest).with_stats(stats)
+    return state._replace(rest=nnx.split(model, nnx.Param, ...)[2]), metrics
+
+
+def repair_step(graphdef, state, batch, key, *, max_idle_steps):
+    """Re-seeds codes that nothing has chosen for a while from this batch. Pure."""
+    model = nnx.merge(graphdef, state.params, state.rest)
+    model, count = model.repair(pictures(batch)["images"], key, max_idle_steps=max_idle_steps)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return state._replace(params=params, rest=rest), count
+
+
+def evaluate(graphdef, state, batches, loss_config) -> dict[str, float]:
+    """Mean losses over batches of the loader in evaluation order."""
+    mean = Mean()
+    for batch in batches:
+        batch = pictures(batch)
+        output = nnx.merge(graphdef, state.params, state.rest)(batch["images"])
+        mean.add(tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)[1])
+    return mean.result()
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains by `config` (see configs/tokenizer.py) and leaves `<workdir>/bundle`.
+
+    Restarts from the newest checkpoint in `workdir`, with the batches it would have seen.
+    Raises FloatingPointError when the loss is not finite.
+    """
+    key = jax.random.key(config.seed)
+    with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
+        loader = functools.partial(
+            pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
+        )
+        batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
+        held_out = loader(split="unseen_clip", batch_size=config.batch_size)
+
+        schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
+        tx = optim.make_optimizer(schedule, **config.optim)
+        arguments = bundle.module_arguments(config.model.to_dict())
+        graphdef, state = train_state.create(UniTok, arguments, tx, key, mesh)
+        checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
+        state, batches = checkpoints.restore(state, batches)
+
+        loss_config = config.loss.to_dict()
+        step_fn = jax.jit(
+            functools.partial(train_step, graphdef, tx=tx, loss_config=loss_config),
+            donate_argnums=0,
+        )
+        repair_fn = jax.jit(
+            functools.partial(repair_step, graphdef), static_argnames="max_idle_steps"
+        )
+        evaluate_fn = functools.partial(evaluate, graphdef, loss_config=loss_config)
+        first = int(state.step)
+        writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
+        mean = Mean()
+        for step in range(first, config.steps):
+            batch = train_state.to_device(next(batches), mesh)
+            repair_key = jax.random.fold_in(key, step)
+            if step == 0:  # the codebooks start from data
+                state, _ = repair_fn(state, batch, repair_key, max_idle_steps=0)
+            elif step % config.repair_every == 0 and step < config.repair_until * config.steps:
+                state, count = repair_fn(
+                    state, batch, repair_key, max_idle_steps=config.repair_every
+                )
+                writer.write(step, {"repaired_codes": count}, prefix="codes")
+            state, metrics = step_fn(state, batch)
+            mean.add(metrics)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
+                mean = Mean()
+            if done % config.eval_every == 0 or done == config.steps:
+                writer.write(done, evaluate_fn(state, held_out), prefix="eval")
+                writer.restart_clock()
+            checkpoints.save(done, state, batches, force=done == config.steps)
+        checkpoints.close()
+        writer.close()
+        model = nnx.merge(graphdef, state.params, state.rest)
+    if jax.process_index() == 0:
+        bundle.save_stage(
+            f"{workdir}/bundle",
+            "tokenizer",
+            model,
+            config,
+            storage=config.storage,
+            **pipeline.provenance(config.data.dir),
+        )

@@ -1,0 +1,118 @@
+"""Stage 2: trains the 4D VQ-VAE's decoder on the codes of a frozen tokenizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from fourdstar_jax import bundle, sharding
+from fourdstar_jax.data import pipeline
+from fourdstar_jax.train import optim
+from fourdstar_jax.train import state as train_state
+from fourdstar_jax.train.checkpoint import Checkpoints
+from fourdstar_jax.train.metrics import Mean, MetricWriter
+from fourdstar_jax.types import Cameras
+from fourdstar_jax.vqvae.losses import choose_supervision, reconstruction_loss
+from fourdstar_jax.vqvae.model import VQVAE4D
+
+
+def loss_of(model, tokenizer, batch, key, *, render_config, loss_config):
+    """Loss and metrics of a batch: tokens of everything in, a few pictures compared."""
+    codes = tokenizer.codes(tokenizer.encode(2 * batch["images"] - 1))  # [B, T, V, n, D]
+    decoded = model(codes, Cameras(batch["viewmats"], batch["Ks"]), batch["times"])
+    supervision = choose_supervision(key, batch, **render_config)
+    return reconstruction_loss(decoded, supervision, **loss_config)
+
+
+def train_step(graphdef, state, tokenizer, batch, key, *, tx, **configs):
+    """One optimizer step. Pure; the randomness of step s is `key` folded with s.
+
+    Where the Gaussians overflow the rasterizer's capacity nothing is learnt from the step.
+    """
+
+    def loss_fn(params):
+        model = nnx.merge(graphdef, params, state.rest)
+        return loss_of(model, tokenizer, batch, jax.random.fold_in(key, state.step), **configs)
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    overflow = metrics.pop("overflow")
+    grads = jax.tree.map(lambda g: jnp.where(overflow, 0.0, g), grads)
+    metrics["overflow"] = overflow.astype(jnp.float32)
+    return train_state.apply_gradients(state, grads, tx), metrics
+
+
+def eval_step(graphdef, state, tokenizer, batch, key, **configs):
+    """Metrics of a batch; the same pictures each time for the same key."""
+    model = nnx.merge(graphdef, state.params, state.rest)
+    _, metrics = loss_of(model, tokenizer, batch, key, **configs)
+    return jax.tree.map(jnp.float32, metrics)
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains by `config` (see configs/vqvae.py) and leaves `<workdir>/bundle`.
+
+    The tokenizer comes from `config.bundle` and goes into the new bundle. Restarts from the newest
+    checkpoint in `workdir`, with the batches it would have seen. Raises FloatingPointError when the
+    loss is not finite, and RuntimeError when Gaussians overflow `config.loss.capacity`.
+    """
+    key = jax.random.key(config.seed)
+    tokenizer = bundle.load_stage(config.bundle, "tokenizer")
+    with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
+        tokenizer = train_state.replicate(tokenizer, mesh)
+        loader = functools.partial(
+            pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
+        )
+        batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
+        held_out = loader(split="unseen_clip", batch_size=config.batch_size)
+
+        schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
+        tx = optim.make_optimizer(schedule, **config.optim)
+        arguments = bundle.module_arguments(config.model.to_dict())
+        graphdef, state = train_state.create(VQVAE4D, arguments, tx, key, mesh)
+        checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
+        state, batches = checkpoints.restore(state, batches)
+
+        configs = dict(render_config=config.render.to_dict(), loss_config=config.loss.to_dict())
+        step_fn = jax.jit(
+            functools.partial(train_step, graphdef, tx=tx, **configs), donate_argnums=0
+        )
+        eval_fn = jax.jit(functools.partial(eval_step, graphdef, **configs))
+        first = int(state.step)
+        writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
+        mean = Mean()
+        for step in range(first, config.steps):
+            batch = train_state.to_device(next(batches), mesh)
+            state, metrics = step_fn(state, tokenizer, batch, key)
+            mean.add(metrics)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                values = writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
+                if values["overflow"]:
+                    raise RuntimeError(
+                        f"the Gaussians overflow the rasterizer: raise {config.loss.capacity=}"
+                    )
+                mean = Mean()
+            if done % config.eval_every == 0 or done == config.steps:
+                held = Mean()
+                for batch in held_out:
+                    batch = train_state.to_device(batch, mesh)
+                    held.add(eval_fn(state, tokenizer, batch, key))
+                writer.write(done, held.result(), prefix="eval")
+                writer.restart_clock()
+            checkpoints.save(done, state, batches, force=done == config.steps)
+        checkpoints.close()
+        writer.close()
+        model = nnx.merge(graphdef, state.params, state.rest)
+    if jax.process_index() == 0:
+        bundle.copy(config.bundle, f"{workdir}/bundle", stages=("tokenizer",))
+        bundle.save_stage(
+            f"{workdir}/bundle",
+            "vqvae",
+            model,
+            config,
+            storage=config.storage,
+            rig={**pipeline.rig(config.data.dir), "max_timesteps": config.data.timesteps},
+            **pipeline.provenance(config.data.dir),
+        )

@@ -1,0 +1,309 @@
+"""Losses of the 4D VQ-VAE: pixels of both stages and two that punish wrong motion (section 3.1).
+
+The paper names a pixel, a discriminator and an optical-flow loss and leaves weights and forms to a
+supplement that is not public; L4GM's pixel losses (MSE of colour and of alpha) stand in. Rendering
+all T x V pictures of an object is the larger cost, so each step draws a few.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.types import Cameras, Gaussians, Rendered
+from fourdstar_jax.vqvae.model import Decoded
+
+NEAR = 0.01  # camera z below which nothing is projected, scene units
+
+
+class Supervision(NamedTuple):
+    """The pictures one step is compared with: S consecutive timesteps of Q views an object."""
+
+    timesteps: Int[Array, "B S"]
+    views: Int[Array, "B Q"]  # 0 to V - 1 are the rig's, the extra ones follow
+    images: Float[Array, "B S Q h w 3"]  # [0, 1], on white
+    masks: Float[Array, "B S Q h w 1"]
+    cameras: Cameras  # [B, Q, ...]
+    flow: Float[Array, "B P Q h w 2"] | None  # pixels to the next timestep (P = S - 1)
+    flow_known: Float[Array, "B Q"]  # 1 for views that have flow
+
+
+def choose_supervision(
+    key: Array, batch: Mapping[str, Any], *, num_timesteps: int, num_views: int
+) -> Supervision:
+    """Draws consecutive timesteps and distinct views, for each object of a data batch on its own.
+
+    Rig views and extra views (`extra_*`, if there) are drawn alike; fewer are returned where there
+    are not as many. `num_timesteps=1` leaves the flow out.
+    """
+    b, t, v = batch["images"].shape[:3]
+    extra = "extra_images" in batch and batch["extra_images"].shape[2] > 0
+    num_timesteps = min(num_timesteps, t)
+
+    def views(name, axis):
+        parts = [batch[name], batch[f"extra_{name}"]] if extra else [batch[name]]
+        return jnp.concatenate(parts, axis=axis)
+
+    viewmats, Ks = views("viewmats", 1), views("Ks", 1)
+    num_views = min(num_views, viewmats.shape[1])
+    start_key, view_key = jax.random.split(key)
+    start = jax.random.randint(start_key, (b,), 0, t - num_timesteps + 1)
+    timesteps = start[:, None] + jnp.arange(num_timesteps)
+    order = jnp.argsort(jax.random.uniform(view_key, (b, viewmats.shape[1])), axis=1)
+    chosen = order[:, :num_views]
+
+    def pick(x):  # [B, T, V, ...] -> [B, S, Q, ...]
+        return jax.vmap(lambda x, i, j: x[i][:, j])(x, timesteps, chosen)
+
+    flow = None
+    known = jnp.broadcast_to((chosen < v).astype(jnp.float32), chosen.shape)
+    if "flow" in batch and num_timesteps > 1:
+        flow = jax.vmap(lambda x, i, j: x[i][:, j])(
+            batch["flow"], timesteps[:, :-1], jnp.minimum(chosen, v - 1)
+        )
+        flow = flow * known[:, None, :, None, None, None]
+    else:
+        known = jnp.zeros_like(known)
+    take = jax.vmap(lambda x, j: x[j])
+    return Supervision(
+        timesteps=timesteps,
+        views=chosen,
+        images=pick(views("images", 2)),
+        masks=pick(views("masks", 2)),
+        cameras=Cameras(take(viewmats, chosen), take(Ks, chosen)),
+        flow=flow,
+        flow_known=known,
+    )
+
+
+def take_timesteps(gaussians: Gaussians, timesteps: Int[Array, "B S"]) -> Gaussians:
+    """`[B, T, G, ...]` to `[B, S, G, ...]`."""
+    return jax.tree.map(lambda a: jax.vmap(lambda x, i: x[i])(a, timesteps), gaussians)
+
+
+def render(
+    gaussians: Gaussians,
+    cameras: Cameras,
+    *,
+    width: int,
+    height: int,
+    capacity: int | None = None,
+    implementation: str | None = None,
+) -> Rendered:
+    """`[B, S, Q, h, w, ...]` of Gaussians `[B, S, G, ...]` and `[B, Q, ...]` cameras, on white."""
+    return rasterize(
+        gaussians,
+        jax.tree.map(lambda a: a[:, None], cameras),
+        width=width,
+        height=height,
+        background=jnp.ones(3),
+        capacity=capacity,
+        implementation=implementation,
+    )
+
+
+def psnr(mse: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
+    return -10 * jnp.log10(jnp.maximum(mse, 1e-10))
+
+
+def pixel_losses(
+    rendered: Rendered,
+    images: Float[Array, "B S Q h w 3"],
+    masks: Float[Array, "B S Q h w 1"],
+    *,
+    foreground_weight: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean squared errors of colour and of alpha (L4GM).
+
+    A pixel of mask m counts 1 + `foreground_weight` m times in the first, normalised by the sum:
+    on white, the object is a small share of the picture.
+    """
+    weight = 1 + foreground_weight * masks
+    rgb = jnp.mean(weight * (rendered.renders - images) ** 2) / jnp.mean(weight)
+    alpha = jnp.mean((rendered.alphas - masks) ** 2)
+    return rgb, alpha
+
+
+def project_points(points: Float[Array, "*b G 3"], cameras: Cameras) -> Float[Array, "*b V G 2"]:
+    """Pixel coordinates of world points `[..., G, 3]` in cameras `[..., V, ...]`."""
+    local = jnp.einsum("...vij,...gj->...vgi", cameras.viewmats[..., :3, :3], points)
+    local = local + cameras.viewmats[..., None, :3, 3]
+    z = jnp.maximum(local[..., 2:], NEAR)
+    focal = jnp.stack([cameras.Ks[..., 0, 0], cameras.Ks[..., 1, 1]], axis=-1)
+    return focal[..., None, :] * local[..., :2] / z + cameras.Ks[..., None, :2, 2]
+
+
+def splatted_flow(
+    gaussians: Gaussians,
+    cameras: Cameras,
+    *,
+    width: int,
+    height: int,
+    capacity: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B P Q h w 2"], Float[Array, "B S-1 Q h w 1"]]:
+    """Motion of the Gaussians in the picture, pixels to the next timestep, and its weight.
+
+    Gaussian g's centres at t and t + 1 are projected; the displacements are blended as colours are
+    (GaussianFlow, Gao et al. 2024, arXiv:2403.12365). A Gaussian counts by the smaller of its two
+    opacities: one that fades away has no motion worth fitting. The weight is the blended share of
+    such Gaussians in the pixel, [0, 1], without gradient.
+    """
+    cameras = jax.tree.map(lambda a: a[:, None], cameras)
+    pixels = project_points(gaussians.means, cameras)  # [B, S, Q, G, 2]
+    move = pixels[:, 1:] - pixels[:, :-1]
+    now, later = gaussians.opacities[:, :-1], gaussians.opacities[:, 1:]
+    share = jax.lax.stop_gradient(jnp.minimum(later, now) / jnp.maximum(now, 1e-6))
+    share = jnp.broadcast_to(share[:, :, None, :, None], (*move.shape[:-1], 1))
+    features = jnp.concatenate([share * move, share], axis=-1)  # [B, S - 1, Q, G, 3]
+    # Displacements differ between views: views become a leading axis, with one camera each.
+    rendered = rasterize(
+        jax.tree.map(lambda a: a[:, :-1, None], gaussians),
+        jax.tree.map(lambda a: a[:, :, :, None], cameras),
+        width=width,
+        height=height,
+        features=features,
+        capacity=capacity,
+        implementation=implementation,
+    )
+    blended = rendered.features[:, :, :, 0]
+    flow = blended[..., :2] / jnp.maximum(blended[..., 2:], 1e-3)
+    return flow, jax.lax.stop_gradient(blended[..., 2:])
+
+
+def flow_loss(
+    flow: Float[Array, "B P Q h w 2"],
+    weight: Float[Array, "B P Q h w 1"],
+    target: Float[Array, "B P Q h w 2"],
+    masks: Float[Array, "B P Q h w 1"],
+    known: Float[Array, "B Q"],
+    *,
+    max_share: float = 0.1,
+) -> Float[Array, ""]:
+    """Weighted L1 between splatted and true flow inside the mask, in widths of the image.
+
+    Pixels whose true motion exceeds `max_share` widths are left out: index correspondence and pixel
+    alignment then contradict each other.
+    """
+    width = target.shape[-2]
+    slow = jnp.sum(target**2, axis=-1, keepdims=True) < (max_share * width) ** 2
+    weight = weight * masks * slow * known[:, None, :, None, None, None]
+    error = jnp.sum(jnp.abs(flow - target), axis=-1, keepdims=True) / width
+    return jnp.sum(weight * error) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def sample_bilinear(
+    images: Float[Array, "*b h w c"], xy: Float[Array, "*b h w 2"]
+) -> Float[Array, "*b h w c"]:
+    """Images read at pixel positions (x, y), pixel centres at +0.5, edges repeated."""
+    h, w = images.shape[-3:-1]
+    x, y = xy[..., 0] - 0.5, xy[..., 1] - 0.5
+    x0, y0 = jnp.floor(x), jnp.floor(y)
+    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
+    flat = images.reshape(*images.shape[:-3], h * w, -1)
+
+    def at(row, column):
+        row = jnp.clip(row, 0, h - 1).astype(jnp.int32)
+        column = jnp.clip(column, 0, w - 1).astype(jnp.int32)
+        index = (row * w + column).reshape(*row.shape[:-2], h * w, 1)
+        return jnp.take_along_axis(flat, index, axis=-2).reshape(images.shape)
+
+    top = (1 - fx) * at(y0, x0) + fx * at(y0, x0 + 1)
+    bottom = (1 - fx) * at(y0 + 1, x0) + fx * at(y0 + 1, x0 + 1)
+    return (1 - fy) * top + fy * bottom
+
+
+def warp_loss(
+    renders: Float[Array, "B S Q h w 3"],
+    images: Float[Array, "B S Q h w 3"],
+    masks: Float[Array, "B S Q h w 1"],
+    flow: Float[Array, "B P Q h w 2"],
+    known: Float[Array, "B Q"],
+    *,
+    max_difference: float = 0.1,
+) -> Float[Array, ""]:
+    """Mean absolute difference of the render at t and the one at t + 1 drawn back by the true flow.
+
+    It needs no correspondence between Gaussians, and punishes flicker. Only pixels visible in both
+    count: inside both masks, inside the picture, and of one colour (within `max_difference`) in
+    the true pictures, which occluded pixels seldom are.
+    """
+    h, w = images.shape[-3:-1]
+    x, y = jnp.meshgrid(jnp.arange(w) + 0.5, jnp.arange(h) + 0.5)
+    xy = jnp.stack([x, y], axis=-1) + flow
+    inside = (xy >= 0) & (xy <= jnp.array([w, h], xy.dtype))
+    true_later = sample_bilinear(images[:, 1:], xy)
+    same = jnp.max(jnp.abs(true_later - images[:, :-1]), axis=-1, keepdims=True) < max_difference
+    weight = masks[:, :-1] * sample_bilinear(masks[:, 1:], xy) * same
+    weight = weight * jnp.all(inside, axis=-1, keepdims=True)
+    weight = weight * known[:, None, :, None, None, None]
+    difference = jnp.abs(sample_bilinear(renders[:, 1:], xy) - renders[:, :-1])
+    difference = jnp.mean(difference, axis=-1, keepdims=True)
+    return jnp.sum(weight * difference) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def reconstruction_loss(
+    decoded: Decoded,
+    supervision: Supervision,
+    *,
+    coarse_weight: float = 0.5,
+    alpha_weight: float = 1.0,
+    foreground_weight: float = 0.0,
+    flow_weight: float = 0.0,
+    warp_weight: float = 0.0,
+    lpips_weight: float = 0.0,
+    adversarial_weight: float = 0.0,
+    capacity: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss of one step and its parts before weighting.
+
+    The corrected Gaussians weigh 1 and the coarse ones `coarse_weight`, so that the model without
+    the offset predictor stays a valid one. `flow` and `warp` are computed where their weight is
+    not zero and the data has flow. `overflow` tells that `capacity` (of `rasterize`) was too small:
+    the step's gradients are then not to be used.
+    """
+    if lpips_weight > 0:
+        raise NotImplementedError("the perceptual loss needs VGG weights, which are not here yet")
+    if adversarial_weight > 0:
+        raise NotImplementedError("the discriminator loss is not written yet; use weight 0")
+    images, masks, cameras = supervision.images, supervision.masks, supervision.cameras
+    height, width = images.shape[-3:-1]
+    options = dict(width=width, height=height, capacity=capacity, implementation=implementation)
+    loss = jnp.zeros(())
+    metrics = {}
+    overflow = jnp.zeros((), bool)
+    chosen = {
+        "": take_timesteps(decoded.gaussians, supervision.timesteps),
+        "coarse_": take_timesteps(decoded.coarse, supervision.timesteps),
+    }
+    renders = {}
+    for prefix, weight in (("", 1.0), ("coarse_", coarse_weight)):
+        if prefix and weight == 0:
+            continue
+        rendered = render(chosen[prefix], cameras, **options)
+        rgb, alpha = pixel_losses(rendered, images, masks, foreground_weight=foreground_weight)
+        loss = loss + weight * (rgb + alpha_weight * alpha)
+        overflow = overflow | rendered.overflow
+        renders[prefix] = rendered.renders
+        metrics[f"{prefix}rgb"] = rgb
+        metrics[f"{prefix}alpha"] = alpha
+        metrics[f"{prefix}psnr"] = psnr(jnp.mean((rendered.renders - images) ** 2))
+    if supervision.flow is not None and flow_weight > 0:
+        flow, share = splatted_flow(chosen[""], cameras, **options)
+        metrics["flow"] = flow_loss(
+            flow, share, supervision.flow, masks[:, :-1], supervision.flow_known
+        )
+        loss = loss + flow_weight * metrics["flow"]
+    if supervision.flow is not None and warp_weight > 0:
+        metrics["warp"] = warp_loss(
+            renders[""], images, masks, supervision.flow, supervision.flow_known
+        )
+        loss = loss + warp_weight * metrics["warp"]
+    metrics["loss"] = loss
+    metrics["overflow"] = overflow
+    return loss, metrics

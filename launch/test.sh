@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them: ./launch/test.sh [--slow] [pytest's arguments]
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+./launch/setup.sh dev
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,206 @@
+"""Bundles: what goes in comes out, other shapes are refused, nothing is half-written."""
+
+import functools
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fourdstar_jax import bundle, sharding
+from fourdstar_jax.tokenizer.unitok import UniTok
+
+CONFIG = {
+    "stage": "tokenizer",
+    "model": {
+        "resolution": 16,
+        "stem_channels": [3],
+        "dim": 12,
+        "num_blocks": 1,
+        "num_decoder_blocks": 1,
+        "num_heads": 2,
+        "hidden_dim": 7,
+        "tail_channels": [5],
+        "num_codebooks": 2,
+        "vocab_size": 5,
+        "code_dim": 6,
+        "dtype": "float32",
+    },
+}
+
+
+def make(seed=0):
+    """A tokenizer with arbitrary weights; initialising one for real takes a minute of compiling."""
+    rng = np.random.default_rng(seed)
+    arguments = bundle.module_arguments(CONFIG["model"])
+
+    def fill(shape):
+        if np.issubdtype(shape.dtype, np.floating):
+            return jnp.asarray(rng.normal(0, 0.3, shape.shape), shape.dtype)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        build = functools.partial(sharding.build, UniTok, **arguments)
+        return jax.tree.map(fill, jax.eval_shape(build, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    bundle.save_stage(tmp_path / "b", "tokenizer", model, CONFIG, data_sha256="abc")
+    return tmp_path / "b"
+
+
+def test_round_trip(folder, model):
+    loaded = bundle.load_stage(folder, "tokenizer")
+    wanted, got = bundle.named_arrays(model), bundle.named_arrays(loaded)
+    assert list(wanted) == list(got) and len(wanted) > 30
+    for name in wanted:
+        assert got[name].dtype == wanted[name].dtype
+        np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
+    assert bundle.spec(folder) == model.spec
+    assert bundle.read(folder)["stages"]["tokenizer"]["info"] == {"data_sha256": "abc"}
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+    encode = jax.jit(lambda m, x: m.encode(x))
+    tokens = encode(loaded, images)
+    np.testing.assert_array_equal(tokens, encode(model, images))
+    assert len(np.unique(tokens)) > 1
+
+
+def test_same_model_same_bytes(tmp_path, model):
+    for name in ("a", "b"):
+        bundle.save_stage(tmp_path / name, "tokenizer", model, CONFIG)
+    for file in (bundle.FILE, "tokenizer.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_float16_is_half_the_size_and_its_spec_is_of_what_is_stored(tmp_path, folder, model):
+    bundle.save_stage(tmp_path / "half", "tokenizer", model, CONFIG, storage="float16")
+    sizes = [(f / "tokenizer.safetensors").stat().st_size for f in (folder, tmp_path / "half")]
+    assert sizes[1] < 0.75 * sizes[0]
+    loaded = bundle.load_stage(tmp_path / "half", "tokenizer")
+    assert loaded.spec == bundle.spec(tmp_path / "half") != model.spec
+    for name, array in bundle.named_arrays(model).items():
+        got = bundle.named_arrays(loaded)[name]
+        assert got.dtype == array.dtype
+        np.testing.assert_allclose(got, array, rtol=1e-3, atol=1e-6)  # half precision: 2^-11
+
+
+def test_copy_starts_a_new_bundle(tmp_path, folder):
+    bundle.copy(folder, tmp_path / "new", stages=("tokenizer",))
+    assert bundle.weights_sha256(tmp_path / "new") == bundle.weights_sha256(folder)
+    assert bundle.load_stage(tmp_path / "new", "tokenizer").spec == bundle.spec(folder)
+    with pytest.raises(ValueError, match="vqvae"):
+        bundle.copy(folder, tmp_path / "other", stages=("tokenizer", "vqvae"))
+
+
+def test_another_tokenizer_drops_what_was_trained_on_the_old_one(folder, model):
+    description = json.loads((folder / bundle.FILE).read_text())
+    description["stages"]["vqvae"] = {
+        **description["stages"]["tokenizer"],
+        "file": "vqvae.safetensors",
+    }
+    (folder / bundle.FILE).write_text(json.dumps(description))
+    bundle.save_stage(folder, "tokenizer", model, CONFIG)  # the same one: all stays
+    assert set(bundle.read(folder)["stages"]) == {"tokenizer", "vqvae"}
+    bundle.save_stage(folder, "tokenizer", make(seed=1), CONFIG)
+    assert set(bundle.read(folder)["stages"]) == {"tokenizer"}
+
+
+def rewrite(folder, arrays):
+    """Puts other tensors into a bundle, with a hash that fits."""
+    data = safetensors.numpy.save(arrays)
+    (folder / "tokenizer.safetensors").write_bytes(data)
+    description = json.loads((folder / bundle.FILE).read_text())
+    description["stages"]["tokenizer"]["sha256"] = bundle.hashlib.sha256(data).hexdigest()
+    (folder / bundle.FILE).write_text(json.dumps(description))
+
+
+def stored(folder):
+    return safetensors.numpy.load_file(folder / "tokenizer.safetensors")
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(folder):
+    arrays = stored(folder)
+    name = "quant_proj/proj/kernel"
+    rewrite(folder, {k: v for k, v in arrays.items() if k != name})
+    with pytest.raises(ValueError, match=f"another shape.*1 tensors missing.*{name}"):
+        bundle.load_stage(folder, "tokenizer")
+    rewrite(folder, {**arrays, "extra": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="another shape.*1 too many.*extra"):
+        bundle.load_stage(folder, "tokenizer")
+    rewrite(folder, {**arrays, name: arrays[name].T.copy()})
+    with pytest.raises(ValueError, match=f"another shape.*{name}"):
+        bundle.load_stage(folder, "tokenizer")
+    rewrite(folder, {**arrays, name: np.full_like(arrays[name], np.nan)})
+    with pytest.raises(ValueError, match="finite"):
+        bundle.load_stage(folder, "tokenizer")
+    rewrite(folder, {**arrays, name: arrays[name] + 1})
+    with pytest.raises(ValueError, match="weights_sha256"):
+        bundle.load_stage(folder, "tokenizer")
+
+
+def test_interrupted_replacement_is_refused(folder):
+    path = folder / "tokenizer.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ValueError, match="SHA-256"):
+        bundle.load_stage(folder, "tokenizer")
+
+
+def test_never_a_pickle(folder):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('unpickled')",))
+
+    data = pickle.dumps(Bomb())
+    (folder / "tokenizer.safetensors").write_bytes(data)
+    description = json.loads((folder / bundle.FILE).read_text())
+    description["stages"]["tokenizer"]["sha256"] = bundle.hashlib.sha256(data).hexdigest()
+    (folder / bundle.FILE).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="tokenizer.safetensors"):
+        bundle.load_stage(folder, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "not JSON"),
+        ("[]", "does not describe"),
+        ('{"format": "fourdstar_jax bundle", "version": 99}', "version 99"),
+        ('{"format": "fourdstar_jax bundle", "version": 1, "stages": {"x": {}}}', "unknown"),
+        ('{"format": "fourdstar_jax bundle", "version": 1, "stages": {"star": {}}}', "lacks"),
+    ],
+)
+def test_bad_descriptions(tmp_path, text, words):
+    (tmp_path / bundle.FILE).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        bundle.read(tmp_path)
+
+
+def test_files_outside_the_bundle_are_not_read(folder):
+    description = json.loads((folder / bundle.FILE).read_text())
+    description["stages"]["tokenizer"]["file"] = "../tokenizer.safetensors"
+    (folder / bundle.FILE).write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="names the file"):
+        bundle.load_stage(folder, "tokenizer")
+
+
+def test_missing_stage_and_missing_bundle(tmp_path, folder):
+    with pytest.raises(ValueError, match="has no star yet"):
+        bundle.load_stage(folder, "star")
+    with pytest.raises(ValueError, match="model.json"):
+        bundle.read(tmp_path / "nowhere")
+
+
+def test_non_finite_weights_are_not_saved(tmp_path, model):
+    broken = jax.tree.map(lambda x: x * np.nan if x.dtype == np.float32 else x, model)
+    with pytest.raises(ValueError, match="finite"):
+        bundle.save_stage(tmp_path / "b", "tokenizer", broken, CONFIG)
+    assert not (tmp_path / "b").exists()

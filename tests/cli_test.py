@@ -1,0 +1,281 @@
+"""The command: bad input is one line and exit code 2, with nothing left behind."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fourdstar_jax import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    """None, as for users; and what one test has compiled serves the next."""
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and the lines of stderr of a call."""
+    try:
+        code = cli.main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err.strip().splitlines()
+
+
+def picture(path, size=(40, 40)):
+    image = np.full((*size, 3), 255, np.uint8)
+    image[10:30, 12:28] = (180, 40, 40)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def test_help_is_there_in_a_second():
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-m", "fourdstar_jax.cli", "--help"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    elapsed = time.perf_counter() - start
+    assert result.returncode == 0
+    for command in (*cli.NOT_YET, "prepare", "train", "generate", "reconstruct", "doctor"):
+        assert command in result.stdout
+    # The process imports nothing slow; the margin is for a busy machine.
+    assert elapsed < 5
+    code = "import sys, fourdstar_jax.cli; print({'jax', 'numpy', 'flax'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", cli.NOT_YET)
+def test_commands_to_come_say_so(capsys, command):
+    code, _, lines = run(capsys, command, "anything", "--at=all")
+    assert code == 2 and len(lines) == 1 and "not there yet" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["unknown"],
+        ["generate", "--out", "x"],
+        ["generate", "--video", "a", "--image", "b", "--out", "x"],
+        ["generate", "--video", "a", "--out", "x", "--unknown", "3"],
+        ["generate", "--video", "a", "--out", "x", "--seed", "many"],
+    ],
+)
+def test_wrong_usage(capsys, argv):
+    code, _, lines = run(capsys, *argv)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("fourdstar")
+
+
+def test_generate_writes_a_whole_output_and_again_the_same(capsys, tmp_path, tiny_bundle):
+    source = picture(tmp_path / "a.png")
+    arguments = ["generate", "--image", source, "--model", tiny_bundle, "--size", 32, "--seed", 5]
+    code, out, _ = run(capsys, *arguments, "--out", tmp_path / "one", "--text", "a dog")
+    assert code == 0 and "device: cpu" in out and "1 timesteps" in out
+    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    assert manifest["seed"] == 5 and manifest["text"] == "a dog" and manifest["timesteps"] == 1
+    assert set(manifest["model"]["weights_sha256"]) == {"tokenizer", "vqvae", "star"}
+    assert manifest["versions"]["jax"] and manifest["input"]["name"] == "a.png"
+    assert (tmp_path / "one" / "ply" / "frame_0000.ply").is_file()
+
+    code, _, lines = run(capsys, *arguments, "--out", tmp_path / "one", "--text", "a dog")
+    assert code == 2 and "not empty" in lines[0] and len(lines) == 1
+    (tmp_path / "one").rename(tmp_path / "first")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "manifest.json").write_text("an earlier output")
+    code, _, _ = run(
+        capsys, *arguments, "--out", tmp_path / "one", "--text", "a dog", "--overwrite"
+    )
+    assert code == 0
+    for file in (tmp_path / "first").rglob("*"):
+        if file.is_file():
+            other = tmp_path / "one" / file.relative_to(tmp_path / "first")
+            assert file.read_bytes() == other.read_bytes(), file.name
+
+
+def make_frames(folder):
+    folder.mkdir()
+    for i in range(3):
+        picture(folder / f"{i}.png")
+
+
+BAD_INPUT = {
+    "missing.mp4": (lambda p: None, "does not exist"),
+    "text.mp4": (lambda p: p.write_text("no video"), "not a video"),
+    "empty.mp4": (lambda p: p.write_bytes(b""), "empty"),
+    "dot.png": (lambda p: picture(p).unlink() or Image.new("1", (1, 1)).save(p), "1x1"),
+    "huge.png": (lambda p: Image.new("1", (20_000, 20_000)).save(p), "max_pixels"),
+    "no_frames": (lambda p: p.mkdir(), "no pictures"),
+    "too_many": (make_frames, "max_frames = 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(capsys, tmp_path, tiny_bundle, name):
+    make, words = BAD_INPUT[name]
+    make(tmp_path / name)
+    before = sorted(tmp_path.iterdir())
+    code, _, lines = run(
+        capsys, "generate", "--video", tmp_path / name, "--model", tiny_bundle,
+        "--out", tmp_path / "out", "--max_frames", 2,
+    )  # fmt: skip
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("fourdstar: "), lines
+    assert words in lines[0]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_bundle_and_bad_numbers(capsys, tmp_path, tiny_bundle):
+    source = picture(tmp_path / "a.png")
+    out = tmp_path / "out"
+
+    def refused(words, *more):
+        code, _, lines = run(capsys, "generate", "--video", source, "--out", out, *more)
+        assert code == 2 and len(lines) == 1 and words in lines[0], lines
+        assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+
+    refused("does not exist", "--model", tmp_path / "nowhere")
+    refused("not a model bundle", "--model", tmp_path)
+    refused("timesteps=99", "--model", tiny_bundle, "--frames", 99)
+    refused("temperature", "--model", tiny_bundle, "--temperature", -1)
+    refused("top_k=0", "--model", tiny_bundle, "--top_k", 0)
+    refused("--size", "--model", tiny_bundle, "--size", 4)
+    refused("folder_fps", "--model", tiny_bundle, "--fps", 0)
+    description = json.loads((tiny_bundle / "model.json").read_text())
+    description["stages"]["star"]["model"]["dim"] = 14
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for file in tiny_bundle.glob("*.safetensors"):
+        (changed / file.name).write_bytes(file.read_bytes())
+    (changed / "model.json").write_text(json.dumps(description))
+    code, _, lines = run(
+        capsys, "generate", "--video", source, "--out", out, "--model", changed
+    )
+    assert code == 2 and len(lines) == 1 and "another shape" in lines[0]
+    assert not out.exists()
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch, capsys):
+    code = "def surprise(arguments): int('x')"  # a check of nobody's
+    exec(code, {"__name__": "library"}, scope := {})
+    monkeypatch.setattr(cli, "_doctor", scope["surprise"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["doctor"])
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(scale="small"):
+    if scale not in ("tiny", "small"):
+        raise ValueError(f"{scale=} is not known")
+    config = ConfigDict()
+    config.stage = "star"
+    config.scale = scale
+    config.steps = 10
+    config.optim = ConfigDict(dict(lr=1e-4, name="adam", betas=(0.9, 0.95)))
+    return config
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "star.py").write_text(CONFIG)
+    return tmp_path / "configs" / "star.py"
+
+
+def test_config_overrides(config):
+    result = cli.read_config(
+        f"{config}:tiny", ["--config.optim.lr=1e-3", "--config.steps", "7", "--config.optim.name=x"]
+    )
+    assert result.scale == "tiny" and result.steps == 7
+    assert result.optim.lr == 1e-3 and result.optim.name == "x"
+    assert result.is_locked
+    assert cli.read_config(str(config), []).scale == "small"
+
+
+@pytest.mark.parametrize(
+    "suffix, overrides, words",
+    [
+        (":tiny", ["--config.optim.lrr=1"], 'Did you mean "lr"'),
+        (":tiny", ["--config.stepz=1"], 'Did you mean "steps"'),
+        (":tiny", ["--config.steps=many"], "steps"),
+        (":huge", [], "scale='huge' is not known"),
+        (":tiny", ["--learning_rate=1"], "--learning_rate=1"),
+        (":tiny", ["more"], "more"),
+    ],
+)
+def test_wrong_configs(capsys, config, tmp_path, suffix, overrides, words):
+    code, _, lines = run(
+        capsys, "train", f"--config={config}{suffix}", "--workdir", tmp_path / "run", *overrides
+    )
+    assert code == 2 and len(lines) == 1 and words in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_files_that_are_not_there(capsys):
+    code, _, lines = run(capsys, "train", "--config=nowhere.py", "--workdir=x")
+    assert code == 2 and lines == ["fourdstar: config file nowhere.py does not exist"]
+    code, _, lines = run(capsys, "train", "--config=https://a.b/c.py", "--workdir=x")
+    assert code == 2 and "network" in lines[0]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "vqvae", "star"])
+def test_the_checkouts_configs_are_found_from_anywhere(monkeypatch, tmp_path, stage):
+    monkeypatch.chdir(tmp_path)
+    config = cli.read_config(f"configs/{stage}.py:tiny", ["--config.seed=3"])
+    assert config.stage == stage and config.seed == 3
+
+
+def test_prepare_needs_its_folders(capsys, tmp_path):
+    code, _, lines = run(capsys, "prepare", "--out", tmp_path / "out")
+    assert code == 2 and "--assets" in lines[0]
+    code, _, lines = run(
+        capsys, "prepare", "--assets", tmp_path / "none", "--out", tmp_path / "out"
+    )
+    assert code == 2 and "not a folder" in lines[0]
+    code, _, lines = run(capsys, "prepare", "--tokens", "--out", tmp_path / "out")
+    assert code == 2 and "--bundle" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_reconstruct_needs_a_dataset(capsys, tmp_path, tiny_bundle):
+    code, _, lines = run(
+        capsys, "reconstruct", "--data", tmp_path, "--out", tmp_path / "o", "--model", tiny_bundle
+    )
+    assert code == 2 and len(lines) == 1 and "manifest.json" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect(capsys, tiny_bundle, tmp_path):
+    code, out, _ = run(capsys, "inspect", tiny_bundle)
+    assert code == 0
+    for words in ("tokenizer", "vqvae", "star", "vocab_size 5", "max_timesteps", "jax"):
+        assert words in out
+    code, _, lines = run(capsys, "inspect", tmp_path)
+    assert code == 2 and len(lines) == 1
+
+
+def test_doctor(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for words in ("jax ", "python ", "device 0: cpu", "bundled model"):
+        assert words in out
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupted)
+    code, _, lines = run(capsys, "doctor")
+    assert code == 130 and lines == ["fourdstar: interrupted"]

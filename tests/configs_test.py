@@ -1,0 +1,92 @@
+"""Every config of every stage and scale builds, shape-only, and fits the stages beside it."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fourdstar_jax import bundle, geometry, sharding
+from fourdstar_jax.star.model import STAR, Condition
+from fourdstar_jax.tokenizer.unitok import UniTok
+from fourdstar_jax.train.state import count_parameters
+from fourdstar_jax.types import Cameras
+from fourdstar_jax.vqvae.model import VQVAE4D
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SCALES = ("tiny", "small", "base", "paper")
+STAGES = {"tokenizer": UniTok, "vqvae": VQVAE4D, "star": STAR}
+# Millions of parameters, tokenizer, vqvae and star: from the sizes of the published parts.
+MILLIONS = {
+    "tiny": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
+    "small": ((3, 7), (3, 7), (11, 17)),
+    "base": ((680, 710), (360, 420), (330, 390)),
+    "paper": ((680, 710), (370, 430), (800, 870)),
+}
+
+
+def config_of(stage, scale):
+    spec = importlib.util.spec_from_file_location(stage, CONFIGS / f"{stage}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(scale)
+
+
+def arguments_of(stage, scale):
+    arguments = bundle.module_arguments(config_of(stage, scale).model.to_dict())
+    if stage == "star" and not arguments["text_vocab"]:
+        arguments["text_vocab"] = 100  # the trainer counts the words of the captions
+    return arguments
+
+
+def shapes(stage, scale):
+    def make(key):
+        return sharding.build(STAGES[stage], key, **arguments_of(stage, scale))
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_builds_at_its_size(stage, scale):
+    millions = count_parameters(nnx.state(shapes(stage, scale), nnx.Param)) / 1e6
+    low, high = MILLIONS[scale][list(STAGES).index(stage)]
+    assert low < millions < high
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_stages_fit_together(scale):
+    """Images of a config's size go through all three stages, abstractly."""
+    tokenizer, vqvae, star = (shapes(stage, scale) for stage in STAGES)
+    size = config_of("tokenizer", scale).model.resolution
+    B, T, V = 1, 2, 4
+    rig = geometry.orbit_cameras([0, 90, 180, 270], width=size, height=size)
+    cameras = Cameras(*(jnp.asarray(np.stack([x] * B)) for x in rig))
+    times = jnp.zeros((B, T)) + jnp.arange(T)
+    text = arguments_of("star", scale)
+
+    def run(tokenizer, vqvae, star, images, ids, features):
+        tokens = tokenizer.encode(images)
+        decoded = vqvae(tokenizer.codes(tokens), cameras, times)
+        condition = Condition(ids, tokens[:, :, 0], times, cameras, features)
+        groups = tokens.reshape(B, T, -1, tokens.shape[-1])
+        return decoded, star.loss(groups, condition, train=False)[0]
+
+    ids = jax.ShapeDtypeStruct((B, text["text_length"]), jnp.int32)
+    features = None
+    if text["text_encoder"] == "t5":
+        features = jax.ShapeDtypeStruct((*ids.shape, text["text_dim"]), jnp.float32)
+    images = jax.ShapeDtypeStruct((B, T, V, size, size, 3), jnp.float32)
+    decoded, loss = jax.eval_shape(run, tokenizer, vqvae, star, images, ids, features)
+    expected = {"tiny": 16, "small": 64, "base": 128, "paper": 128}[scale] ** 2 * V
+    assert decoded.gaussians.means.shape == (B, T, expected, 3)
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unknown_scale_names_the_scales(stage):
+    with pytest.raises(ValueError, match="tiny, small, base or paper"):
+        config_of(stage, "huge")

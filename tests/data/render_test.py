@@ -1,0 +1,196 @@
+"""The renderer against geometry: where points land, depth, exact flow, straight alpha, cameras."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fourdstar_jax import geometry
+from fourdstar_jax.data import gltf, render
+
+SIZE = 61
+DEPTH_TOLERANCE = 1e-4  # float32 through the perspective divide
+FLOW_TOLERANCE = 2e-3  # pixels
+
+
+def drawn(data, cameras, offset=(0, 0, 0), size=SIZE, **options):
+    """A frame of the rest pose moved by `offset`, which is also where flow leads from the origin."""
+    asset = gltf.load(data)
+    p = asset.pose(None, np.array([0.0]))
+    renderer = render.Renderer(size, len(cameras.viewmats))
+    try:
+        renderer.load(asset)
+        return renderer.draw(
+            p.positions[0],
+            p.normals[0],
+            cameras,
+            next_positions=(p.positions[0] + np.array(offset, np.float32)),
+            depth=True,
+            **options,
+        )
+    finally:
+        renderer.close()
+
+
+def project(point, cameras, v):
+    x = cameras.viewmats[v, :3, :3] @ point + cameras.viewmats[v, :3, 3]
+    pixel = cameras.Ks[v] @ x
+    return pixel[:2] / pixel[2], x[2]
+
+
+def placed_box(glb, center, side=0.08, color=(1.0, 0.0, 0.0, 1.0)):
+    w = glb.box_writer((side, side, side), color)
+    w.tree["nodes"][0]["translation"] = list(center)
+    return w.bytes()
+
+
+def test_a_point_lands_where_the_camera_says(glb):
+    cameras = geometry.orbit_cameras([0, 75, 200, 310], [0, -25, 5, 10], width=SIZE, height=SIZE)
+    point = np.array([0.25, 0.1, -0.15])
+    frame = drawn(placed_box(glb, point), cameras)
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    for v in range(4):
+        weight = frame.rgba[v, ..., 3] / 255.0
+        center = np.array([(x * weight).sum(), (y * weight).sum()]) / weight.sum()
+        pixel, _ = project(point, cameras, v)
+        np.testing.assert_allclose(center, pixel, atol=0.15)
+
+
+def test_depth_and_flow_are_those_of_the_surface(glb):
+    """A board facing the camera: depth is constant; after a shift every pixel moves alike."""
+    w = glb.box_writer((0.6, 0.5, 0.2))
+    cameras = geometry.orbit_cameras([0.0], width=SIZE, height=SIZE)
+    shift = np.array([0.06, -0.03, 0.2])
+    frame = drawn(w.bytes(), cameras, shift)
+    inside = frame.depth[0] > 0
+    z = 1.5 - 0.1  # of the front face
+    np.testing.assert_allclose(frame.depth[0][inside], z, atol=DEPTH_TOLERANCE)
+    f, c = cameras.Ks[0, 0, 0], SIZE / 2
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    px, py = (x - c) / f * z, (y - c) / f * z  # of the front face at the pixel's ray
+    assert inside.sum() == ((abs(px) < 0.3) & (abs(py) < 0.25)).sum()
+    moved_x = f * (px + shift[0]) / (z - shift[2]) + c - x
+    moved_y = f * (py - shift[1]) / (z - shift[2]) + c - y
+    np.testing.assert_allclose(frame.flow[0, ..., 0][inside], moved_x[inside], atol=FLOW_TOLERANCE)
+    np.testing.assert_allclose(frame.flow[0, ..., 1][inside], moved_y[inside], atol=FLOW_TOLERANCE)
+    assert (frame.flow[0][~inside] == 0).all()
+
+
+def test_flow_of_a_seen_vertex_is_its_own_path(glb):
+    """Depth unprojects every pixel to the surface; the point, moved, lands where flow says."""
+    cameras = geometry.orbit_cameras([40, 160], [-20, 5], width=SIZE, height=SIZE)
+    shift = np.array([0.05, 0.04, -0.06])
+    frame = drawn(placed_box(glb, (0.1, -0.1, 0.05), 0.5), cameras, shift)
+    for v in range(2):
+        rows, columns = np.nonzero(frame.depth[v])
+        assert len(rows) > 300
+        for y, x in list(zip(rows, columns, strict=True))[::37]:
+            ray = np.linalg.inv(cameras.Ks[v]) @ [x + 0.5, y + 0.5, 1]
+            local = ray * frame.depth[v, y, x]
+            world = cameras.viewmats[v, :3, :3].T @ (local - cameras.viewmats[v, :3, 3])
+            pixel, _ = project(world + shift, cameras, v)
+            np.testing.assert_allclose(frame.flow[v, y, x], pixel - [x + 0.5, y + 0.5], atol=5e-3)
+
+
+def test_alpha_is_straight_and_background_clear(glb):
+    cameras = geometry.orbit_cameras([0.0], width=SIZE, height=SIZE)
+    frame = drawn(placed_box(glb, (0.013, 0.017, 0), 0.4), cameras)
+    alpha = frame.rgba[0, ..., 3]
+    edge, full = (alpha > 0) & (alpha < 255), alpha == 255
+    assert edge.sum() > 20 and (alpha[0] == 0).all()
+    np.testing.assert_allclose(frame.rgba[0][edge][:, 0], frame.rgba[0][full][0, 0], atol=3)
+    assert (frame.rgba[0][full][:, 1:3] == 0).all()
+
+
+def test_textures_are_drawn_upright_and_masked(glb):
+    """A board with a 2x2 picture, one quarter of it clear: glTF's v = 0 is the picture's top."""
+    import io
+
+    from PIL import Image
+
+    picture = np.zeros((2, 2, 4), np.uint8)
+    picture[0, 0], picture[0, 1] = (255, 0, 0, 255), (0, 255, 0, 255)
+    picture[1, 0], picture[1, 1] = (0, 0, 255, 255), (0, 0, 0, 0)
+    png = io.BytesIO()
+    Image.fromarray(picture).resize((64, 64), 0).save(png, "PNG")
+    w = glb.Writer()
+    w.tree["images"] = [{"bufferView": w.view(png.getvalue())}]
+    w.tree["textures"] = [{"source": 0}]
+    w.tree["materials"] = [
+        {"alphaMode": "MASK", "pbrMetallicRoughness": {"baseColorTexture": {"index": 0}}}
+    ]
+    corners = [[-0.3, -0.3, 0], [0.3, -0.3, 0], [0.3, 0.3, 0], [-0.3, 0.3, 0]]
+    attributes = {
+        "POSITION": w.accessor(corners),
+        "TEXCOORD_0": w.accessor([[0, 1], [1, 1], [1, 0], [0, 0]]),
+    }
+    indices = w.accessor([0, 1, 2, 0, 2, 3], "u1")
+    w.tree["meshes"] = [
+        {"primitives": [{"attributes": attributes, "indices": indices, "material": 0}]}
+    ]
+    w.tree["nodes"] = [{"mesh": 0}]
+    cameras = geometry.orbit_cameras([0.0], width=SIZE, height=SIZE)
+    rgba = drawn(w.bytes(), cameras).rgba[0].astype(int)
+    low, high = SIZE // 2 - 8, SIZE // 2 + 8
+    assert rgba[low, low, :3].argmax() == 0 and rgba[low, low, 1] == 0 and rgba[low, low, 0] > 60
+    assert rgba[low, high, :3].argmax() == 1 and rgba[high, low, :3].argmax() == 2
+    assert rgba[high, high, 3] == 0
+
+
+def test_each_side_is_seen_from_its_azimuth(glb):
+    """Boxes on the axes: azimuth 90 stands on +x, a negative elevation looks from above."""
+    cameras = geometry.orbit_cameras([0, 90, 0], [0, 0, -30], width=SIZE, height=SIZE)
+    frame = drawn(placed_box(glb, (0.4, 0, 0), 0.1), cameras)
+    x = [np.nonzero(frame.rgba[v, ..., 3])[1].mean() + 0.5 for v in range(3)]
+    assert x[0] > SIZE / 2 + 5 and abs(x[1] - SIZE / 2) < 0.5
+    frame = drawn(placed_box(glb, (0, 0, 0.4), 0.1), cameras)
+    rows = [np.nonzero(frame.rgba[v, ..., 3])[0].mean() + 0.5 for v in range(3)]
+    assert abs(rows[0] - SIZE / 2) < 0.5 and rows[2] > SIZE / 2 + 5  # what is near sinks
+
+
+def test_renderers_do_not_disturb_each_other(glb):
+    """Each has its own OpenGL context, and only one is current at a time."""
+    asset = gltf.load(glb.moving_box())
+    cameras = geometry.orbit_cameras([0.0, 120.0], width=9, height=9)
+    p = asset.pose(0, np.array([0.3]))
+    first = render.Renderer(9, 2)
+    first.load(asset)
+    before = first.draw(p.positions[0] * 0.5, p.normals[0], cameras)
+    second = render.Renderer(5, 1)
+    after = first.draw(p.positions[0] * 0.5, p.normals[0], cameras)
+    second.load(asset)
+    second.close()
+    last = first.draw(p.positions[0] * 0.5, p.normals[0], cameras)
+    first.close()
+    assert before.rgba[..., 3].max() == 255
+    np.testing.assert_array_equal(before.rgba, after.rgba)
+    np.testing.assert_array_equal(before.rgba, last.rgba)
+
+
+def test_wrong_calls_name_the_argument(glb):
+    cameras = geometry.orbit_cameras([0.0, 90.0], width=8, height=8)
+    with pytest.raises(ValueError, match="size=0"):
+        render.Renderer(0, 1)
+    renderer = render.Renderer(8, 1)
+    zeros = np.zeros((8, 3), np.float32)
+    with pytest.raises(ValueError, match="load first"):
+        renderer.draw(zeros, zeros, cameras)
+    renderer.load(gltf.load(glb.moving_box()))
+    with pytest.raises(ValueError, match="2 cameras"):
+        renderer.draw(zeros, zeros, cameras)
+    with pytest.raises(ValueError, match="8 vertices"):
+        renderer.draw(zeros[:5], zeros[:5], cameras)
+    renderer.close()
+
+
+def test_without_egl_one_line_says_what_to_install(tmp_path):
+    """No EGL driver at all: the loader is pointed at an empty folder of vendors."""
+    code = "from fourdstar_jax.data import render; render.Renderer(8, 1)"
+    empty = {"__EGL_VENDOR_LIBRARY_DIRS": str(tmp_path), "LIBGL_DRIVERS_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | empty, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "apt-get install libegl1 libgl1-mesa-dri" in done.stderr.splitlines()[-1]

@@ -1,0 +1,223 @@
+"""Everything users bring is read, framed as the training data, or refused in one line."""
+
+import shutil
+import subprocess
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from fourdstar_jax.data import video
+
+FPS = 24
+
+
+def disc(center, *, size=96, radius=14, background=(255, 255, 255)):
+    """A red disc on a background: RGB uint8, its centre (x, y) in pixels."""
+    y, x = np.mgrid[:size, :size] + 0.5
+    inside = (x - center[0]) ** 2 + (y - center[1]) ** 2 < radius**2
+    return np.where(inside[..., None], np.uint8([200, 30, 30]), np.uint8(background))
+
+
+def moving(count):
+    """The disc walks 24 pixels a second to the right."""
+    return [disc((24 + 24 * i / FPS, 40)) for i in range(count)]
+
+
+def write_mp4(path, frames, *, codec="libx264", pix_fmt="yuv420p", format="rgb24", fps=FPS):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=fps)
+        stream.width, stream.height = frames[0].shape[1], frames[0].shape[0]
+        stream.pix_fmt = pix_fmt
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format=format)))
+        out.mux(stream.encode(None))
+
+
+def centers(images):
+    """Mean column of what is not white, as a fraction of the width."""
+    weights = 1 - images.min(axis=-1)
+    columns = (np.arange(images.shape[2]) + 0.5) / images.shape[2]
+    return (weights.sum(axis=1) * columns).sum(axis=1) / weights.sum(axis=(1, 2))
+
+
+def extents(images):
+    mask = (images.min(axis=-1) < 0.5).any(axis=0)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.ptp(columns) + 1, np.ptp(rows) + 1
+
+
+def test_mp4_is_sampled_at_eight_a_second(tmp_path):
+    write_mp4(tmp_path / "a.mp4", moving(24))
+    images, info = video.read_video(tmp_path / "a.mp4", resolution=96, timesteps=24, fit="none")
+    assert images.shape == (8, 96, 96, 3) and images.dtype == np.float32
+    assert info["kind"] == "video" and info["background"] == "white"
+    expected = (24 + 24 * np.arange(8) / 8) / 96  # seconds 0, 1/8, ..., 7/8
+    np.testing.assert_allclose(centers(images), expected, atol=0.01)
+
+
+def test_no_more_timesteps_than_asked_for(tmp_path):
+    write_mp4(tmp_path / "a.mp4", moving(24))
+    images, _ = video.read_video(tmp_path / "a.mp4", resolution=32, timesteps=3)
+    assert images.shape == (3, 32, 32, 3)
+
+
+def test_object_fills_the_picture_as_in_training(tmp_path):
+    write_mp4(tmp_path / "a.mp4", moving(24))
+    images, _ = video.read_video(tmp_path / "a.mp4", resolution=100, timesteps=8)
+    width, height = extents(images)  # the disc's way is longer than the disc is high
+    assert abs(width - 100 * video.OCCUPANCY) <= 3
+    assert height < width
+    rows = np.flatnonzero((images.min(axis=-1) < 0.5).any(axis=(0, 2)))
+    assert abs((rows[0] + rows[-1] + 1) / 2 - 50) <= 1.5
+
+
+def test_gif_durations(tmp_path):
+    frames = [Image.fromarray(disc((30 + 20 * i, 48))) for i in range(3)]
+    frames[0].save(
+        tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=[250, 500, 250]
+    )
+    images, info = video.read_video(tmp_path / "a.gif", resolution=96, timesteps=24, fit="none")
+    assert info["kind"] == "animation"
+    # frames start at 0, 0.25 and 0.75 s; each time k/8 takes the nearest start
+    expected = np.array([30, 30, 50, 50, 50, 70, 70, 70]) / 96
+    np.testing.assert_allclose(centers(images), expected, atol=0.01)
+
+
+def test_webm_with_alpha(tmp_path):
+    frames = []
+    for frame in moving(6):
+        alpha = np.where(frame[..., 1:2] < 128, 255, 0).astype(np.uint8)
+        frames.append(np.concatenate([frame * (alpha > 0), alpha], axis=-1))
+    write_mp4(tmp_path / "a.webm", frames, codec="libvpx-vp9", pix_fmt="yuva420p", format="rgba")
+    images, info = video.read_video(tmp_path / "a.webm", resolution=64, timesteps=4)
+    assert info["background"] == "transparent"
+    assert images[:, 0, 0].min() > 0.98  # black where transparent, if alpha were lost
+    assert abs(extents(images)[0] - 64 * video.OCCUPANCY) <= 3
+
+
+def test_folder_in_natural_order_with_alpha(tmp_path):
+    for i in range(11):
+        rgb = disc((20 + 5 * i, 48), background=(0, 90, 0))
+        alpha = np.where(rgb[..., :1] == 200, 255, 0).astype(np.uint8)
+        Image.fromarray(np.concatenate([rgb, alpha], axis=-1)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    images, info = video.read_video(tmp_path, resolution=96, timesteps=24, fit="none")
+    assert len(images) == 11 and info["kind"] == "folder"
+    np.testing.assert_allclose(centers(images), (20 + 5 * np.arange(11)) / 96, atol=0.01)
+    fast, _ = video.read_video(tmp_path, resolution=96, timesteps=24, folder_fps=16)
+    assert len(fast) == 6
+
+
+def test_picture_is_one_timestep(tmp_path):
+    Image.fromarray(disc((40, 40))).save(tmp_path / "a.jpg")
+    images, info = video.read_video(tmp_path / "a.jpg", resolution=64, timesteps=4)
+    assert images.shape == (1, 64, 64, 3) and info["kind"] == "picture"
+    assert images.max() <= 1 and images[0, 32, 32, 1] < 0.3
+
+
+def test_plain_background_becomes_white(tmp_path):
+    Image.fromarray(disc((40, 40), background=(20, 40, 90))).save(tmp_path / "a.png")
+    images, info = video.read_video(tmp_path / "a.png", resolution=64, timesteps=1)
+    assert info["background"] == "plain"
+    assert images[0, 0, 0].min() == 1 and abs(extents(images)[0] - 64 * video.OCCUPANCY) <= 2
+
+
+def test_real_background_stays(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    images, info = video.read_video(tmp_path / "a.png", resolution=60, timesteps=1)
+    assert info["background"] == "not plain"
+    assert images[0, 0].min() == 1 and images[0, 30].min() < 0.2  # padded, not cropped
+
+
+def test_kept_aspect(tmp_path):
+    """A wide picture is padded, not squeezed."""
+    wide = np.full((50, 200, 3), 255, np.uint8)
+    wide[10:40, 85:115] = 0
+    images, _ = video.frame_object(wide[None], resolution=64)
+    width, height = extents(images)
+    assert abs(width - height) <= 1
+
+
+def save_picture(path, size):
+    Image.new("1", size, "white").save(path)
+
+
+def make_text(path):
+    path.write_text("this is no video\n" * 100)
+
+
+def make_truncated(path):
+    write_mp4(path, moving(24))
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def make_audio(path):
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+
+BAD = {
+    "text.mp4": (make_text, "not a video"),
+    "empty.mp4": (lambda p: p.write_bytes(b""), "empty"),
+    "truncated.mp4": (make_truncated, "truncated.mp4"),
+    "sound.mp4": (make_audio, "no video stream"),
+    "dot.png": (lambda p: save_picture(p, (1, 1)), "1x1"),
+    "huge.png": (lambda p: save_picture(p, (20_000, 20_000)), "max_pixels"),
+    "white.png": (lambda p: save_picture(p, (64, 64)), "background"),
+    "folder": (lambda p: p.mkdir(), "no pictures"),
+    "missing.mp4": (lambda p: None, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(tmp_path, name):
+    make, words = BAD[name]
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=words) as error:
+        video.read_video(tmp_path / name, resolution=64, timesteps=4)
+    assert "\n" not in str(error.value)
+
+
+def test_frame_caps(tmp_path):
+    write_mp4(tmp_path / "a.mp4", moving(24))
+    with pytest.raises(ValueError, match="24 frames.*max_frames = 10"):
+        video.read_video(tmp_path / "a.mp4", resolution=64, timesteps=4, max_frames=10)
+    for i in range(3):
+        Image.fromarray(disc((40, 40))).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="max_frames = 2"):
+        video.read_video(tmp_path, resolution=64, timesteps=4, max_frames=2)
+
+
+def test_frames_of_two_sizes(tmp_path):
+    Image.fromarray(disc((40, 40))).save(tmp_path / "0.png")
+    Image.fromarray(disc((40, 40), size=80)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="1.png"):
+        video.read_video(tmp_path, resolution=64, timesteps=4)
+
+
+def test_a_decoder_that_takes_too_long_is_stopped(tmp_path):
+    shutil.copy(__file__, tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="timeout_s"):
+        video.read_video(tmp_path / "a.mp4", resolution=64, timesteps=4, timeout_s=0)
+
+
+def test_playlists_do_not_open_other_files(tmp_path):
+    write_mp4(tmp_path / "secret.ts", moving(8))
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / "a.mp4").write_text(playlist)
+    with pytest.raises(ValueError, match="not a video"):
+        video.read_video(tmp_path / "a.mp4", resolution=64, timesteps=4)
+
+
+def test_decoding_limits_hold(tmp_path):
+    """The decoder's memory limit is real: with almost none it cannot even start."""
+    Image.fromarray(disc((40, 40))).save(tmp_path / "a.png")
+    with pytest.raises((ValueError, subprocess.SubprocessError)):
+        video.read_video(tmp_path / "a.png", resolution=64, timesteps=1, max_memory=1 << 20)

@@ -1,0 +1,138 @@
+"""Videos: colours and times survive, the same images give the same bytes; the whole output."""
+
+import hashlib
+import json
+
+import av
+import numpy as np
+import pytest
+
+from fourdstar_jax import export
+from fourdstar_jax.export import video
+from fourdstar_jax.generate import Object4D
+from fourdstar_jax.types import Gaussians
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return np.stack(frames), float(stream.average_rate)
+
+
+def test_video_keeps_colours_count_and_speed(tmp_path):
+    colours = [(0.9, 0.1, 0.1), (0.1, 0.8, 0.2), (0.2, 0.2, 0.9)]
+    images = np.stack([np.broadcast_to(np.float32(c), (33, 47, 3)) for c in colours])
+    video.write_video(tmp_path / "a.mp4", images, fps=8)
+    frames, fps = decode(tmp_path / "a.mp4")
+    assert frames.shape == (3, 34, 48, 3) and fps == 8  # even sizes
+    np.testing.assert_allclose(frames[:, 16, 20] / 255, colours, atol=0.03)
+
+
+def test_same_images_same_bytes(tmp_path):
+    images = np.random.default_rng(0).uniform(0, 1, (5, 32, 32, 3)).astype(np.float32)
+    for name in ("a.mp4", "b.mp4"):
+        video.write_video(tmp_path / name, images, fps=8)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_no_frames():
+    with pytest.raises(ValueError, match="no frames"):
+        video.write_video("never.mp4", np.zeros((0, 4, 4, 3), np.float32), fps=8)
+
+
+@pytest.fixture(scope="module")
+def object4d():
+    """A red Gaussian in front that moves to the right, a blue one behind."""
+    T = 3
+    means = np.zeros((T, 2, 3), np.float32)
+    means[:, 0] = [(x, 0, 0.3) for x in (-0.3, 0.0, 0.3)]
+    means[:, 1] = (0, 0, -0.3)
+    gaussians = Gaussians(
+        means=means,
+        quats=np.broadcast_to(np.float32([1, 0, 0, 0]), (T, 2, 4)).copy(),
+        scales=np.full((T, 2, 3), 0.06, np.float32),
+        opacities=np.full((T, 2), 0.95, np.float32),
+        colors=np.broadcast_to(np.float32([[1, 0, 0], [0, 0, 1]]), (T, 2, 3)).copy(),
+    )
+    rig = {"azimuths_deg": [0.0, 180.0], "radius": 1.5, "fov_deg": 49.1}
+    return Object4D(gaussians, 8.0, rig, np.zeros((T, 4, 2), np.int32), {"seed": 0})
+
+
+def test_fixed_views_see_the_motion_from_their_side(object4d):
+    camera = dict(size=48, radius=1.5, fov_deg=49.1)
+
+    def columns(azimuth):
+        """Where the red one is, in the frames in which the blue one does not hide it."""
+        images = video.fixed_view(object4d.gaussians, azimuth, **camera)[::2]
+        red = np.clip(images[..., 0] - images[..., 2], 0, 1)
+        return (red.sum(axis=1) * np.arange(48)).sum(axis=1) / red.sum(axis=(1, 2))
+
+    front, back = columns(0.0), columns(180.0)
+    assert front[0] < 20 < 28 < front[1]
+    assert back[1] < 20 < 28 < back[0]
+
+
+def test_save_writes_everything_and_again_the_same(object4d, tmp_path):
+    export.save(object4d, tmp_path / "a", size=32)
+    names = {p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.*")}
+    assert names == {
+        *("manifest.json", "README.txt", "splats.safetensors", "orbit.mp4"),
+        *("fixed_000.mp4", "fixed_180.mp4"),
+        *(f"ply/frame_000{t}.ply" for t in range(3)),
+    }
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert (manifest["timesteps"], manifest["gaussians"], manifest["fps"]) == (3, 2, 8.0)
+    assert manifest["seed"] == 0 and manifest["axes"].startswith("RUB")
+    for name, digest in manifest["files"].items():
+        data = (tmp_path / "a" / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == digest
+    splats, fps = export.read_splats(tmp_path / "a" / "splats.safetensors")
+    np.testing.assert_array_equal(splats.means, object4d.gaussians.means)
+    ply = export.read_ply(tmp_path / "a" / "ply" / "frame_0002.ply")
+    np.testing.assert_allclose(ply.means, object4d.gaussians.means[2])
+    frames, fps = decode(tmp_path / "a" / "orbit.mp4")
+    assert len(frames) == 72 and fps == video.ORBIT_FPS
+
+    export.save(object4d, tmp_path / "b", size=32)
+    manifests = [(tmp_path / x / "manifest.json").read_bytes() for x in "ab"]
+    assert manifests[0] == manifests[1]  # and so all files, whose hashes it holds
+
+
+def test_truth_stands_beside(object4d, tmp_path):
+    truth = np.zeros((3, 2, 16, 16, 3), np.float32)
+    export.write(object4d, tmp_path, size=32, truth=truth)
+    frames, _ = decode(tmp_path / "fixed_000.mp4")
+    assert frames.shape[1:3] == (32, 64)
+    assert frames[:, :, :28].max() < 30 and frames[:, 2, 60].min() > 220
+    assert len(frames) >= 16  # short clips repeat
+
+
+def test_output_folder_is_all_or_nothing(tmp_path):
+    out = tmp_path / "new" / "out"
+    with pytest.raises(RuntimeError), export.output_folder(out) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert not out.exists() and not list(out.parent.iterdir())
+    with export.output_folder(out) as folder:
+        (folder / "manifest.json").write_text("1")
+    with pytest.raises(ValueError, match="not empty"), export.output_folder(out):
+        pass
+    with pytest.raises(RuntimeError), export.output_folder(out, overwrite=True):
+        raise RuntimeError
+    assert (out / "manifest.json").read_text() == "1"  # a failure keeps the old one
+    with export.output_folder(out, overwrite=True) as folder:
+        (folder / "manifest.json").write_text("2")
+    assert [f.name for f in out.parent.iterdir()] == ["out"]
+    assert (out / "manifest.json").read_text() == "2"
+
+
+def test_overwrite_spares_folders_that_are_not_ours(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="not an output"):
+        with export.output_folder(tmp_path, overwrite=True):
+            pass
+    with pytest.raises(ValueError, match="is a file"):
+        with export.output_folder(tmp_path / "thesis.tex", overwrite=True):
+            pass
+    assert (tmp_path / "thesis.tex").read_text() == "x"

@@ -1,0 +1,130 @@
+"""From a video to an object, through all three stages with arbitrary weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import fourdstar_jax as fs
+from fourdstar_jax import bundle, generate, geometry
+from fourdstar_jax.generate import NEUTRAL_PROMPT
+
+T, V, G = 2, 2, 2 * 4 * 4
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    """None, as for users; and what one test has compiled serves the next."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle):
+    return fs.load(tiny_bundle)
+
+
+def frames(count=5, size=20, seed=0):
+    """RGBA frames with a square of random texture."""
+    rng = np.random.default_rng(seed)
+    video = np.zeros((count, size, size, 4), np.uint8)
+    video[:, 5:15, 6:14] = rng.integers(0, 255, (count, 10, 8, 4))
+    video[:, 5:15, 6:14, 3] = 255
+    return video
+
+
+@pytest.fixture(scope="module")
+def object4d(model):
+    return model.generate(frames(), seed=3)
+
+
+def test_shapes_and_ranges(object4d):
+    means, quats, scales, opacities, colors = object4d.gaussians
+    assert means.shape == (T, G, 3) and quats.shape == (T, G, 4) and scales.shape == (T, G, 3)
+    assert opacities.shape == (T, G) and colors.shape == (T, G, 3)
+    for array in (opacities, colors):
+        assert array.min() >= 0 and array.max() <= 1
+    assert scales.min() > 0 and np.isfinite(means).all()
+    assert object4d.fps == 8 and object4d.rig["azimuths_deg"] == [0, 180]
+    assert object4d.tokens.shape == (T, V * 4, 2)
+    assert object4d.tokens.min() >= 0 and object4d.tokens.max() < 5
+
+
+def test_the_seed_decides(model, object4d):
+    again = model.generate(frames(), seed=3)
+    np.testing.assert_array_equal(again.tokens, object4d.tokens)
+    for a, b in zip(again.gaussians, object4d.gaussians, strict=True):
+        np.testing.assert_array_equal(a, b)
+    other = model.generate(frames(), seed=4)
+    assert (other.tokens != object4d.tokens).any()
+
+
+def test_input_view_keeps_its_tokens(model, object4d):
+    images, _ = model._read(frames(), T, "object", 8.0, 100)
+    known = np.asarray(generate._encode(model.tokenizer, jnp.asarray(images)))
+    np.testing.assert_array_equal(object4d.tokens[:, :4], known)
+
+
+def test_reconstruct_decodes_the_tokens_it_encodes(model):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 1, (T, V, 16, 16, 3)).astype(np.float32)
+    result = model.reconstruct(images, clip="a")
+    assert result.gaussians.means.shape == (T, G, 3)
+    assert result.meta["input"] == {"clip": "a"} and "seed" not in result.meta
+    tokens = generate._encode(model.tokenizer, jnp.asarray(images))
+    np.testing.assert_array_equal(result.tokens, np.asarray(tokens).reshape(T, -1, 2))
+    with pytest.raises(ValueError, match="images.shape"):
+        model.reconstruct(images[:, :1])
+
+
+def test_a_picture_is_a_static_object(model, tmp_path):
+    Image.fromarray(frames(1)[0]).save(tmp_path / "a.png")
+    result = model.generate(tmp_path / "a.png", seed=0)
+    assert result.gaussians.means.shape == (1, G, 3)
+    assert result.meta["input"]["name"] == "a.png"
+    assert len(result.meta["input"]["sha256"]) == 64
+
+
+def test_text_reaches_the_prompt(model):
+    assert model.generate(frames(1), seed=0).meta["prompt"] == NEUTRAL_PROMPT
+    assert model.generate(frames(1), text="a dog, walking").meta["prompt"] == "a dog, walking"
+
+
+def test_a_short_clip_loops_to_the_timesteps_asked_for(model):
+    result = model.generate(frames(1), seed=0, timesteps=T)
+    assert len(result.tokens) == T
+    np.testing.assert_array_equal(result.tokens[0, :4], result.tokens[1, :4])
+    assert len(model.generate(frames(1), seed=0).tokens) == 1
+
+
+def test_bad_arguments(model):
+    with pytest.raises(ValueError, match="timesteps=3"):
+        model.generate(frames(), timesteps=3)
+    with pytest.raises(ValueError, match="key or seed"):
+        model.generate(frames(), key=jax.random.key(0), seed=0)
+    with pytest.raises(ValueError, match="video has shape"):
+        model.generate(frames()[:0])
+    with pytest.raises(ValueError, match="floats must lie"):
+        model.generate(frames().astype(np.float32))
+    with pytest.raises(ValueError, match="does not exist"):
+        model.generate("nowhere.mp4")
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(frames(1), temperature=-1.0)
+
+
+def test_render(object4d):
+    cameras = geometry.orbit_cameras([0.0, 90.0, 180.0], width=17, height=19)
+    images = object4d.render(cameras, width=17, height=19)
+    assert images.shape == (T, 3, 19, 17, 3)
+    assert np.asarray(images).std() > 0
+
+
+def test_an_incomplete_bundle_says_what_is_missing(tiny_bundle, tmp_path):
+    bundle.copy(tiny_bundle, tmp_path / "half", stages=("tokenizer", "vqvae"))
+    half = fs.load(tmp_path / "half")
+    images = np.ones((T, V, 16, 16, 3), np.float32)
+    assert half.reconstruct(images).gaussians.means.shape == (T, G, 3)
+    with pytest.raises(ValueError, match="has no star yet"):
+        half.generate(frames())
+    bundle.copy(tiny_bundle, tmp_path / "less", stages=("tokenizer",))
+    with pytest.raises(ValueError, match="not complete"):
+        fs.load(tmp_path / "less")

@@ -1,0 +1,165 @@
+"""Imports go down the floors; using a model needs nothing that only training uses."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fourdstar_jax
+
+ROOT = Path(fourdstar_jax.__file__).parent
+
+# Every module or package of fourdstar_jax and its floor. A module may import from lower floors
+# and from its own package.
+FLOORS = [
+    {"types"},
+    {"geometry"},
+    {"kernels", "sharding"},
+    {"nn"},
+    {"text"},
+    {"data"},
+    {"tokenizer"},
+    {"vqvae", "star"},  # neither imports the other
+    {"bundle"},
+    {"train"},
+    {"generate"},
+    {"evaluate"},
+    {"export"},
+    {"cli"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imported(path):
+    """Units of this package that a file imports anywhere in it, also within functions."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "fourdstar_jax" and len(parts) > 1 and parts[1] in FLOOR:
+                yield parts[1]
+
+
+def climbing(root):
+    """Every import that goes up or sideways, as text."""
+    for path in sorted(root.rglob("*.py")):
+        unit = path.relative_to(root).parts[0].removesuffix(".py")
+        if unit == "__init__":
+            continue
+        assert unit in FLOOR, f"{unit} has no floor"
+        for other in imported(path):
+            if other != unit and FLOOR[other] >= FLOOR[unit]:
+                yield f"{path.relative_to(root)} imports {other}"
+
+
+def test_no_import_climbs():
+    assert list(climbing(ROOT)) == []
+
+
+def test_the_walk_finds_climbers(tmp_path):
+    (tmp_path / "star").mkdir()
+    (tmp_path / "star" / "model.py").write_text(
+        "from fourdstar_jax.vqvae.model import x\ndef f():\n    from fourdstar_jax import cli\n"
+    )
+    (tmp_path / "nn.py").write_text("import fourdstar_jax.types\nimport fourdstar_jax.train.state\n")
+    assert list(climbing(tmp_path)) == [
+        "nn.py imports train",
+        "star/model.py imports vqvae",
+        "star/model.py imports cli",
+    ]
+
+
+# optax is not among them: flax.nnx itself imports it.
+TRAINING = [
+    *("orbax", "grain", "array_record", "tensorflow_datasets", "tensorboardX"),
+    *("moderngl", "transformers", "tensorflow"),
+]
+BLOCKED = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {TRAINING!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code, *argv):
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED + code, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
+    )
+
+
+def test_everything_public_without_the_training_packages():
+    code = """
+import fourdstar_jax as fs
+assert not {"jax", "numpy"} & set(sys.modules)
+for name in fs.__all__:
+    value = getattr(fs, name)
+    assert name == "__version__" or value.__doc__, name
+assert set(fs.__all__) <= set(dir(fs))
+try:
+    fs.unknown
+except AttributeError as error:
+    print(error)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "unknown" in result.stdout
+
+
+def test_generating_without_the_training_packages(tiny_bundle):
+    code = """
+import numpy as np
+import fourdstar_jax as fs
+frames = np.full((1, 20, 20, 3), 255, np.uint8)
+frames[:, 5:15, 5:15] = 90
+object4d = fs.load(sys.argv[1]).generate(frames, seed=0)
+print(object4d.gaussians.means.shape)
+"""
+    result = python(code, tiny_bundle)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(1, 32, 3)"
+
+
+def test_training_without_its_packages_says_what_to_install(tmp_path):
+    code = """
+from fourdstar_jax import cli
+sys.exit(cli.main(["train", "--config=configs/tokenizer.py:tiny", "--workdir", sys.argv[1]]))
+"""
+    result = python(code, tmp_path / "run")
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert "fourdstar-jax[train]" in lines[-1], result.stderr
+
+
+def test_the_version_is_the_projects():
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    assert f'version = "{fourdstar_jax.__version__}"' in text
+
+
+@pytest.mark.parametrize("name", fourdstar_jax.__all__)
+def test_public_names(name):
+    assert getattr(fourdstar_jax, name) is not None

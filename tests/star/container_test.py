@@ -1,0 +1,192 @@
+"""The container: incremental clusters, merging, refinement, empty slots."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fourdstar_jax import cluster_dpc_knn, sharding
+from fourdstar_jax.star.container import Container, empty_container, merge
+
+B, T, N, K, D, M = 2, 3, 7, 3, 12, 5
+
+
+@pytest.fixture(scope="module")
+def container():
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        return sharding.build(
+            Container, jax.random.key(0), dim=D, num_heads=3, num_slots=M, neighbors=2,
+            refine_blocks=2, init=nnx.initializers.normal(0.3), dtype=jnp.float32,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def history():
+    """Features that repeat where tokens repeat, and the tokens."""
+    tokens = jax.random.randint(jax.random.key(1), (B, T, N, K), 0, 2, jnp.int32)
+    table = jax.random.normal(jax.random.key(2), (2, 2, 2, D))
+    return table[tokens[..., 0], tokens[..., 1], tokens[..., 2]], tokens
+
+
+def test_training_clusters_equal_a_run_from_scratch(container, history):
+    x, tokens = history
+    got = container.cluster_history(x, tokens)
+    assert not got.valid[:, 0].any() and (got.assignment[:, 0] == -1).all()
+    for t in range(1, T):
+        want = cluster_dpc_knn(
+            x[:, :t].reshape(B, t * N, D), ids=tokens[:, :t].reshape(B, t * N, K),
+            num_clusters=M, k=2, num_groups=t,
+        )  # fmt: skip
+        np.testing.assert_array_equal(got.centers[:, t], want.centers)
+        np.testing.assert_array_equal(got.valid[:, t], want.valid)
+        np.testing.assert_array_equal(got.assignment[:, t, : t * N], want.assignment)
+        assert (got.assignment[:, t, t * N :] == -1).all()
+
+
+def test_training_and_decoding_cluster_alike(container, history):
+    x, tokens = history
+    trained = jax.jit(container.cluster_history)(x, tokens)
+    carry = empty_container(B, T * N, D, K)
+    for t in range(T - 1):
+        carry, clusters = container.update(carry, x[:, t], tokens[:, t])
+        jax.tree.map(
+            lambda a, b, t=t: np.testing.assert_array_equal(a[:, t + 1], b), trained, clusters
+        )
+    assert int(carry.filled) == (T - 1) * N
+
+
+def test_merge_is_the_mean_weighted_by_exp_of_the_score():
+    rng = np.random.default_rng(0)
+    x, scores = rng.normal(size=(1, 9, 4)), 5 * rng.normal(size=(1, 9)) + 80  # exp(85): large
+    assignment = np.array([[0, 1, 2, 0, 1, -1, 0, 2, 2]])
+    got, weights = merge(
+        *(jnp.asarray(y, jnp.float32) for y in (x, scores)), jnp.asarray(assignment), 4
+    )
+    for m in range(3):
+        inside = assignment[0] == m
+        w = np.exp(scores[0, inside])
+        np.testing.assert_allclose(got[0, m], w @ x[0, inside] / w.sum(), rtol=2e-5, atol=1e-6)
+    np.testing.assert_array_equal(got[0, 3], 0)
+    np.testing.assert_allclose(weights.sum(-1), [[1, 1, 1, 0]], rtol=1e-5)
+
+
+def test_one_slot_a_token_keeps_every_token(container):
+    x = jax.random.normal(jax.random.key(3), (1, 1, N, D))
+    c = cluster_dpc_knn(x[:, 0], num_clusters=N, k=2)
+    z, _ = merge(x[:, 0], jnp.zeros((1, N)), c.assignment, N)
+    np.testing.assert_allclose(z[0], x[0, 0, c.centers[0]], rtol=1e-6)
+
+
+def reference_states(container, x, assignment, valid):
+    """One sample in plain numpy: merge, two blocks of attention with scores on the logits."""
+
+    def norm(y, layer):
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+        return y * np.asarray(layer.scale[...]) + np.asarray(layer.bias[...])
+
+    def gelu(y):
+        return np.asarray(jax.nn.gelu(y, approximate=False))
+
+    def linear(layer, y):
+        bias = 0 if layer.bias is None else np.asarray(layer.bias[...])
+        return y @ np.asarray(layer.kernel[...]) + bias
+
+    def mlp(layer, y):
+        return linear(layer.down, gelu(linear(layer.up, y)))
+
+    def scores(block, y):
+        return linear(block.score_down, gelu(linear(block.score_up, y)))[:, 0]
+
+    def refine(block, z, x, score, seen):
+        y = np.zeros_like(z)
+        for h in range(3):
+            part = slice(h * D // 3, (h + 1) * D // 3)
+            q, k, v = (linear(layer, s)[:, part] for layer, s in zip(
+                (block.q, block.k, block.v), (z, x, x), strict=True
+            ))  # fmt: skip
+            logits = q @ k.T / np.sqrt(D // 3) + score
+            weights = np.exp(logits - logits.max()) * seen
+            y[:, part] = weights @ v / weights.sum(-1, keepdims=True)
+        z = z + linear(block.out, y)
+        return z + mlp(block.mlp, norm(z, block.norm2))
+
+    first, second = container.blocks
+    score = scores(first, x)
+    z = np.zeros((M, D))
+    for m in np.flatnonzero(valid):
+        w = np.exp(score) * (assignment == m)
+        z[m] = w @ x / w.sum()
+    z = refine(first, z, x, score, assignment >= 0)
+    y = norm(z, second.norm1)
+    return refine(second, y, y, scores(second, y), valid)
+
+
+def test_states_equal_a_plain_implementation(container, history):
+    x, tokens = history
+    clusters = container.cluster_history(x, tokens)
+    flat = x.reshape(B, -1, D)
+    places = jax.random.normal(jax.random.key(4), (B, T * N, 4))
+    got, mean_places = jax.jit(lambda c, *a: c.states(*a))(container, flat, places, clusters)
+    for b in range(B):
+        for t in range(1, T):
+            valid = np.asarray(clusters.valid[b, t])
+            assignment = np.asarray(clusters.assignment[b, t])
+            want = reference_states(container, np.asarray(flat[b]), assignment, valid)
+            np.testing.assert_allclose(got[b, t][valid], want[valid], rtol=1e-4, atol=1e-5)
+            alone = [m for m in np.flatnonzero(valid) if (assignment == m).sum() == 1]
+            for m in alone:
+                np.testing.assert_allclose(
+                    mean_places[b, t, m], places[b, clusters.centers[b, t, m]], rtol=1e-5
+                )
+
+
+def test_empty_slots_hold_the_learned_vector(container, history):
+    x, tokens = history
+    clusters = container.cluster_history(x, tokens)
+    flat = x.reshape(B, -1, D)
+    out, _ = jax.jit(lambda c, *a: c(*a))(container, flat, flat, flat[..., :4], clusters)
+    empty = container.empty[...]
+    np.testing.assert_array_equal(out[:, 0], jnp.broadcast_to(empty, (B, M, D)))
+    filled = np.asarray(clusters.valid)
+    assert filled[:, 1:].any() and np.isfinite(np.asarray(out)).all()
+    assert not (np.abs(np.asarray(out)[filled] - empty) < 1e-6).all(-1).any()
+
+
+def test_later_groups_do_not_reach_a_state(container, history):
+    x, tokens = history
+
+    @jax.jit
+    def states(x):
+        clusters = container.cluster_history(x, tokens)
+        flat = x.reshape(B, -1, D)
+        return container(flat, flat, flat[..., :4], clusters)[0]
+
+    a, b = states(x), states(x.at[:, 1].add(jax.random.normal(jax.random.key(5), (B, N, D))))
+    np.testing.assert_array_equal(a[:, :2], b[:, :2])
+    assert (jnp.abs(a[:, 2] - b[:, 2]).max(axis=(1, 2)) > 1e-3).all()
+
+
+def test_gradient_reaches_scores_and_features(container, history):
+    x, tokens = history
+    clusters = container.cluster_history(x, tokens)
+    spe = jnp.zeros((B, T * N, D))
+
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def grads(container, x):
+        return jnp.sum(container(x, spe, spe[..., :4], clusters)[0] ** 2)
+
+    dcontainer, dx = jax.jit(grads)(container, x.reshape(B, -1, D))
+    for block in dcontainer.blocks:
+        assert jnp.abs(block.score_up.kernel[...]).max() > 1e-6
+    dx = jnp.abs(dx.reshape(B, T, N, D)).max(axis=(0, 2, 3))
+    assert (dx[:-1] > 1e-6).all() and dx[-1] == 0  # the last group conditions nothing
+
+
+def test_more_slots_than_tokens_is_an_error(container):
+    with pytest.raises(ValueError, match="container_slots=5"):
+        container.cluster_history(jnp.ones((1, 1, 3, D)), jnp.ones((1, 1, 3, K), jnp.int32))
+    got = container.cluster_history(jnp.ones((1, 1, 5, D)), jnp.ones((1, 1, 5, K), jnp.int32))
+    assert got.valid.shape == (1, 1, M)

@@ -1,0 +1,97 @@
+"""Cached decoding: the same numbers as teacher forcing, and the sampler's options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fourdstar_jax.star import decode
+
+n = 4  # tokens of a view
+
+
+def test_cached_decoding_equals_teacher_forcing(model, data, logits):
+    """All three groups, so that the container is rebuilt twice."""
+    tokens, condition = data
+    want = logits(model, tokens, condition, tokens)
+    got = decode.forced_logits(model, condition, tokens)
+    assert jnp.abs(want).max() > 1
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [dict(num_kv_heads=1, rope="none", prefix="causal")])
+def test_it_does_so_with_other_options(data, logits, make_model, changes):
+    tokens, condition = data
+    model = make_model(**changes)
+    got = decode.forced_logits(model, condition, tokens)
+    np.testing.assert_allclose(got, logits(model, tokens, condition, tokens), atol=1e-4)
+
+
+def test_one_timestep(model, logits, make_example):
+    tokens, condition = make_example(timesteps=1)
+    want = logits(model, tokens, condition, tokens)
+    np.testing.assert_allclose(decode.forced_logits(model, condition, tokens), want, atol=1e-4)
+    out = model.generate(condition, jax.random.key(0), temperature=0)
+    assert out.shape == (2, 1, 3 * n, 3)
+
+
+def test_greedy_tokens_are_the_most_probable_of_their_own_logits(model, data, logits):
+    """With the input view written: its parallel pass gives what one slot after the other gives."""
+    _, condition = data
+    out = model.generate(condition, jax.random.key(0), temperature=0)
+    np.testing.assert_array_equal(out[:, :, :n], condition.video_tokens)
+    best = logits(model, out, condition, out).argmax(-1)
+    np.testing.assert_array_equal(out[:, :, n:], best[:, :, n:])
+    sampled = model.generate(condition, jax.random.key(0), temperature=0, write_known=False)
+    best = logits(model, sampled, condition, sampled).argmax(-1)
+    np.testing.assert_array_equal(sampled, best)
+
+
+def test_the_key_decides(model, data):
+    _, condition = data
+    seen = []
+    kw = dict(top_k=5, top_p=0.9, temperature=1.3)
+    a = model.generate(condition, jax.random.key(0), **kw)
+    b = model.generate(
+        condition, jax.random.key(0), on_group=lambda t, tokens: seen.append((t, tokens)), **kw
+    )
+    np.testing.assert_array_equal(a, b)
+    assert [t for t, _ in seen] == [0, 1, 2]
+    np.testing.assert_array_equal(jnp.stack([x for _, x in seen], axis=1), a)
+    assert (a != model.generate(condition, jax.random.key(1), **kw)).any()
+    assert a.dtype == jnp.int32 and 0 <= a.min() and a.max() < 7
+    # One choice left: the same as greedy.
+    one = model.generate(condition, jax.random.key(0), top_k=1)
+    greedy = model.generate(condition, jax.random.key(1), temperature=0)
+    np.testing.assert_array_equal(one, greedy)
+
+
+def test_samples_follow_the_probabilities(model, data, logits, make_example):
+    """The first sampled code of 700 objects that differ in their random numbers only."""
+    tokens, condition = make_example(batch=1, timesteps=1)
+    many = jax.tree.map(lambda x: jnp.repeat(x, 700, axis=0), condition)
+    out = np.asarray(model.generate(many, jax.random.key(0)))[:, 0, n, 0]
+    want = jax.nn.softmax(logits(model, tokens, condition, tokens)[0, 0, n, 0])
+    share = np.bincount(out, minlength=7) / 700
+    np.testing.assert_allclose(share, want, atol=4 * np.sqrt(0.25 / 700))
+
+
+def test_guidance_moves_away_from_the_model_without_video(model, data):
+    _, condition = data
+    key = jax.random.key(0)
+    plain = model.generate(condition, key, temperature=0)
+    np.testing.assert_array_equal(
+        model.generate(condition, key, temperature=0, cfg_scale=1.0 + 1e-7), plain
+    )
+    # Scale 0 is the model that does not see the video; it must not depend on it.
+    other = condition._replace(video_tokens=(condition.video_tokens + 1) % 7)
+    kw = dict(temperature=0, cfg_scale=0.0, write_known=False)
+    blind = model.generate(condition, key, **kw)
+    np.testing.assert_array_equal(model.generate(other, key, **kw), blind)
+    assert (blind != model.generate(condition, key, temperature=0, write_known=False)).any()
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)])
+def test_bad_settings_are_named(model, data, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        model.generate(data[1], jax.random.key(0), **bad)

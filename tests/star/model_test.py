@@ -1,0 +1,329 @@
+"""STAR: who sees what, conditions, loss and options."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fourdstar_jax import sharding
+from fourdstar_jax.star.model import STAR, count_params
+from fourdstar_jax.types import Cameras
+
+n = 4  # tokens of a view
+
+
+def bump(tokens, where, vocab=7):
+    return tokens.at[where].set((tokens[where] + 1) % vocab)
+
+
+def differs(a, b):
+    """Whether logits differ, per [T, N, K] of sample 0; float32 noise apart."""
+    return np.asarray(jnp.abs(a - b).max(axis=-1)[0] > 1e-5)
+
+
+@pytest.mark.parametrize("t, j, k", [(0, 0, 0), (0, 11, 2), (1, 3, 1), (1, 4, 0), (2, 7, 2)])
+def test_a_code_changes_nothing_before_it(model, data, logits, t, j, k):
+    tokens, condition = data
+    before = logits(model, tokens, condition, tokens)
+    after = logits(model, bump(tokens, (0, t, j, k)), condition, bump(tokens, (0, t, j, k)))
+    changed = differs(before, after)
+    assert not changed[:t].any()
+    assert not changed[t, :j].any() and not changed[t, j, : k + 1].any()
+    assert changed[t, j, k + 1 :].all() and changed[t, j + 1 :].all()
+    assert changed[t + 1 :].all()
+    np.testing.assert_array_equal(before[1], after[1])  # the other sample
+
+
+def test_groups_reach_later_groups_only_through_the_container(model, data, logits):
+    tokens, condition = data
+    before = logits(model, tokens, condition, tokens)
+    after = logits(model, bump(tokens, (0, 0, 5, 1)), condition, tokens)  # container kept
+    assert not differs(before, after)[1:].any()
+    after = logits(model, tokens, condition, bump(tokens, (0, 0, 5, 1)))  # container only
+    changed = differs(before, after)
+    assert changed[1:].all() and not changed[0].any()
+    after = logits(model, tokens, condition, bump(tokens, (0, 1)))
+    changed = differs(before, after)
+    assert changed[2].all() and not changed[:2].any()
+
+
+def test_causality_by_gradient(model, data):
+    """The same seen from the input embeddings, which tokens enter through."""
+    tokens, condition = data
+    places = model.places(condition)
+    features = model.embed(tokens)
+
+    def slot(features, j):
+        stream = model.token_slots(features, places.spe)
+        return jnp.sum(stream[0, 1, j] * jnp.arange(1, stream.shape[-1] + 1))
+
+    gradient = jax.jit(jax.grad(slot))
+    for j in (0, 1, n, 11):
+        reached = jnp.abs(gradient(features, j)).max(axis=-1)[0] > 0
+        want = np.zeros(tokens.shape[1:3], bool)
+        want[1, j - 1] = j > 0
+        np.testing.assert_array_equal(reached, want)
+
+
+def test_positional_encoding_is_that_of_the_next_token(model, data):
+    tokens, condition = data
+    features, places = model.embed(tokens), model.places(condition)
+    slots = model.token_slots(features, places.spe)
+    rays, times = model.rays(condition.cameras), model.time(condition.times)
+    # Slot 0: START and the ray of token 0, in every group.
+    want = model.start[...] + rays[:, None, 0] + times
+    np.testing.assert_allclose(slots[:, :, 0], want, atol=1e-5)
+    # The slot whose input is the last token of view 0 carries the first ray of view 1.
+    want = features[:, :, n - 1] + rays[:, None, n] + times
+    np.testing.assert_allclose(slots[:, :, n], want, atol=1e-5)
+    # And that ray is view 1's: turning view 1's camera changes its slots and no others.
+    viewmats, Ks = condition.cameras
+    turned = Cameras(viewmats.at[:, 1].set(viewmats[:, 2]), Ks)
+    changed = jnp.abs(model.rays(turned) - rays).max(axis=(0, 2)) > 1e-3
+    np.testing.assert_array_equal(changed, (np.arange(3 * n) >= n) & (np.arange(3 * n) < 2 * n))
+
+
+def test_every_condition_is_used(model, data, logits):
+    tokens, condition = data
+    before = logits(model, tokens, condition, tokens)
+    viewmats, Ks = condition.cameras
+    changes = dict(
+        text_ids=condition.text_ids.at[:, 0].set(condition.text_ids[:, 0] % 10 + 1),
+        video_tokens=bump(condition.video_tokens, (0, 2, 3, 1)),
+        times=condition.times + 0.5,
+        cameras=Cameras(viewmats.at[:, :, 0, 3].add(0.1), Ks),
+    )
+    for name, value in changes.items():
+        after = logits(model, tokens, condition._replace(**{name: value}), tokens)
+        assert differs(before, after).all(), name
+
+
+def test_padded_text_is_visible_and_finite(model, data, logits):
+    tokens, condition = data
+    words = condition.text_ids
+    before = logits(model, tokens, condition, tokens)
+    silent = logits(model, tokens, condition._replace(text_ids=jnp.zeros_like(words)), tokens)
+    assert np.isfinite(np.asarray(silent)).all() and differs(before, silent).all()
+    pad = model.text.pad[...]
+    try:
+        model.text.pad[...] = pad + 1.0
+        assert differs(before, logits(model, tokens, condition, tokens)).all()
+    finally:
+        model.text.pad[...] = pad
+
+
+def test_dropped_conditions_hide_what_they_held(model, data):
+    tokens, condition = data
+    other = condition._replace(
+        text_ids=condition.text_ids % 10 + 1, video_tokens=(condition.video_tokens + 1) % 7
+    )
+    nll = jax.jit(lambda c, text, video: model.nll(tokens, c, drop_text=text, drop_video=video))
+    yes, no = jnp.array([True, True]), jnp.array([False, False])
+    np.testing.assert_array_equal(nll(condition, yes, yes), nll(other, yes, yes))
+    for drop in ((no, yes), (yes, no)):
+        assert jnp.abs(nll(condition, *drop) - nll(other, *drop)).max() > 1e-4
+    mixed = nll(condition, jnp.array([True, False]), no)
+    np.testing.assert_allclose(mixed[0], nll(condition, yes, no)[0], atol=1e-5)
+    np.testing.assert_allclose(mixed[1], nll(condition, no, no)[1], atol=1e-5)
+
+
+def test_losses_agree_with_logits(model, data, logits):
+    tokens, condition = data
+    want = -jnp.take_along_axis(
+        jax.nn.log_softmax(logits(model, tokens, condition, tokens)), tokens[..., None], axis=-1
+    )[..., 0]
+    got = jax.jit(lambda m: m.nll(tokens, condition))(model)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    loss, metrics = jax.jit(lambda m: m.loss(tokens, condition, train=False))(model)
+    np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["nll_ref"], want[:, :, :n].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["nll_novel"], want[:, :, n:].mean(), rtol=1e-4)
+
+
+def test_groups_can_be_chosen_and_change_nothing(model, data, logits):
+    tokens, condition = data
+    groups = jnp.array([[0, 2], [1, 2]])
+    hidden = jax.jit(lambda m, g: m.hidden(tokens, condition, groups=g))
+    whole = jax.jit(lambda m: m.hidden(tokens, condition))(model)
+    np.testing.assert_allclose(
+        hidden(model, groups), whole[jnp.arange(2)[:, None], groups], atol=1e-4
+    )
+    step = jax.jit(lambda key: model.loss(tokens, condition, key=key, num_groups=2))
+    loss, metrics = step(jax.random.key(0))
+    assert np.isfinite(loss) and "nll_group1" not in metrics
+    assert loss != step(jax.random.key(1))[0]
+    with pytest.raises(ValueError, match="num_groups=4"):
+        model.loss(tokens, condition, key=jax.random.key(0), num_groups=4)
+    with pytest.raises(ValueError, match="key"):
+        model.loss(tokens, condition)
+
+
+def test_gradient_reaches_every_parameter(model, data):
+    tokens, condition = data
+
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        return jnp.mean(model.group_losses(
+            tokens, condition,
+            drop_text=jnp.array([False, True]), drop_video=jnp.array([True, False]),
+        ).nll)  # fmt: skip
+
+    grads = nnx.state(gradient(model), nnx.Param)
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    assert len(leaves) > 40
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path)
+        rows = leaf if "'trunk']['layers'" not in name else leaf.reshape(leaf.shape[0], -1)
+        largest = jnp.abs(rows).max(axis=-1) if rows.ndim == 2 and "trunk" in name else rows
+        assert np.isfinite(np.asarray(leaf)).all(), name
+        assert jnp.abs(largest).max() > 0, name
+        if "'trunk']['layers'" in name:
+            assert (largest > 0).all(), name  # every layer of the stack
+    assert not any("codebook" in jax.tree_util.keystr(path) for path, _ in leaves)
+
+
+def test_training_starts_at_the_entropy_of_the_vocabulary(data, make_model):
+    tokens, condition = data
+    model = make_model()
+    model.head.output[...] = jnp.zeros(model.head.output.shape)
+    loss, metrics = jax.jit(
+        lambda m: m.loss(tokens, condition, key=jax.random.key(0), history_noise=0.3)
+    )(model)
+    np.testing.assert_allclose(loss, math.log(7), rtol=1e-5)
+    np.testing.assert_allclose(metrics["nll_code3"], math.log(7), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(prefix="causal"),
+        dict(num_kv_heads=1, rope="none", spe_octaves=0),
+        dict(remat=True, dropout=0.1, dtype=jnp.bfloat16),
+    ],
+)
+def test_options_train(data, make_model, changes):
+    tokens, condition = data
+    model = make_model(**changes)
+    step = jax.jit(jax.value_and_grad(
+        lambda m, key: m.loss(tokens, condition, key=key)[0], argnums=0
+    ))  # fmt: skip
+    loss, grads = step(model, jax.random.key(0))
+    assert np.isfinite(loss)
+    kernel = grads.trunk.layers.k.kernel[...]
+    assert np.isfinite(np.asarray(kernel)).all() and jnp.abs(kernel).max() > 0
+    assert kernel.dtype == jnp.float32
+
+
+def test_prefix_may_be_causal(data, make_model):
+    tokens, condition = data
+    late = condition._replace(video_tokens=bump(condition.video_tokens, (0, 2)))
+    for prefix in ("causal", "bidirectional"):
+        model = make_model(prefix=prefix)
+
+        @jax.jit
+        def keys(condition, model=model):
+            places = model.places(condition)
+            stream = model.prefix_stream(condition, places, None, None)
+            return model.trunk.prefill(*stream).k[-1]  # the last layer's
+
+        changed = jnp.abs(keys(condition) - keys(late)).max(axis=(2, 3))[0] > 1e-6
+        first = 5 + 2 * n  # text, then two frames
+        assert changed[first:].all()
+        assert changed[:first].all() == (prefix == "bidirectional")
+        assert changed[:first].any() == (prefix == "bidirectional")
+
+
+def test_t5_features_go_through_the_same_prefix(data, make_model):
+    tokens, condition = data
+    model = make_model(text_encoder="t5", text_dim=13)
+    features = jax.random.normal(jax.random.key(0), (2, 5, 13))
+    nll = jax.jit(lambda f: model.nll(tokens, condition._replace(text_features=f)))
+    padded = features.at[:, -2:].add(1.0)  # the last two slots are padding
+    np.testing.assert_array_equal(nll(features), nll(padded))
+    assert jnp.abs(nll(features) - nll(features.at[:, 0].add(1.0))).max() > 1e-4
+    with pytest.raises(ValueError, match="text_features"):
+        model.nll(tokens, condition)
+
+
+def test_codebooks_are_taken_and_stay(make_model):
+    books = np.random.default_rng(0).normal(size=(3, 7, 2)).astype(np.float32)
+    model = make_model(codebooks=jnp.asarray(books))
+    np.testing.assert_array_equal(model.codebook[...], books)
+    with pytest.raises(ValueError, match="codebooks"):
+        make_model(codebooks=jnp.zeros((3, 7, 3)))
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        (dict(rope="2d"), ValueError),
+        (dict(prefix="none"), ValueError),
+        (dict(history="full"), NotImplementedError),
+        (dict(code_dim=7), ValueError),
+        (dict(num_heads=5), ValueError),
+        (dict(text_encoder="hash"), ValueError),
+        (dict(patch=3), ValueError),
+    ],
+)
+def test_bad_options_are_named(make_model, changes, error):
+    with pytest.raises(error, match=next(iter(changes))):
+        make_model(**changes)
+
+
+def test_inputs_that_do_not_fit_are_named(model, data):
+    tokens, condition = data
+    with pytest.raises(ValueError, match="tokens are"):
+        model.logits(tokens[:, :, :8], condition)
+    with pytest.raises(ValueError, match="times are"):
+        model.check(condition._replace(times=condition.times[:, :2]))
+    with pytest.raises(ValueError, match="video_tokens have 3"):
+        model.check(condition._replace(video_tokens=condition.video_tokens[:, :, :3]))
+    with pytest.raises(ValueError, match="text_ids have 4"):
+        model.logits(tokens, condition._replace(text_ids=condition.text_ids[:, :4]))
+
+
+def test_eight_devices_agree_with_one(make_example):
+    """Weights sharded over fsdp and tensor, the batch over data and fsdp."""
+    sizes = dict(
+        num_codebooks=2, vocab_size=8, code_dim=4, image_size=10, patch=5, dim=32, num_layers=2,
+        num_heads=4, num_kv_heads=2, head_dim=16, head_layers=1, head_heads=2, container_slots=5,
+        container_neighbors=2, text_vocab=12, text_length=5, text_dim=6, time_features=8,
+    )  # fmt: skip
+    tokens, condition = make_example(batch=4, timesteps=2, views=2, sizes=sizes)
+    data = jax.tree.map(np.asarray, (tokens, condition))
+    got = []
+    for shape, devices in ((None, 1), (dict(data=2, fsdp=2, tensor=2), 8)):
+        with sharding.use_mesh(shape, devices=jax.devices()[:devices]):
+            model = sharding.build(STAR, jax.random.key(0), **sizes)
+            output = jax.random.normal(jax.random.key(1), model.head.output.shape)
+            model.head.output[...] = output
+
+            @jax.jit
+            @jax.value_and_grad
+            def step(model, tokens, condition):
+                return model.loss(tokens, condition, train=False)[0]
+
+            loss, grads = step(model, *data)
+            got.append((loss, grads.trunk.layers.q.kernel[...], grads.image.up.kernel[...]))
+            if devices == 8:
+                kernel = model.trunk.layers.q.kernel[...]  # [layers, embed, heads]
+                assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 16)
+    one, eight = (jax.tree.map(np.asarray, x) for x in got)
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
+    for a, b in zip(eight[1:], one[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())
+
+
+def test_paper_size_builds_without_memory():
+    sizes = dict(
+        num_codebooks=8, vocab_size=4096, code_dim=64, image_size=256, patch=16,
+        dim=1280, num_layers=36, num_heads=20, hidden_dim=3584, head_dim=768, head_layers=3,
+        head_heads=12, container_slots=512, container_neighbors=5, text_encoder="t5",
+        text_vocab=0, text_length=120, text_dim=2048, time_features=256,
+    )  # fmt: skip
+    model = jax.eval_shape(lambda: sharding.build(STAR, jax.random.key(0), **sizes))
+    assert 800e6 < count_params(model) < 900e6

@@ -1,0 +1,364 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fourdstar_jax import geometry, sharding
+from fourdstar_jax.types import Cameras
+from fourdstar_jax.vqvae import losses
+from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, activate
+from fourdstar_jax.vqvae.model import VQVAE4D, canonical_frame
+from fourdstar_jax.vqvae.offsets import Conv3d, OffsetPredictor
+
+SIZE = 24
+SMALLEST = dict(
+    resolution=SIZE,
+    grid=3,
+    code_dim=6,
+    dim=12,
+    num_blocks=2,
+    num_heads=3,
+    hidden_dim=20,
+    view_attention_every=2,
+    up_channels=(10,),
+    offset_dim=8,
+    offset_layers=1,
+    offset_heads=2,
+    offset_features=True,
+    unet_channels=(5, 7),
+    unet_blocks=1,
+)
+TINY = dict(
+    resolution=64,
+    grid=4,
+    code_dim=16,
+    dim=64,
+    num_blocks=2,
+    num_heads=4,
+    hidden_dim=128,
+    view_attention_every=2,
+    up_channels=(64, 32),
+    offset_dim=48,
+    offset_layers=1,
+    offset_heads=4,
+    offset_features=True,
+    unet_channels=(8, 16),
+    unet_blocks=1,
+)
+
+
+def build(**changes):
+    return sharding.build(VQVAE4D, jax.random.key(0), **{**SMALLEST, **changes})
+
+
+def rig(batch, azimuths, size=SIZE, **kwargs):
+    cameras = geometry.orbit_cameras(azimuths, width=size, height=size, **kwargs)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), cameras)
+
+
+def inputs(batch=2, timesteps=3, views=2, model=SMALLEST):
+    codes = jax.random.normal(
+        jax.random.key(1), (batch, timesteps, views, model["grid"] ** 2, model["code_dim"])
+    )
+    times = jnp.broadcast_to(jnp.arange(float(timesteps)), (batch, timesteps))
+    return codes, rig(batch, [0, 75, 200, 290][:views], model["resolution"]), times
+
+
+def awake(model):
+    """The model with the offset predictor's last convolution no longer zero."""
+    graphdef, state = nnx.split(model)
+    kernel = state["offsets"]["unet"]["out"]["kernel"]
+    noise = 0.1 * jax.random.normal(jax.random.key(9), kernel.shape)
+    state["offsets"]["unet"]["out"]["kernel"] = kernel.replace(noise)
+    return nnx.merge(graphdef, state)
+
+
+@jax.jit
+def run(model, codes, cameras, times):
+    return model(codes, cameras, times)
+
+
+def assert_close(a, b, atol=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(("timesteps", "views"), [(3, 2), (1, 1), (1, 3), (2, 1)])
+def test_any_number_of_timesteps_and_views(timesteps, views):
+    out = run(build(), *inputs(2, timesteps, views))
+    num = views * 36
+    for gaussians in out:
+        assert gaussians.means.shape == (2, timesteps, num, 3)
+        assert gaussians.quats.shape == (2, timesteps, num, 4)
+        assert gaussians.scales.shape == (2, timesteps, num, 3)
+        assert gaussians.opacities.shape == (2, timesteps, num)
+        assert gaussians.colors.shape == (2, timesteps, num, 3)
+
+
+def test_parameters_do_not_know_timesteps_or_views():
+    model = awake(build())
+    codes, cameras, times = inputs(1, 3, 3)
+    three = run(model, codes, cameras, times)
+    fewer = Cameras(cameras.viewmats[:, :2], cameras.Ks[:, :2])
+    assert run(model, codes[:, :1, :2], fewer, times[:, :1]).gaussians.means.shape[1:3] == (1, 72)
+    # The static Gaussians of a timestep are the same alone and in company.
+    alone = run(model, codes[:, 1:2], cameras, times[:, 1:2])
+    assert_close(jax.tree.map(lambda a: a[:, 1:2], three.coarse), alone.coarse)
+
+
+def test_offsets_start_at_zero():
+    out = run(build(), *inputs())
+    for a, b in zip(out.coarse, out.gaussians, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_offsets_change_what_they_should():
+    out = run(awake(build()), *inputs())
+    for a, b in zip(out.coarse, out.gaussians, strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-3
+
+
+def test_activations_stay_in_range():
+    raw = 30 * jax.random.normal(jax.random.key(2), (2, 1, 2, 5, 5, NUM_CHANNELS))
+    gaussians = activate(raw, rig(2, [0, 90]), resolution=SIZE)
+    assert np.all(np.abs(gaussians.means) <= 1)
+    assert np.all((np.asarray(gaussians.opacities) >= 0) & (np.asarray(gaussians.opacities) <= 1))
+    assert np.all((np.asarray(gaussians.colors) >= 0) & (np.asarray(gaussians.colors) <= 1))
+    assert np.all(np.asarray(gaussians.scales) >= 0)
+    np.testing.assert_allclose(np.linalg.norm(gaussians.quats, axis=-1), 1, rtol=1e-5)
+
+
+def test_zero_map_lies_on_the_rays_at_the_origins_depth():
+    size, m = 24, 6
+    cameras = rig(1, [0, 130], size, radius=2.0, fov_deg=40.0)
+    raw = jnp.zeros((1, 1, 2, m, m, NUM_CHANNELS))
+    gaussians = activate(raw, cameras, resolution=size)
+    means = np.asarray(gaussians.means).reshape(2, m * m, 3)
+    viewmats = np.asarray(cameras.viewmats)[0]
+    for v in range(2):
+        local = means[v] @ viewmats[v, :3, :3].T + viewmats[v, :3, 3]
+        np.testing.assert_allclose(local[:, 2], 2.0, atol=1e-5)
+    pixels = losses.project_points(gaussians.means[0], Cameras(*(a for a in cameras)))[0]
+    centres = (np.arange(m) + 0.5) * size / m
+    grid = np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 2)
+    for v in range(2):
+        np.testing.assert_allclose(pixels[v].reshape(2, -1, 2)[v], grid, atol=1e-3)
+    half_spacing = 2.0 * np.tan(np.deg2rad(20)) / m
+    np.testing.assert_allclose(gaussians.scales, half_spacing, rtol=1e-4)
+
+
+@pytest.mark.parametrize("map_levels", [(64, 32), (64, 32, 16)])
+def test_transmittance_at_the_start(map_levels):
+    """Neither fog nor holes, whatever the map's size."""
+    config = {**TINY, "up_channels": map_levels}
+    model = build(**config)
+    codes, _, times = inputs(1, 1, 4, config)
+    cameras = rig(1, [0, 90, 180, 270], 64)
+    coarse = run(model, codes, cameras, times).coarse
+    alphas = losses.render(coarse, cameras, width=64, height=64).alphas[0, 0, ..., 0]
+    row, column = np.mgrid[:64, :64] + 0.5
+    radius = 0.45 * 64 / (2 * 1.5 * np.tan(np.deg2rad(49.1 / 2)))  # the object's half extent
+    centre = np.hypot(row - 32, column - 32) < radius
+    transmittance = 1 - np.asarray(alphas)[:, centre].mean()
+    assert 0.1 < transmittance < 0.7
+
+
+def test_objects_of_a_batch_do_not_meet():
+    model = awake(build())
+    codes, cameras, times = inputs(3, 2, 2)
+    order = jnp.array([2, 0, 1])
+    out = run(model, codes, cameras, times)
+    permuted = run(model, codes[order], cameras, times)
+    assert_close(permuted, jax.tree.map(lambda a: a[order], out))
+
+
+def test_timesteps_meet_in_the_offsets_only():
+    model = awake(build())
+    codes, cameras, times = inputs(1, 3, 2)
+    out = run(model, codes, cameras, times)
+    other = run(model, codes.at[:, 1, 0].add(1.0), cameras, times)
+
+    def moved(a, b):  # [T, V]
+        change = np.abs(np.asarray(a.means) - np.asarray(b.means)).reshape(3, 2, -1)
+        return change.max(axis=-1) > 1e-7
+
+    np.testing.assert_array_equal(
+        moved(out.coarse, other.coarse), [[False] * 2, [True] * 2, [False] * 2]
+    )
+    assert moved(out.gaussians, other.gaussians)[:, 0].all()
+
+
+def test_frame_times_matter_and_their_zero_does_not_move_the_static_ones():
+    model = awake(build())
+    codes, cameras, times = inputs(1, 3, 2)
+    slow = run(model, codes, cameras, 5 * times)
+    out = run(model, codes, cameras, times)
+    assert np.abs(np.asarray(slow.gaussians.means - out.gaussians.means)).max() > 1e-5
+    assert_close(slow.coarse, out.coarse, atol=0)
+
+
+def test_gaussians_turn_with_the_rig():
+    model = awake(build())
+    codes, cameras, times = inputs(1, 2, 3)
+    turn = geometry.quat_to_rotmat(jnp.array([0.6, -0.3, 0.5, 0.4]))
+    turn = jnp.eye(4).at[:3, :3].set(turn)
+    turned = cameras._replace(viewmats=cameras.viewmats @ turn.T)
+    wanted = geometry.transform_gaussians(run(model, codes, cameras, times).gaussians, turn)
+    got = run(model, codes, turned, times).gaussians
+    assert_close(got._replace(quats=0.0), wanted._replace(quats=0.0), atol=1e-4)
+    same = np.abs(np.sum(np.asarray(got.quats) * np.asarray(wanted.quats), axis=-1))
+    np.testing.assert_allclose(same, 1, atol=1e-4)
+
+
+def test_a_map_moves_rigidly_with_its_camera():
+    """Position residuals and rotations are in the camera's axes."""
+    raw = 0.3 * jax.random.normal(jax.random.key(3), (1, 1, 1, 5, 5, NUM_CHANNELS))
+    turn = geometry.quat_to_rotmat(jnp.array([0.9, 0.1, 0.5, -0.2]))
+    turn = jnp.eye(4).at[:3, :3].set(turn)
+    cameras = rig(1, [0])
+    wanted = geometry.transform_gaussians(activate(raw, cameras, resolution=SIZE), turn)
+    turned = cameras._replace(viewmats=cameras.viewmats @ turn.T)
+    got = activate(raw, turned, resolution=SIZE)
+    np.testing.assert_allclose(got.means, wanted.means, atol=1e-5)
+    same = np.abs(np.sum(np.asarray(got.quats) * np.asarray(wanted.quats), axis=-1))
+    np.testing.assert_allclose(same, 1, atol=1e-5)
+
+
+def test_canonical_frame_leaves_a_relative_rig_alone():
+    cameras = rig(2, [0, 90, 250])
+    turned, back = canonical_frame(cameras)
+    np.testing.assert_allclose(turned.viewmats, cameras.viewmats, atol=1e-6)
+    np.testing.assert_allclose(back, np.broadcast_to(np.eye(4), (2, 4, 4)), atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["full", "axial_time"])
+@pytest.mark.parametrize("up", ["shuffle", "nearest", "hybrid"])
+def test_every_parameter_learns(attention, up):
+    if (attention, up) == ("axial_time", "hybrid"):
+        up_channels, depths = (10, 8), (2,)
+    else:
+        up_channels, depths = ((10, 8), (1,)) if up == "hybrid" else ((10,), ())
+    model = awake(
+        build(offset_attention=attention, up=up, up_channels=up_channels, up_depths=depths)
+    )
+    codes, cameras, times = inputs()
+    target = jax.random.normal(jax.random.key(5), (5,))
+
+    def loss(model):
+        out = model(codes, cameras, times)
+        parts = [jnp.sum(jnp.sin(37.0 * a) * t) for a, t in zip(out.gaussians, target, strict=True)]
+        return sum(parts)
+
+    grads = jax.jit(jax.grad(loss))(model)
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(grads, nnx.Param)))
+    dead = [jax.tree_util.keystr(path) for path, grad in leaves if not np.any(grad)]
+    assert len(leaves) > 100 and not dead
+
+
+def test_one_step_wakes_everything_from_the_real_start():
+    """With the zero-initialised last convolution, all learn from the second step on."""
+    model = build()
+    codes, cameras, times = inputs(1, 2, 2)
+    batch = dict(
+        images=jax.random.uniform(jax.random.key(4), (1, 2, 2, SIZE, SIZE, 3)),
+        masks=jnp.ones((1, 2, 2, SIZE, SIZE, 1)),
+        viewmats=cameras.viewmats,
+        Ks=cameras.Ks,
+    )
+
+    @jax.jit
+    def gradients(model):
+        def loss(model):
+            supervision = losses.choose_supervision(
+                jax.random.key(0), batch, num_timesteps=2, num_views=2
+            )
+            return losses.reconstruction_loss(model(codes, cameras, times), supervision)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(model)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, model, grads), grads, metrics
+
+    model, _, first = gradients(model)
+    _, grads, second = gradients(model)
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(grads, nnx.Param)))
+    dead = [jax.tree_util.keystr(path) for path, grad in leaves if not np.any(grad)]
+    assert not dead
+    assert second["loss"] < first["loss"] and not first["overflow"]
+
+
+def test_recomputing_the_blocks_changes_nothing():
+    args = inputs(1, 2, 2)
+
+    def gradients(model):
+        return jax.jit(jax.grad(lambda m: jnp.sum(m(*args).coarse.means ** 2)))(model)
+
+    a, b = gradients(build()), gradients(build(remat=True))
+    assert_close(nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b)), atol=1e-5)
+
+
+def test_conv3d_is_a_3d_convolution():
+    layer = Conv3d(3, 5, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 7, 3))
+    wanted = jax.lax.conv_general_dilated(
+        x,
+        layer.kernel[...],
+        (1, 1, 1),
+        ((1, 1),) * 3,
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+    np.testing.assert_allclose(layer(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(resolution=25), "resolution"),
+        (dict(offset_dim=10), "dim"),
+        (dict(unet_channels=(5, 7, 9)), "map_size"),
+        (dict(offset_attention="sparse"), "attention"),
+        (dict(up="bicubic"), "nearest"),
+    ],
+)
+def test_bad_sizes_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+def test_inputs_that_do_not_fit_are_named():
+    model = build()
+    codes, cameras, times = inputs(1, 2, 2)
+    with pytest.raises(ValueError, match="tokens a view"):
+        model(codes[..., :4, :], cameras, times)
+    with pytest.raises(ValueError, match="cameras for 2 views"):
+        model(codes, rig(1, [0, 90, 180]), times)
+
+
+def test_eight_devices_agree_with_one():
+    args = inputs(2, 2, 2)
+    even = dict(dim=12, num_heads=2, offset_heads=2)
+
+    def run_once():
+        model = awake(build(**even))
+        grads = jax.jit(jax.grad(lambda m: jnp.mean(m(*args).gaussians.means ** 2)))(model)
+        return run(model, *args).gaussians, grads.static.rays.kernel[...]
+
+    one = run_once()
+    with sharding.use_mesh({"data": 2, "fsdp": 2, "tensor": 2}):
+        eight = run_once()
+    assert_close(jax.device_get(one), jax.device_get(eight))
+
+
+def test_offset_predictor_says_what_it_needs():
+    with pytest.raises(ValueError, match="map_size"):
+        OffsetPredictor(
+            4,
+            10,
+            6,
+            0,
+            dim=8,
+            num_layers=1,
+            num_heads=2,
+            unet_channels=(5, 7),
+            unet_blocks=1,
+            rngs=nnx.Rngs(0),
+        )
