@@ -210,7 +210,9 @@ def copy(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
-        _replace(folder / f"{stage}.safetensors", (Path(source) / f"{stage}.safetensors").read_bytes())
+        _replace(
+            folder / f"{stage}.safetensors", (Path(source) / f"{stage}.safetensors").read_bytes()
+        )
     description["stages"] = {stage: description["stages"][stage] for stage in stages}
     _write_description(folder, description)
 
@@ -266,14 +268,16 @@ def _build(stage: str, description: dict, arrays: dict[str, np.ndarray]) -> Any:
     arguments = module_arguments(description["stages"][stage]["model"])
     with sharding.use_mesh(devices=jax.devices()[:1]):
         try:
-            model = jax.eval_shape(lambda key: sharding.build(make, key, **arguments), jax.random.key(0))
+            model = jax.eval_shape(
+                lambda key: sharding.build(make, key, **arguments), jax.random.key(0)
+            )
         except TypeError as error:
             raise ValueError(f"bundle: {class_name} of this version differs: {error}") from error
     wanted = named_arrays(model)
     if differing := sorted(set(wanted) ^ set(arrays)):
         raise ValueError(
-            f"bundle of another shape: {stage} has {len(set(wanted) - set(arrays))} tensors missing "
-            f"and {len(set(arrays) - set(wanted))} too many, {differing[0]} among them"
+            f"bundle of another shape: {stage} has {len(set(wanted) - set(arrays))} tensors "
+            f"missing and {len(set(arrays) - set(wanted))} too many, {differing[0]} among them"
         )
     filled = []
     for name, target in wanted.items():

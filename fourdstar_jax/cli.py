@@ -15,7 +15,6 @@ import fourdstar_jax
 # The model that comes with the package, and the demo's video beside it.
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 NOT_YET = {
-    "evaluate": "compare with ground truth by a named protocol",
     "convert": "turn released PyTorch weights into a bundle",
     "view": "show a result in the browser",
     "export": "write a result in other splat formats",
@@ -118,11 +117,11 @@ def _parser() -> argparse.ArgumentParser:
         help="cut the object out and scale it as in training, or only resize",
     )
     command.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
-    command.add_argument("--top_k", type=int, help="sample from the k likeliest; default the model's")
-    command.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance scale")
     command.add_argument(
-        "--max_frames", type=int, default=10_000, help="longer inputs are refused"
+        "--top_k", type=int, help="sample from the k likeliest; default the model's"
     )
+    command.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance scale")
+    command.add_argument("--max_frames", type=int, default=10_000, help="longer inputs are refused")
     _output_flags(command)
 
     command = add(
@@ -172,13 +171,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--depth", action=argparse.BooleanOptionalAction, default=False, help="depth maps"
     )
-    command.add_argument("--workers", type=int, help="processes; 0 works in this one, default one a core")
+    command.add_argument(
+        "--workers", type=int, help="processes; 0 works in this one, default one a core"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace an existing output")
     command.add_argument(
-        "--tokens", action="store_true", help="encode the dataset --data with the tokenizer --bundle"
+        "--tokens",
+        action="store_true",
+        help="encode the dataset --data with the tokenizer --bundle",
     )
     command.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode (--tokens)")
     command.add_argument("--bundle", type=Path, metavar="DIR", help="has the tokenizer (--tokens)")
+
+    command = add(
+        "evaluate", _evaluate, "measure a bundle on the unseen clips of a dataset, with intervals"
+    )
+    command.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared dataset")
+    command.add_argument("--split", default="unseen_clip", help="unseen_clip or unseen_object")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
+    _model_flag(command)
 
     command = add("inspect", _inspect, "tell what a model bundle holds")
     command.add_argument("bundle", type=Path, nargs="?", default=BUNDLED_MODEL)
@@ -290,7 +301,7 @@ def _train(arguments: argparse.Namespace) -> None:
     trainer.train(config, arguments.workdir)
 
 
-def read_config(config: str, overrides: list[str]):
+def read_config(config: str, overrides: list[str]) -> Any:
     """The locked ConfigDict of `file.py[:argument]` with `--config.key=value` overrides.
 
     A file that is not below the current folder is looked for in the package's checkout. Raises
@@ -362,6 +373,19 @@ def _prepare(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import json
+
+    from fourdstar_jax.evaluate import unseen
+
+    _load_model(arguments.model)  # says what is wrong with it before the data is read
+    text = json.dumps(unseen.evaluate(arguments.model, arguments.data, arguments.split), indent=1)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """A video or picture, and perhaps text, to a 4D object: tokenizer, STAR, 4D VQ-VAE.
 
-    video [T, h, w, 3] -> tokens of view 0 [T, n, K] -> tokens of all views [T, V n, K]
-    -> codes [T, V, n, D] -> Gaussians [T, G, ...]
+video [T, h, w, 3] -> tokens of view 0 [T, n, K] -> tokens of all views [T, V n, K]
+-> codes [T, V, n, D] -> Gaussians [T, G, ...]
 """
 
 import dataclasses
@@ -142,9 +142,13 @@ class Model:
         if key is not None and seed is not None:
             raise ValueError("give key or seed, not both")
         if timesteps is not None and not 1 <= timesteps <= self.max_timesteps:
-            raise ValueError(f"{timesteps=} must be from 1 to {self.max_timesteps}, the model's most")
+            raise ValueError(
+                f"{timesteps=} must be from 1 to {self.max_timesteps}, the model's most"
+            )
         if not (temperature >= 0 and np.isfinite(temperature) and np.isfinite(cfg)):
-            raise ValueError(f"{temperature=} and {cfg=} must be finite, and temperature at least 0")
+            raise ValueError(
+                f"{temperature=} and {cfg=} must be finite, and temperature at least 0"
+            )
         if top_k is not None and top_k < 1:
             raise ValueError(f"{top_k=} must be at least 1")
         images, info = self._read(
@@ -152,8 +156,9 @@ class Model:
         )
         if timesteps is not None:
             images = images[np.arange(timesteps) % len(images)]
-        seed = 0 if seed is None and key is None else seed
-        key = jax.random.key(seed) if key is None else key
+        if key is None:
+            seed = seed if seed is not None else 0
+            key = jax.random.key(seed)
 
         star, count = self.star, len(images)
         prompt = text if text is not None else NEUTRAL_PROMPT

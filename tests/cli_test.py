@@ -156,9 +156,7 @@ def test_bad_bundle_and_bad_numbers(capsys, tmp_path, tiny_bundle):
     for file in tiny_bundle.glob("*.safetensors"):
         (changed / file.name).write_bytes(file.read_bytes())
     (changed / "model.json").write_text(json.dumps(description))
-    code, _, lines = run(
-        capsys, "generate", "--video", source, "--out", out, "--model", changed
-    )
+    code, _, lines = run(capsys, "generate", "--video", source, "--out", out, "--model", changed)
     assert code == 2 and len(lines) == 1 and "another shape" in lines[0]
     assert not out.exists()
 

@@ -78,7 +78,9 @@ def test_the_walk_finds_climbers(tmp_path):
     (tmp_path / "star" / "model.py").write_text(
         "from fourdstar_jax.vqvae.model import x\ndef f():\n    from fourdstar_jax import cli\n"
     )
-    (tmp_path / "nn.py").write_text("import fourdstar_jax.types\nimport fourdstar_jax.train.state\n")
+    (tmp_path / "nn.py").write_text(
+        "import fourdstar_jax.types\nimport fourdstar_jax.train.state\n"
+    )
     assert list(climbing(tmp_path)) == [
         "nn.py imports train",
         "star/model.py imports vqvae",

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import av
+import av.error
+import av.logging
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -112,7 +114,7 @@ def video_frames(path: Path, request: dict[str, Any]) -> Iterator:
     with path.open("rb") as file:
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "none"}
         try:
-            container = av.open(file, options=options)
+            container = av.open(file, "r", options=options)
         except (av.error.FFmpegError, ValueError, OSError):
             refuse(f"{path} is not a video or picture that can be read")
         if not container.streams.video:
@@ -125,7 +127,7 @@ def video_frames(path: Path, request: dict[str, Any]) -> Iterator:
             count = round(container.duration / av.time_base * rate)
         if count > request["max_frames"]:
             refuse(f"{path} has {count} frames; at most max_frames = {request['max_frames']}")
-        decoder = stream.codec_context
+        decoder: Any = stream.codec_context
         alpha = stream.metadata.get("alpha_mode") == "1"
         if alpha and stream.codec_context.name in ("vp8", "vp9"):
             # FFmpeg's own VP8 and VP9 decoders drop the alpha channel; libvpx keeps it.

@@ -9,16 +9,20 @@ with frame 0.
 | `index` | number of the clip in the dataset, over all splits, in order of `clip_id` | int64 |
 | `object_id` | path of the file below the assets folder, without its ending | text |
 | `clip_id` | `object_id`, "#", number of the animation in the file | text |
-| `asset_sha256`, `clip_index`, `clip_name` | the file, its animation's number and name | text, int64 |
+| `asset_sha256`, `clip_name` | of the file; of its animation | text |
+| `clip_index` | number of the animation in the file | int64 |
 | `split` | train, unseen_clip or unseen_object | text |
 | `licence` | of the asset, "unknown" without an assets.csv | text |
 | `appearance`, `motion` | captions made from the two names | text |
 | `fps`, `frame_times` | frames a second; seconds since the clip's first key | float32, [F] |
 | `rig_rgba` | PNG, straight alpha (alpha is the mask), frame-major | [F*V] images [h, w, 4] |
 | `rig_viewmats`, `rig_Ks` | world to camera (OpenCV); pixels | float32 [V, 4, 4], [V, 3, 3] |
-| `rig_flow` (optional) | (x, y) pixels to the next frame, of the last frame to frame 0; 0 where empty | float16 [F, V, h, w, 2], zlib |
-| `rig_depth` (optional) | camera z in scene units, 0 where empty | float16 [F, V, h, w], zlib |
-| `extra_rgba`, `extra_viewmats`, `extra_Ks` | the same of the extra views, when there are any | [F*E], [E, 4, 4], [E, 3, 3] |
+| `rig_flow` (optional) | (x, y) pixels to the next frame, 0 where empty | float16 [F, V, h, w, 2] |
+| `rig_depth` (optional) | camera z in scene units, 0 where empty | float16 [F, V, h, w] |
+| `extra_rgba` | as `rig_rgba`, of the extra views (when E > 0, and so the next two) | [F*E] |
+| `extra_viewmats`, `extra_Ks` | as those of the rig | float32 [E, 4, 4], [E, 3, 3] |
+
+Flow and depth are compressed by zlib; the flow of the last frame leads to frame 0.
 
 World frame: x right, y up, z towards the camera of azimuth 0; the box around the whole clip is
 centred and its longest side is 0.9. Rig cameras: radius 1.5, fov 49.1 degrees, elevation 0,
@@ -54,10 +58,9 @@ class Fourdstar(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First schema."}
-    builder_config: FourdstarConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
-        c = self.builder_config
+        c = self._config()
         h, V, E = c.image_size, c.views, c.extra_views
         images = tfds.features.Sequence(
             tfds.features.Image(shape=(h, h, 4), dtype=np.uint8, encoding_format="png")
@@ -98,8 +101,13 @@ class Fourdstar(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        assert self.builder_config.records is not None
-        return {s: self.builder_config.records(s) for s in self.builder_config.splits}
+        c = self._config()
+        assert c.records is not None
+        return {s: c.records(s) for s in c.splits}
+
+    def _config(self) -> FourdstarConfig:
+        assert isinstance(self.builder_config, FourdstarConfig)
+        return self.builder_config
 
     def _generate_examples(self):
         raise ValueError("records come from FourdstarConfig.records")

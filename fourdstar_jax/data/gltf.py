@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,8 @@ class MalformedAsset(ValueError):
     """A file that cannot be read, posed or drawn; the message is one line."""
 
 
-class Clip(NamedTuple):
+@dataclass(frozen=True)
+class Clip:
     """One animation of a file."""
 
     index: int
@@ -53,7 +54,8 @@ class Clip(NamedTuple):
     duration_s: float  # last key minus first
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """A run of triangles that share a texture."""
 
     first: int  # triangle
@@ -285,7 +287,7 @@ class _Reader:
                 part.first = num_vertices
                 arrays["triangles"] = arrays["triangles"] + num_vertices
                 num_vertices += part.count
-                draws.append(draw._replace(first=num_triangles, count=len(arrays["triangles"])))
+                draws.append(replace(draw, first=num_triangles, count=len(arrays["triangles"])))
                 num_triangles += len(arrays["triangles"])
                 if num_vertices > MAX_VERTICES or num_triangles > MAX_TRIANGLES:
                     raise MalformedAsset(
@@ -368,7 +370,7 @@ class _Reader:
     def _accessor(
         self, index: int, kinds: tuple[str, ...], *, raw: bool = False, use: str = ""
     ) -> np.ndarray:
-        """[count, width], float32 unless `raw` (3.6.2); integers count as fractions if so marked."""
+        """[count, width], float32 unless `raw`; normalized integers are fractions (3.6.2)."""
         accessor, what = self._get("accessors", index), f"accessor {index}{use and f' ({use})'}"
         kind, count, code = accessor["type"], accessor["count"], accessor["componentType"]
         if kind not in kinds:

@@ -195,7 +195,7 @@ def _motions(assets, bodies: list[int]) -> list[list[tuple[int, int]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Makes the split of the training assets.")
     parser.add_argument("--assets", type=Path, required=True, help="folder with assets.csv")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -25,8 +25,6 @@ from fourdstar_jax.text.words import WordTokenizer
 
 RADIUS, FOV_DEG = 1.5, 49.1  # of every camera: L4GM's and LGM's rig
 
-RADIUS, FOV_DEG = 1.5, 49.1  # of every rig, see fourdstar.py
-
 
 def read_manifest(data_dir: str | Path) -> dict:
     """The dataset's manifest (settings, hash, splits, captions); ValueError if there is none."""
@@ -43,18 +41,6 @@ def provenance(data_dir: str | Path) -> dict[str, str]:
     """What a model trained on the dataset says of it: the hashes of its content and its split."""
     manifest = read_manifest(data_dir)
     return {"data_sha256": manifest["sha256"], "split_sha256": manifest["split_sha256"]}
-
-
-def rig(data_dir: str | Path) -> dict[str, Any]:
-    """The ring of cameras and the frame rate of the dataset."""
-    settings = read_manifest(data_dir)["settings"]
-    views = settings["views"]
-    return {
-        "azimuths_deg": [360.0 * v / views for v in range(views)],
-        "radius": RADIUS,
-        "fov_deg": FOV_DEG,
-        "fps": settings["fps"],
-    }
 
 
 def load_words(data_dir: str | Path, max_len: int = 12) -> WordTokenizer:
@@ -74,12 +60,6 @@ def rig(data_dir: str | Path) -> dict[str, Any]:
     }
 
 
-def provenance(data_dir: str | Path) -> dict[str, str]:
-    """Hashes of the dataset and of its split, which trained models carry."""
-    manifest = read_manifest(data_dir)
-    return {"data_sha256": manifest["sha256"], "split_sha256": manifest["split_sha256"]}
-
-
 def open_split(data_dir: str | Path, split: str):
     """Random access to a split's records (a tensorflow-datasets source, schema in fourdstar.py).
 
@@ -90,7 +70,8 @@ def open_split(data_dir: str | Path, split: str):
     manifest = read_manifest(data_dir)
     if split not in manifest["splits"]:
         raise ValueError(f"{split=} is not one of the dataset's {sorted(manifest['splits'])}")
-    return tfds.builder_from_directory(str(data_dir)).as_data_source(split)
+    builder: Any = tfds.builder_from_directory(str(data_dir))
+    return builder.as_data_source(split)
 
 
 class ClipSource:
@@ -118,7 +99,7 @@ class ClipSource:
             return self._cache[i]
         record = self._source[i]
         text = ("object_id", "clip_id", "asset_sha256", "clip_name", "split", "licence")
-        out = {k: _text(record[k]) for k in (*text, "appearance", "motion")}
+        out: dict[str, Any] = {k: _text(record[k]) for k in (*text, "appearance", "motion")}
         clip_index = int(record["clip_index"])
         splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
         s = self.manifest["settings"]
@@ -175,7 +156,7 @@ class Windows:
     def draw(
         self, num_frames: int, num_views: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, int, bool]:
-        """Frames of the window, the view that becomes the input view, whether the prompt is neutral.
+        """Frames of the window, the view that becomes view 0, whether the prompt is neutral.
 
         The draws come in one order and number, so that images and tokens of one seed agree.
         """
@@ -183,7 +164,7 @@ class Windows:
         view, chance = int(rng.integers(num_views)), rng.random()
         return frames, view if self.rig_roll else 0, bool(chance < self.neutral_prompt)
 
-    def __call__(self, clip: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, clip: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         V = clip["rig_rgba"].shape[1]
         frames, view, neutral = self.draw(len(clip["frame_times"]), V, rng)
         text = NEUTRAL_PROMPT if neutral else caption(clip["appearance"], clip["motion"])
@@ -230,12 +211,12 @@ def make_loader(
     worker_count: int = 0,
     cache_bytes: int = 2 << 30,
 ):
-    """A grain dataset of batches; `iter()` of it has `get_state` and `set_state` and resumes exactly.
+    """A grain dataset of batches; its iterators have `get_state` and `set_state` to resume exactly.
 
-    Training (the default for the split "train") shuffles, repeats without end, starts windows at random,
-    rolls the rig so that any view may be the input view, and gives half of the examples the neutral
-    prompt. Otherwise clips come once, in order, from the first frame, as they are, and the last
-    batch may be smaller. Every JAX process reads its own share: `batch_size` is that of all together.
+    Training (the default for the split "train") shuffles, repeats without end, starts windows at
+    random, rolls the rig so that any view may be the input view, and gives half of the examples the
+    neutral prompt. Otherwise clips come once, in order, from the first frame, as they are, and the
+    last batch may be smaller. Every JAX process reads its own share of `batch_size`.
 
     Args:
       train: reads as for training or as for evaluation, whatever the split; the further options

@@ -39,6 +39,7 @@ def sample_clip(asset: Asset, clip: Clip, *, fps: float, max_frames: int) -> Seq
     box_times = np.linspace(0, clip.duration_s, max(samples, 2))
     whole = asset.pose(clip.index, box_times, normals=False).positions
     posed = asset.pose(clip.index, np.arange(F) / fps)
+    assert posed.normals is not None
     low = np.minimum(whole.min((0, 1)), posed.positions.min((0, 1)))
     high = np.maximum(whole.max((0, 1)), posed.positions.max((0, 1)))
     side = float((high - low).max())

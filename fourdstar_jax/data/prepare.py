@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -278,15 +278,22 @@ def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]
     """The clip's fields as arrays; PNG files as their bytes in a row and their lengths."""
     s = job.settings
     clip_id = f"{job.object_id}#{clip.index}"
-    size = {"width": s.image_size, "height": s.image_size}
-    size |= {"radius": pipeline.RADIUS, "fov_deg": pipeline.FOV_DEG}
-    rig = geometry.orbit_cameras(np.arange(s.views) * 360.0 / s.views, **size)
+
+    def cameras_at(azimuths_deg, elevations_deg):
+        return geometry.orbit_cameras(
+            azimuths_deg,
+            elevations_deg,
+            radius=pipeline.RADIUS,
+            fov_deg=pipeline.FOV_DEG,
+            width=s.image_size,
+            height=s.image_size,
+        )
+
+    rig = cameras_at(np.arange(s.views) * 360.0 / s.views, 0.0)
     seed = hashlib.sha256(f"{asset.sha256}#{clip.index}".encode()).digest()
     rng = np.random.default_rng(np.frombuffer(seed, "<u4"))
-    extra = geometry.orbit_cameras(
-        rng.uniform(0, 360, s.extra_views),
-        rng.uniform(*EXTRA_ELEVATIONS_DEG, s.extra_views),
-        **size,
+    extra = cameras_at(
+        rng.uniform(0, 360, s.extra_views), rng.uniform(*EXTRA_ELEVATIONS_DEG, s.extra_views)
     )
     cameras = Cameras(*(np.concatenate(pair) for pair in zip(rig, extra, strict=True)))
     F, V = len(sequence.positions), s.views
@@ -400,7 +407,7 @@ def _quiet():
 def _example(path: str, index: int, s: Settings) -> dict:
     with np.load(path, allow_pickle=False) as stored:
         record = {key: stored[key] for key in stored.files}
-    example = {"index": index}
+    example: dict[str, Any] = {"index": index}
     for key, value in record.items():
         if key.endswith("_lengths") or (key.startswith("extra_") and s.extra_views == 0):
             continue

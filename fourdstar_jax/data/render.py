@@ -7,7 +7,7 @@ Light: a constant ambient term and three directional lights that are fixed in th
 law, double sided, no view-dependent term: what Gaussians without spherical harmonics can show.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -113,8 +113,8 @@ class Renderer:
             raise ValueError(
                 f"{size=} times {views=} passes the renderer's limit of {limit} pixels"
             )
-        self._color_program = ctx.program(vertex_shader=_VERTEX, fragment_shader=_COLOR)
-        self._geometry_program = ctx.program(vertex_shader=_VERTEX, fragment_shader=_GEOMETRY)
+        self._color_program: Any = ctx.program(vertex_shader=_VERTEX, fragment_shader=_COLOR)
+        self._geometry_program: Any = ctx.program(vertex_shader=_VERTEX, fragment_shader=_GEOMETRY)
         self._color = ctx.framebuffer([ctx.renderbuffer(big, 4)], ctx.depth_renderbuffer(big))
         self._exact = ctx.framebuffer(
             [ctx.renderbuffer((wide, size), 4, dtype="f4")], ctx.depth_renderbuffer((wide, size))
@@ -172,7 +172,7 @@ class Renderer:
         next_positions: Float32[np.ndarray, "P 3"] | None = None,
         depth: bool = False,
     ) -> Frame:
-        """One timestep of the loaded asset; flow leads to `next_positions` under the same camera."""
+        """One timestep of the loaded asset; flow leads to `next_positions`, the cameras stay."""
         if not self._loaded:
             raise ValueError("draw needs an asset: call load first")
         if len(positions) != self._num_vertices:
@@ -241,8 +241,9 @@ class Renderer:
 def _context():
     import moderngl
 
+    create: Any = moderngl.create_standalone_context
     try:
-        return moderngl.create_standalone_context(backend="egl", require=330)
+        return create(backend="egl", require=330)
     except Exception as error:  # moderngl raises bare Exceptions, glcontext others
         raise RuntimeError(
             "the renderer found no EGL with OpenGL 3.3 (libegl1 or libgl1-mesa-dri is missing): "

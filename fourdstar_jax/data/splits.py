@@ -25,7 +25,7 @@ def load() -> dict[tuple[str, int], str]:
 
 
 def split_of(asset_sha256: str, clip_index: int) -> str:
-    """The clip's split. Unknown clips of a file whose other clips are unseen objects go there too."""
+    """The clip's split; clips that are not listed follow an unseen object, or else are train."""
     table = load()
     split = table.get((asset_sha256, clip_index))
     if split is None:

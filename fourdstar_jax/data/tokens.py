@@ -1,4 +1,4 @@
-"""A folder of tokens: a dataset seen through a frozen tokenizer, so that STAR trains without images.
+"""A folder of tokens: a dataset seen through a frozen tokenizer, to train STAR without images.
 
 Layout of the folder (nothing in it is ever unpickled):
 
@@ -52,7 +52,7 @@ def tokenize(
     Raises ValueError when `out_dir` holds something (unless `overwrite`), or for more than 65,536
     codes.
     """
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore
     from safetensors.numpy import save, save_file
 
     out_dir = Path(out_dir)
@@ -180,7 +180,7 @@ class TokenSource:
         self._open()
 
     def _open(self) -> None:
-        from array_record.python import array_record_module
+        from array_record.python import array_record_module  # pyright: ignore
 
         self._reader = array_record_module.ArrayRecordReader(
             str(self.folder.path / f"{self.split}.array_record")
@@ -265,7 +265,7 @@ def make_loader(
 
 
 class _TokenWindows(pipeline.Windows):
-    def __call__(self, clip: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, clip: dict, rng: np.random.Generator) -> dict[str, Any]:
         F, V = clip["tokens"].shape[:2]
         frames, view, neutral = self.draw(F, V, rng)
         viewmats = clip["viewmats"]

@@ -65,8 +65,8 @@ class DepthHead(nnx.Module):
         mask = np.tri(self.num_codebooks, dtype=bool)
         for layer in self.layers:
             x, _ = layer(x, mask=mask)
-        weights = self.output[...].astype(x.dtype)
-        return jnp.einsum("rkd,kdv->rkv", self.norm(x), weights, preferred_element_type=jnp.float32)
+        x = self.norm(x)
+        return jnp.stack([self.logits(x[:, k], k) for k in range(self.num_codebooks)], axis=1)
 
     def decode(
         self,

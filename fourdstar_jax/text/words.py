@@ -1,7 +1,7 @@
 """Captions as rows of a small learned table: T5's word pieces, numbered anew by what occurs.
 
 The table of `text.encoder = words` has one row for every piece of the training captions, so a
-model carries a few hundred rows and not T5's 32,100. Row 0 pads, row 1 stands for every other piece.
+model carries a few hundred rows and not T5's 32,100. Row 0 pads, row 1 stands for all other pieces.
 The tokenizer file is T5's (Apache-2.0, Google), gzipped beside this file.
 """
 
@@ -49,7 +49,7 @@ class WordTokenizer:
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], max_len: int = 12) -> "WordTokenizer":
-        """A table for the pieces of these captions and of the neutral prompt, in order of T5's ids."""
+        """A table for the pieces of these captions and of the neutral prompt, in T5's order."""
         pieces = {i for caption in [*captions, NEUTRAL_PROMPT] for i in t5_ids(caption)}
         return cls(sorted(pieces), max_len)
 

@@ -145,7 +145,7 @@ def splatted_flow(
     height: int,
     capacity: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B P Q h w 2"], Float[Array, "B S-1 Q h w 1"]]:
+) -> tuple[Float[Array, "B P Q h w 2"], Float[Array, "B P Q h w 1"]]:
     """Motion of the Gaussians in the picture, pixels to the next timestep, and its weight.
 
     Gaussian g's centres at t and t + 1 are projected; the displacements are blended as colours are

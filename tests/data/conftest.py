@@ -152,7 +152,7 @@ def objects_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dataset_dir(objects_dir, tmp_path_factory):
-    """The prepared dataset of those objects: 3 clips, V=3, E=2, 17 x 17 pixels, at most 5 frames."""
+    """The prepared dataset of those objects: 3 clips, V=3, E=2, 17x17 pixels, up to 5 frames."""
     from fourdstar_jax.data import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "set"

@@ -81,7 +81,8 @@ def test_a_rolled_rig_shows_the_same_scene(dataset_dir):
         # the old camera `view` and the new camera 0 are one camera in two worlds
         move = np.linalg.inv(new[0]) @ old[view]
         moved = points @ move[:3, :3].T + move[:3, 3]
-        for before, after in [*zip(np.roll(old, -view, 0), new), *zip(old_extra, new_extra)]:
+        pairs = [*zip(np.roll(old, -view, 0), new, strict=True)]
+        for before, after in [*pairs, *zip(old_extra, new_extra, strict=True)]:
             a = points @ before[:3, :3].T + before[:3, 3]
             b = moved @ after[:3, :3].T + after[:3, 3]
             np.testing.assert_allclose(a, b, atol=1e-5)

@@ -16,7 +16,7 @@ FLOW_TOLERANCE = 2e-3  # pixels
 
 
 def drawn(data, cameras, offset=(0, 0, 0), size=SIZE, **options):
-    """A frame of the rest pose moved by `offset`, which is also where flow leads from the origin."""
+    """A frame of the rest pose; flow leads to the same pose moved by `offset`."""
     asset = gltf.load(data)
     p = asset.pose(None, np.array([0.0]))
     renderer = render.Renderer(size, len(cameras.viewmats))

@@ -44,7 +44,8 @@ def test_ply_bytes_are_the_inria_layout(tmp_path):
     lines = header.decode().split("\n")
     assert lines[:3] == ["ply", "format binary_little_endian 1.0", "element vertex 1"]
     assert " ".join(line.split()[-1] for line in lines[3:-1]) == (
-        "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3"
+        "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity "
+        "scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3"
     )
     expected = [1, 2, 3, 0, 0, 0, 0, 1, 0, 0, 0, 1, 2, 1, 0, 0, 0]
     np.testing.assert_allclose(struct.unpack("<17f", data), expected, atol=1e-6)

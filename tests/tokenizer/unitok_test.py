@@ -283,7 +283,7 @@ def test_wrong_picture_size():
 
 
 def test_eight_devices_agree_with_one():
-    images = pictures(8)
+    images = jax.device_get(pictures(8))
     even = dict(stem_channels=(6, 8), tail_channels=(8, 6), num_heads=4, vocab_size=12)
 
     def run():

@@ -334,7 +334,7 @@ def test_inputs_that_do_not_fit_are_named():
 
 
 def test_eight_devices_agree_with_one():
-    args = inputs(2, 2, 2)
+    args = jax.device_get(inputs(2, 2, 2))
     even = dict(dim=12, num_heads=2, offset_heads=2)
 
     def run_once():

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
@@ -197,14 +198,13 @@ def _check_arrays(gaussians, cameras, features, background):
 def _prepare(gaussians, cameras, features, **options):
     """Unusable Gaussians made harmless, an empty scene given one of them, all projected."""
     if gaussians.means.shape[-2] == 0:
-        gaussians = jax.tree.map(
-            lambda x, axis: jnp.pad(
-                x,
-                [(0, 1) if i == x.ndim + axis else (0, 0) for i in range(x.ndim)],
-                constant_values=jnp.nan,
-            ),
-            gaussians,
-            Gaussians(-2, -2, -2, -1, -2),
+        batch = gaussians.opacities.shape[:-1]
+        unusable = jnp.full((*batch, 1), jnp.nan, gaussians.means.dtype)
+        gaussians = Gaussians(
+            *(
+                jnp.broadcast_to(unusable[(..., *(None,) * len(tail))], (*batch, 1, *tail))
+                for tail in ((3,), (4,), (3,), (), (3,))
+            )
         )
         if features is not None:
             features = jnp.zeros((1, features.shape[-1]), features.dtype)
@@ -270,7 +270,7 @@ def _rasterize(
         blended, bins = xla.blend(
             projected, channels, width=width, height=height, capacity=capacity
         )
-        count, overflow = bins.count, bins.overflow
+        count, overflow = bins.num_pairs, bins.overflow
     blended = blended.reshape(*shape[:-1], *blended.shape[1:])  # [..., V, h, w, C + 1]
     alphas, left = blended[..., 4:5], blended[..., -1:]
     hit = alphas > 0

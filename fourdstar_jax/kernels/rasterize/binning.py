@@ -29,7 +29,7 @@ class Bins(NamedTuple):
 
     ids: Int[Array, " capacity"]  # image * G + Gaussian
     offsets: Int[Array, " tiles_plus_1"]
-    count: Int[Array, ""]  # pairs there are, whether or not they fitted
+    num_pairs: Int[Array, ""]  # there are, whether or not they fitted
     overflow: Bool[Array, ""]
 
 

@@ -72,7 +72,7 @@ def blend(
         grid,
         default_blocks(),
     )  # [I * rows * columns, C + 1, tile * tile]
-    return _untile(tiles, grid), bins
+    return _untile(jnp.asarray(tiles), grid), bins
 
 
 def _untile(tiles: Float[Array, "N C P"], grid: Grid) -> Float[Array, "I h w C"]:
