@@ -35,6 +35,7 @@ def get_config(scale: str = "small") -> ConfigDict:
     config.schedule = ConfigDict(dict(learning_rate=1e-4, warmup_steps=2000))
     config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0))
 
+    config.top_k = 100  # generation's default: sample each code from the likeliest so many
     config.log_every = 100
     config.eval_every = 5000
     config.checkpoint_every = 5000
@@ -44,6 +45,7 @@ def get_config(scale: str = "small") -> ConfigDict:
 
     match scale:
         case "tiny":
+            config.top_k = 16
             config.data.timesteps = 4
             config.batch_size = 8
             config.steps = 1500

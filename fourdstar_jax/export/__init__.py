@@ -1,8 +1,8 @@
 """Writes what generation made: Gaussians as safetensors and PLY, videos, and a manifest."""
 
+import functools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,11 @@ def write(
         frame = type(gaussians)(*(x[t] for x in gaussians))
         write_ply(folder / "ply" / f"frame_{t:04d}.ply", frame)
 
-    def track(frames: Iterator) -> Iterator:
-        total = round(3.0 * video.ORBIT_FPS)
-        return iter(tqdm(frames, "orbit", total, unit="frame", disable=not progress))
-
-    camera = {"size": size, "radius": rig["radius"], "fov_deg": rig["fov_deg"]}
-    video.write_orbit(
-        folder / "orbit.mp4", gaussians, fps=object4d.fps, seconds=3.0, track=track, **camera
-    )
+    render = video.Renderer(gaussians, size=size, radius=rig["radius"], fov_deg=rig["fov_deg"])
+    track = functools.partial(tqdm, desc="orbit", unit="frame", disable=not progress)
+    video.write_orbit(folder / "orbit.mp4", render, fps=object4d.fps, track=track)
     for view, azimuth in enumerate(rig["azimuths_deg"]):
-        images = video.fixed_view(gaussians, azimuth, **camera)
+        images = video.fixed_view(render, azimuth)
         if truth is not None:
             left = np.stack([_resized(image, size) for image in truth[:, view]])
             images = np.concatenate([left, images], axis=2)

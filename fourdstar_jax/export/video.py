@@ -1,7 +1,7 @@
 """Writes mp4 files, the same bytes for the same images, and renders objects into them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 import av
@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Float
 
 from fourdstar_jax import geometry
-from fourdstar_jax.kernels.rasterize import rasterize
-from fourdstar_jax.types import Cameras, Gaussians
+from fourdstar_jax.kernels.rasterize import pick_capacity, rasterize
+from fourdstar_jax.types import Gaussians, Rendered
 
 ORBIT_FPS = 24
+ORBIT_SECONDS = 3.0
 FIXED_SECONDS = 2.0  # a fixed view repeats the clip for at least so long
 
 
@@ -47,49 +48,56 @@ def write_video(
         out.mux(stream.encode(None))
 
 
-def render_frames(
-    gaussians: Gaussians, cameras: Cameras, times: Sequence[int], *, size: int
-) -> Iterator[Float[np.ndarray, "h w 3"]]:
-    """Renders timestep `times[i]` of `[T, G, ...]` Gaussians with camera i of `[frames, ...]`."""
+class Renderer:
+    """Pictures of `[T, G, ...]` Gaussians from around them, on white, one at a time.
 
-    for index, time in enumerate(times):
-        splats = Gaussians(*(np.asarray(x[time], np.float32) for x in gaussians))
-        camera = Cameras(cameras.viewmats[index : index + 1], cameras.Ks[index : index + 1])
-        # not inside jit: the call then makes room for exactly the pairs that there are
-        out = rasterize(splats, camera, width=size, height=size, background=np.ones(3, np.float32))
-        yield np.asarray(out.renders[0])
+    Keeps the rasterizer's capacity from picture to picture: a new one means to compile again.
+    """
+
+    def __init__(self, gaussians: Gaussians, *, size: int, radius: float, fov_deg: float):
+        self.gaussians = Gaussians(*(np.asarray(x, np.float32) for x in gaussians))
+        self._radius, self._fov_deg, self._size = radius, fov_deg, size
+        self._capacity: int | None = None
+
+    def __call__(self, timestep: int, azimuth_deg: float) -> Float[np.ndarray, "h w 3"]:
+        splats = Gaussians(*(x[timestep] for x in self.gaussians))
+        white, size = np.ones(3, np.float32), self._size
+        cameras = geometry.orbit_cameras(
+            [azimuth_deg], radius=self._radius, fov_deg=self._fov_deg, width=size, height=size
+        )
+
+        def render(capacity: int | None) -> Rendered:
+            return rasterize(
+                splats, cameras, width=size, height=size, background=white, capacity=capacity
+            )
+
+        out = render(self._capacity)
+        if out.overflow:  # only with a capacity from another picture
+            out = render(None)
+        count = int(1.5 * int(out.num_intersections))
+        self._capacity = pick_capacity(count, self._capacity)
+        return np.asarray(out.renders[0])
 
 
 def write_orbit(
     path: str | os.PathLike[str],
-    gaussians: Gaussians,
+    render: Renderer,
     *,
     fps: float,
-    size: int,
-    radius: float,
-    fov_deg: float,
-    seconds: float = 3.0,
-    track: Callable[[Iterator], Iterator] = iter,
+    track: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """One turn around the object while its clip repeats."""
-    count = round(seconds * ORBIT_FPS)
-    cameras = geometry.orbit_cameras(
-        np.arange(count) * 360 / count, radius=radius, fov_deg=fov_deg, width=size, height=size
-    )
-    times = (np.arange(count) * fps / ORBIT_FPS).astype(int) % len(gaussians.means)
-    frames = track(render_frames(gaussians, cameras, times.tolist(), size=size))
-    write_video(path, np.stack(list(frames)), fps=ORBIT_FPS)
+    """One turn around the object while its clip repeats; `track` may show the progress."""
+    timesteps = len(render.gaussians.means)
+    count = round(ORBIT_SECONDS * ORBIT_FPS)
+    images = [
+        render(int(i * fps / ORBIT_FPS) % timesteps, 360 * i / count) for i in track(range(count))
+    ]
+    write_video(path, np.stack(images), fps=ORBIT_FPS)
 
 
-def fixed_view(
-    gaussians: Gaussians, azimuth_deg: float, *, size: int, radius: float, fov_deg: float
-) -> Float[np.ndarray, "T h w 3"]:
+def fixed_view(render: Renderer, azimuth_deg: float) -> Float[np.ndarray, "T h w 3"]:
     """Every timestep seen from one azimuth."""
-    count = len(gaussians.means)
-    cameras = geometry.orbit_cameras(
-        [azimuth_deg] * count, radius=radius, fov_deg=fov_deg, width=size, height=size
-    )
-    return np.stack(list(render_frames(gaussians, cameras, range(count), size=size)))
+    return np.stack([render(t, azimuth_deg) for t in range(len(render.gaussians.means))])
 
 
 def repeated(images: Float[np.ndarray, "T h w 3"], fps: float) -> Float[np.ndarray, "frames h w 3"]:

@@ -116,5 +116,6 @@ def train(config: ConfigDict, workdir: str) -> None:
             config,
             storage=config.storage,
             words=words.to_dict(),
+            top_k=config.top_k,
             **folder.hashes,
         )

@@ -60,17 +60,31 @@ def object4d():
 
 
 def test_fixed_views_see_the_motion_from_their_side(object4d):
-    camera = dict(size=48, radius=1.5, fov_deg=49.1)
+    render = video.Renderer(object4d.gaussians, size=48, radius=1.5, fov_deg=49.1)
 
     def columns(azimuth):
         """Where the red one is, in the frames in which the blue one does not hide it."""
-        images = video.fixed_view(object4d.gaussians, azimuth, **camera)[::2]
+        images = video.fixed_view(render, azimuth)[::2]
         red = np.clip(images[..., 0] - images[..., 2], 0, 1)
         return (red.sum(axis=1) * np.arange(48)).sum(axis=1) / red.sum(axis=(1, 2))
 
     front, back = columns(0.0), columns(180.0)
     assert front[0] < 20 < 28 < front[1]
     assert back[1] < 20 < 28 < back[0]
+
+
+def test_the_renderer_makes_room_when_it_comes_nearer(object4d):
+    """A capacity from a picture with few pairs must not cut one with many."""
+    gaussians = object4d.gaussians
+    many = Gaussians(*(np.repeat(x, 200, axis=1) for x in gaussians))
+    many.scales[0] = 1e-3  # one tile each, then all tiles
+    many.scales[1:] = 0.3
+    render = video.Renderer(many, size=64, radius=1.5, fov_deg=49.1)
+    first = render(0, 0.0)
+    large = render(1, 0.0)
+    fresh = video.Renderer(many, size=64, radius=1.5, fov_deg=49.1)(1, 0.0)
+    np.testing.assert_array_equal(large, fresh)
+    assert np.abs(large - first).max() > 0.5
 
 
 def test_save_writes_everything_and_again_the_same(object4d, tmp_path):
