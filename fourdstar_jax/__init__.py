@@ -3,7 +3,7 @@
     import fourdstar_jax as fs
     model = fs.load("fourdstar_jax/models/tiny")
     object4d = model.generate("video.mp4", text=None, key=jax.random.key(0))
-    object4d.save("out/video")
+    fs.save(object4d, "out/video")
 
 Names are imported where they are first used, so that `import fourdstar_jax` costs nothing and
 needs nothing that only training uses.
@@ -25,11 +25,13 @@ _HOMES = {
     "load": "fourdstar_jax.generate",
     "Model": "fourdstar_jax.generate",
     "Object4D": "fourdstar_jax.generate",
+    "save": "fourdstar_jax.export",
 }
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from fourdstar_jax.data.video import read_video as read_video
+    from fourdstar_jax.export import save as save
     from fourdstar_jax.generate import Model as Model
     from fourdstar_jax.generate import Object4D as Object4D
     from fourdstar_jax.generate import load as load

@@ -81,7 +81,7 @@ def named_arrays(model: Any) -> dict[str, Any]:
 
 def module_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's `config.model` as constructor arguments: `dtype`, if given, is a name there."""
-    arguments = dict(model_config)
+    arguments: dict[str, Any] = dict(model_config)
     if isinstance(arguments.get("dtype"), str):
         arguments["dtype"] = jnp.dtype(arguments["dtype"])
     return arguments

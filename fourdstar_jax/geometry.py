@@ -4,6 +4,7 @@ World frame: x right, y up, z towards the camera of azimuth 0 (glTF's and kiui's
 OpenCV: x right, y down, +z forward.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +13,14 @@ from jaxtyping import Float
 from fourdstar_jax.types import Array, Cameras, Gaussians
 
 
-def normalize(x: Float[Array, "*b n"], eps: float = 1e-12) -> Float[Array, "*b n"]:
+def normalize(x: Float[Array, "*b n"], eps: float = 1e-12) -> Float[jax.Array, "*b n"]:
     """Unit vectors along the last axis; a zero vector stays zero, with a zero gradient."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     tiny = square < eps
     return jnp.where(tiny, 0.0, x / jnp.sqrt(jnp.where(tiny, 1.0, square)))
 
 
-def quat_to_rotmat(quats: Float[Array, "*b 4"]) -> Float[Array, "*b 3 3"]:
+def quat_to_rotmat(quats: Float[Array, "*b 4"]) -> Float[jax.Array, "*b 3 3"]:
     """Rotation matrices of wxyz quaternions of any length; zero counts as the identity."""
     norm2 = jnp.sum(quats * quats, axis=-1, keepdims=True)
     tiny = norm2 < 1e-24
@@ -33,7 +34,7 @@ def quat_to_rotmat(quats: Float[Array, "*b 4"]) -> Float[Array, "*b 3 3"]:
     return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-def rotmat_to_quat(rotmats: Float[Array, "*b 3 3"]) -> Float[Array, "*b 4"]:
+def rotmat_to_quat(rotmats: Float[Array, "*b 3 3"]) -> Float[jax.Array, "*b 4"]:
     """Unit wxyz quaternions, w >= 0, of rotation matrices (largest-component method)."""
     m = rotmats
     t = jnp.stack(
@@ -61,7 +62,7 @@ def rotmat_to_quat(rotmats: Float[Array, "*b 3 3"]) -> Float[Array, "*b 4"]:
     return jnp.where(q[..., :1] < 0, -q, q)
 
 
-def quat_multiply(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+def quat_multiply(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Float[jax.Array, "*b 4"]:
     """Hamilton product of wxyz quaternions: rotating by b, then by a."""
     aw, ax, ay, az = jnp.moveaxis(a, -1, 0)
     bw, bx, by, bz = jnp.moveaxis(b, -1, 0)
@@ -76,8 +77,9 @@ def quat_multiply(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Float[Arr
     )
 
 
-def invert_rigid(mats: Float[Array, "*b 4 4"]) -> Float[Array, "*b 4 4"]:
+def invert_rigid(mats: Float[Array, "*b 4 4"]) -> Float[jax.Array, "*b 4 4"]:
     """Inverse of rigid transforms; turns viewmats into camera-to-world and back."""
+    mats = jnp.asarray(mats)
     rot_t = jnp.swapaxes(mats[..., :3, :3], -1, -2)
     trans = -jnp.einsum("...ij,...j->...i", rot_t, mats[..., :3, 3])
     top = jnp.concatenate([rot_t, trans[..., None]], axis=-1)
@@ -119,14 +121,14 @@ def orbit_cameras(
     return Cameras(viewmats.astype(np.float32), Ks.astype(np.float32))
 
 
-def rescale_intrinsics(Ks: Float[Array, "*b 3 3"], factor: float) -> Float[Array, "*b 3 3"]:
+def rescale_intrinsics(Ks: Float[Array, "*b 3 3"], factor: float) -> Float[jax.Array, "*b 3 3"]:
     """Intrinsics of the same camera with its image `factor` times as large."""
-    return Ks * jnp.array([factor, factor, 1.0], Ks.dtype)[:, None]
+    return jnp.asarray(Ks) * jnp.array([factor, factor, 1.0], Ks.dtype)[:, None]
 
 
 def pixel_rays(
     cameras: Cameras, *, width: int, height: int
-) -> tuple[Float[Array, "*b V h w 3"], Float[Array, "*b V h w 3"]]:
+) -> tuple[Float[jax.Array, "*b V h w 3"], Float[jax.Array, "*b V h w 3"]]:
     """Origins and unit directions, in the world frame, of the rays through the pixel centres."""
     viewmats, Ks = cameras
     x = (jnp.arange(width) + 0.5 - Ks[..., None, None, 0, 2]) / Ks[..., None, None, 0, 0]
@@ -139,7 +141,7 @@ def pixel_rays(
     return origins, directions
 
 
-def plucker_rays(cameras: Cameras, *, width: int, height: int) -> Float[Array, "*b V h w 6"]:
+def plucker_rays(cameras: Cameras, *, width: int, height: int) -> Float[jax.Array, "*b V h w 6"]:
     """Plücker coordinates [o x d, d] of every pixel's ray (SPAD; MVAR uses the same order)."""
     origins, directions = pixel_rays(cameras, width=width, height=height)
     return jnp.concatenate([jnp.cross(origins, directions), directions], axis=-1)

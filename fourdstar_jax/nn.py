@@ -1,8 +1,11 @@
 """Layers that two models or more use: linear maps with named axes, attention, feed-forwards."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import Initializer
 from jaxtyping import Array, Bool, Float
 
 Dtype = jnp.dtype | type
@@ -14,7 +17,7 @@ def linear(
     axes: tuple[str | None, str | None],
     *,
     use_bias: bool = False,
-    init: nnx.initializers.Initializer | None = None,
+    init: Initializer | None = None,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
@@ -35,7 +38,7 @@ class SwiGLU(nnx.Module):
     """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202), as in Llama."""
 
     def __init__(self, dim: int, hidden_dim: int, *, init=None, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(init=init, dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
         self.gate = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
         self.up = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
         self.down = linear(hidden_dim, dim, ("mlp", "embed"), **kw)
@@ -59,7 +62,7 @@ class Mlp(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(use_bias=use_bias, init=init, dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(use_bias=use_bias, init=init, dtype=dtype, rngs=rngs)
         self.up = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
         self.down = linear(hidden_dim, out_dim, ("mlp", "embed"), **kw)
         self.approximate = approximate
@@ -85,7 +88,7 @@ class Attention(nnx.Module):
         if dim % num_heads:
             raise ValueError(f"{dim=} must be a multiple of {num_heads=}")
         context_dim = dim if context_dim is None else context_dim
-        kw = dict(init=init, dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
         self.q = linear(dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
         self.k = linear(context_dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
         self.v = linear(context_dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)

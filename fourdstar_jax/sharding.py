@@ -32,7 +32,7 @@ def use_mesh(
     mesh_shape: Mapping[str, int] | None = None,
     *,
     rules: Mapping[str, Any] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Iterator[Mesh]:
     """Makes a mesh and the logical-axis rules current.
 

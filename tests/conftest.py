@@ -1,4 +1,4 @@
-"""Every test runs with shapes checked, inside a mesh over one CPU device unless it makes its own."""
+"""Every test runs with shapes checked, inside a mesh over one CPU device unless it makes one."""
 
 import os
 import sys

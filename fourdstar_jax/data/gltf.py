@@ -18,7 +18,7 @@ import json
 import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, UInt8
@@ -297,7 +297,9 @@ class _Reader:
                 chunks.append(arrays)
         if not parts:
             raise MalformedAsset("no triangles in the default scene")
-        joined = {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
+        joined: dict[str, Any] = {
+            key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]
+        }
         clips, channels = self._clips(nodes)
         skins = self.json.get("skins", [])
         if skins:

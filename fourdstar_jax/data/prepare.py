@@ -313,7 +313,7 @@ def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]
             flow.append(frame.flow[:V].astype(np.float16))
         if frame.depth is not None:
             depth.append(frame.depth[:V].astype(np.float16))
-    record = {
+    record: dict[str, Any] = {
         "object_id": job.object_id,
         "clip_id": clip_id,
         "asset_sha256": asset.sha256,
@@ -406,7 +406,7 @@ def _quiet():
 
 def _example(path: str, index: int, s: Settings) -> dict:
     with np.load(path, allow_pickle=False) as stored:
-        record = {key: stored[key] for key in stored.files}
+        record: dict[str, Any] = {key: stored[key] for key in stored.files}
     example: dict[str, Any] = {"index": index}
     for key, value in record.items():
         if key.endswith("_lengths") or (key.startswith("extra_") and s.extra_views == 0):

@@ -134,7 +134,11 @@ def frame_object(
         left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, side)
     squares = np.stack([_crop(image, box, resolution) for image in images])
-    info = {"background": background, "source_size": [width, height], "crop": [left, top, side]}
+    info: dict[str, Any] = {
+        "background": background,
+        "source_size": [width, height],
+        "crop": [left, top, side],
+    }
     return squares.astype(np.float32) / 255, info
 
 

@@ -7,6 +7,7 @@ interval; clips are seen from their first frame.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def evaluate(
 
     Raises ValueError if the dataset's rig is not the bundle's, or for an unknown split.
     """
-    model = Model(bundle_dir)
+    model, data_dir = Model(bundle_dir), Path(data_dir)
     rig = pipeline.rig(data_dir)
     if rig != {key: model.rig[key] for key in rig}:
         raise ValueError(f"the dataset's rig {rig} is not the bundle's {model.rig}")
@@ -85,7 +86,7 @@ def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
         decoded = vqvae(tokenizer.codes(batch["tokens"]), cameras, batch["times"])
         cameras = jax.tree.map(lambda x: x[:, None], cameras)
         white = jnp.ones(3)
-        options = dict(width=size, height=size, background=white)
+        options: dict[str, Any] = dict(width=size, height=size, background=white)
         both = [rasterize(g, cameras, **options) for g in (decoded.gaussians, decoded.coarse)]
         tokenized = (tokenizer.decode(batch["tokens"]) + 1) / 2
         return both[0].renders, both[1].renders, tokenized, both[0].overflow | both[1].overflow

@@ -81,7 +81,7 @@ class Quantizer(nnx.Module):
 
     def chunks(self, x: Float[Array, "*b n D"]) -> Float[Array, "*b n K d"]:
         """The vector cut into K chunks of unit length."""
-        num_codebooks, _, width = self.codebooks.shape
+        num_codebooks, _, width = self.codebooks[...].shape
         x = x.astype(jnp.float32)
         return geometry.normalize(x.reshape(*x.shape[:-1], num_codebooks, width))
 
@@ -108,7 +108,7 @@ class Quantizer(nnx.Module):
         loss = jnp.mean((codes - stop(flat)) ** 2)
         loss += self.commitment * jnp.mean((stop(codes) - flat) ** 2)
 
-        num_codebooks, vocab_size, _ = self.codebooks.shape
+        num_codebooks, vocab_size, _ = self.codebooks[...].shape
         ids = tokens.reshape(-1, num_codebooks)
         counts = jnp.zeros((num_codebooks, vocab_size), jnp.float32)
         counts = counts.at[jnp.arange(num_codebooks), ids].add(1.0)

@@ -9,13 +9,14 @@ upsampling convolution a level, for models that train on a CPU. Names follow the
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from fourdstar_jax import sharding
@@ -35,7 +36,7 @@ def conv(
     stride: int = 1,
     depthwise: bool = False,
     axis: str | None = "mlp",
-    init: nnx.initializers.Initializer | None = None,
+    init: Initializer | None = None,
     bias: Sequence[float] | None = None,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
@@ -74,16 +75,15 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """3x3 average at stride 2 that does not count the padding."""
-    return nnx.avg_pool(
-        x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)), count_include_pad=False
-    )
+    padding: Any = ((1, 1), (1, 1))
+    return nnx.avg_pool(x, (3, 3), strides=(2, 2), padding=padding, count_include_pad=False)
 
 
 class GeGluMlp(nnx.Module):
     """GELU-gated feed-forward with a LayerNorm of its own (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, din: int, hidden_dim: int, dout: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(use_bias=True, dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(use_bias=True, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(din, epsilon=BLOCK_EPS, dtype=dtype, rngs=rngs)
         self.w0 = linear(din, hidden_dim, ("embed", "mlp"), **kw)
         self.w1 = linear(din, hidden_dim, ("embed", "mlp"), **kw)
@@ -106,7 +106,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, dim: int, num_heads: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         if dim % num_heads:
             raise ValueError(f"{dim=} must be a multiple of {num_heads=}")
-        kw = dict(use_bias=True, dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(use_bias=True, dtype=dtype, rngs=rngs)
         self.qkv = linear(dim, 3 * dim, ("embed", "heads"), **kw)
         self.proj = linear(dim, dim, ("heads", "embed"), **kw)
         self.num_heads = num_heads
@@ -121,7 +121,7 @@ class Block(nnx.Module):
     def __init__(
         self, dim: int, num_heads: int, hidden_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs
     ):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(dim, epsilon=BLOCK_EPS, **kw)
         self.attn = SelfAttention(dim, num_heads, **kw)
         self.norm2 = nnx.LayerNorm(dim, epsilon=BLOCK_EPS, **kw)
@@ -139,7 +139,7 @@ class ProjectionAttention(nnx.Module):
         inner, head_dim = max(din, dout), min(din, dout)
         if inner % head_dim:
             raise ValueError(f"{din=} and {dout=}: one must be a multiple of the other")
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.qkv = linear(din, 3 * inner, ("embed", "heads"), **kw)
         self.q_bias = nnx.Param(jnp.zeros(inner, jnp.float32))
         self.v_bias = nnx.Param(jnp.zeros(inner, jnp.float32))
@@ -163,7 +163,7 @@ class AttnProjection(nnx.Module):
     """
 
     def __init__(self, din: int, dout: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(din, epsilon=PROJECTION_EPS, **kw)
         self.attn = ProjectionAttention(din, dout, **kw)
         self.norm3 = nnx.LayerNorm(din, epsilon=PROJECTION_EPS, **kw)
@@ -180,7 +180,7 @@ class MbConv(nnx.Module):
     """Inverted bottleneck with LayerNorm (timm's MbConvLNBlock); stride 2 halves the picture."""
 
     def __init__(self, din: int, dout: int, stride: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         mid = 4 * dout
         self.pre_norm = nnx.LayerNorm(din, epsilon=BLOCK_EPS, **kw)
         self.conv1_1x1 = conv(din, mid, 1, **kw)
@@ -201,7 +201,7 @@ class InvMbConv(nnx.Module):
     """The decoder's inverted bottleneck; `up` doubles the picture on both paths."""
 
     def __init__(self, din: int, dout: int, up: bool, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         mid = 4 * dout
         self.pre_norm = nnx.LayerNorm(din, epsilon=BLOCK_EPS, **kw)
         self.conv1_1x1 = conv(din, mid, 1, **kw)
@@ -226,7 +226,7 @@ class ConvStem(nnx.Module):
     """Stride-2 convolutions: LayerNorm and GELU after each but the last."""
 
     def __init__(self, channels: Sequence[int], dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         widths = [3, *channels, dim]
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.convs = nnx.List([conv(a, b, 3, stride=2, **kw) for a, b in pairs])
@@ -252,7 +252,7 @@ class HybridStem(nnx.Module):
     ):
         if len(depths) != len(channels) - 1:
             raise ValueError(f"{depths=} must have one entry per stage, {channels=} one more")
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.conv1 = conv(3, channels[0], 3, stride=2, **kw)
         self.norm1 = nnx.LayerNorm(channels[0], epsilon=BLOCK_EPS, **kw)
         self.conv2 = conv(channels[0], channels[0], 3, **kw)
@@ -295,7 +295,7 @@ class ConvUp(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         pairs = zip([dim, *channels[:-1]], channels, strict=True)
         factor = 4 if shuffle else 1
         self.convs = nnx.List([conv(a, factor * b, 3, **kw) for a, b in pairs])
@@ -323,7 +323,7 @@ class HybridUp(nnx.Module):
     ):
         if len(depths) != len(channels) - 1:
             raise ValueError(f"{depths=} must have one entry per stage, {channels=} one more")
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.up_conv1 = conv(dim, channels[0], 3, **kw)
         self.stages = nnx.List([])
         for din, width, depth in zip(channels[:-1], channels[1:], depths, strict=True):
@@ -395,7 +395,7 @@ class HybridTail(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.up = HybridUp(dim, channels, depths, **kw)
         self.conv1 = conv(channels[-1], channels[-1], 3, **kw)
         self.norm1 = nnx.LayerNorm(channels[-1], epsilon=BLOCK_EPS, **kw)
@@ -422,7 +422,7 @@ class Encoder(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.patch_embed = stem
         self.pos_embed = learned_embedding(grid, dim, rngs) if learned_positions else None
         self.blocks = nnx.List([Block(dim, num_heads, hidden_dim, **kw) for _ in range(num_blocks)])
@@ -454,7 +454,7 @@ class Decoder(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.pos_embed = learned_embedding(grid, dim, rngs) if learned_positions else None
         self.blocks = nnx.List([Block(dim, num_heads, hidden_dim, **kw) for _ in range(num_blocks)])
         self.norm = nnx.LayerNorm(dim, epsilon=BLOCK_EPS, **kw)
@@ -525,7 +525,7 @@ class UniTok(nnx.Module):
         dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         patch = 2 ** (len(stem_channels) + 1)
         scale = 2 ** (len(tail_channels) + 1)
         if resolution % patch:
@@ -551,7 +551,7 @@ class UniTok(nnx.Module):
             case _:
                 raise ValueError(f"{tail=} must be nearest, shuffle or hybrid")
         sizes = (grid, dim)
-        blocks = dict(learned_positions=learned_positions, **kw)
+        blocks: dict[str, Any] = dict(learned_positions=learned_positions, **kw)
         self.encoder = Encoder(encoder_stem, *sizes, num_blocks, num_heads, hidden_dim, **blocks)
         # The projections and the quantiser stay in float32 whatever `dtype` is.
         self.quant_proj = AttnProjection(dim, code_dim, rngs=rngs)
@@ -598,7 +598,7 @@ class UniTok(nnx.Module):
     @property
     def spec(self) -> TokenizerSpec:
         """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
-        num_codebooks, vocab_size, width = self.quantizer.codebooks.shape
+        num_codebooks, vocab_size, width = self.quantizer.codebooks[...].shape
         return TokenizerSpec(
             name="unitok",
             resolution=self.resolution,
@@ -641,7 +641,7 @@ class UniTok(nnx.Module):
         graphdef, state = nnx.split(self)
         for name, value in values.items():
             variable = state["quantizer"][name]
-            state["quantizer"][name] = variable.replace(value)
+            state["quantizer"][name] = variable.replace(value)  # pyright: ignore[reportCallIssue]
         return nnx.merge(graphdef, state)
 
 

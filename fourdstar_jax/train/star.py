@@ -1,10 +1,10 @@
 """Stage 3: trains STAR on a folder of tokens."""
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import tokens
@@ -54,8 +54,8 @@ def eval_step(graphdef, state, batch):
     return model.loss(groups_of(batch), condition_of(batch), train=False)[1]
 
 
-def train(config: ConfigDict, workdir: str) -> None:
-    """Trains by `config` (see configs/star.py) and leaves `<workdir>/bundle`.
+def train(config: Any, workdir: str) -> None:
+    """Trains by `config`, a ConfigDict (see configs/star.py) and leaves `<workdir>/bundle`.
 
     The bundle takes over the stages of `config.bundle`, whose tokenizer must be the one that made
     the tokens. Restarts from the newest checkpoint in `workdir`, with the batches it would have

@@ -37,11 +37,11 @@ def create(
         state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, rest, tx.init(params))
         return graphdef, state
 
-    graphdef = None
+    graphdefs = []
 
     def init_state(key):
-        nonlocal graphdef
         graphdef, state = init(key)
+        graphdefs.append(graphdef)
         return state
 
     abstract = jax.eval_shape(init_state, key)
@@ -57,7 +57,7 @@ def create(
 
     params = place(abstract.params)
     shardings = TrainState(
-        step=replicated,
+        step=replicated,  # pyright: ignore[reportArgumentType] the same tree, of shardings
         params=params,
         rest=place(abstract.rest),
         opt_state=optax.tree_map_params(
@@ -70,7 +70,7 @@ def create(
     )
     # It runs once: optimising hundreds of little random-number loops costs more than it gains.
     options = {"xla_backend_optimization_level": 0}
-    return graphdef, jax.jit(init_state, out_shardings=shardings, compiler_options=options)(key)
+    return graphdefs[0], jax.jit(init_state, out_shardings=shardings, compiler_options=options)(key)
 
 
 def _divisible(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:

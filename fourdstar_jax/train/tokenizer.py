@@ -1,11 +1,11 @@
 """Stage 1: trains a tokenizer of the UniTok family on single views of the dataset."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import pipeline
@@ -64,8 +64,8 @@ def evaluate(graphdef, state, batches, loss_config) -> dict[str, float]:
     return mean.result()
 
 
-def train(config: ConfigDict, workdir: str) -> None:
-    """Trains by `config` (see configs/tokenizer.py) and leaves `<workdir>/bundle`.
+def train(config: Any, workdir: str) -> None:
+    """Trains by `config`, a ConfigDict (see configs/tokenizer.py) and leaves `<workdir>/bundle`.
 
     Restarts from the newest checkpoint in `workdir`, with the batches it would have seen.
     Raises FloatingPointError when the loss is not finite.

@@ -1,6 +1,7 @@
 """Between stages 2 and 3: encodes a dataset into a folder of tokens with a bundle's tokenizer."""
 
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,8 +25,8 @@ def prepare_tokens(
     tokenizer = bundle.load_stage(bundle_dir, "tokenizer")
     encode = jax.jit(lambda tokenizer, images: tokenizer.encode(images))
     tokens.tokenize(
-        data_dir,
-        out_dir,
+        Path(data_dir),
+        Path(out_dir),
         lambda images: encode(tokenizer, images),
         spec=tokenizer.spec,
         codebooks=np.asarray(tokenizer.codebooks()),

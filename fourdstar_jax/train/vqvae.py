@@ -1,11 +1,11 @@
 """Stage 2: trains the 4D VQ-VAE's decoder on the codes of a frozen tokenizer."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import pipeline
@@ -50,8 +50,8 @@ def eval_step(graphdef, state, tokenizer, batch, key, **configs):
     return jax.tree.map(jnp.float32, metrics)
 
 
-def train(config: ConfigDict, workdir: str) -> None:
-    """Trains by `config` (see configs/vqvae.py) and leaves `<workdir>/bundle`.
+def train(config: Any, workdir: str) -> None:
+    """Trains by `config`, a ConfigDict (see configs/vqvae.py) and leaves `<workdir>/bundle`.
 
     The tokenizer comes from `config.bundle` and goes into the new bundle. Restarts from the newest
     checkpoint in `workdir`, with the batches it would have seen. Raises FloatingPointError when the
@@ -74,7 +74,9 @@ def train(config: ConfigDict, workdir: str) -> None:
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         state, batches = checkpoints.restore(state, batches)
 
-        configs = dict(render_config=config.render.to_dict(), loss_config=config.loss.to_dict())
+        configs: dict[str, Any] = dict(
+            render_config=config.render.to_dict(), loss_config=config.loss.to_dict()
+        )
         step_fn = jax.jit(
             functools.partial(train_step, graphdef, tx=tx, **configs), donate_argnums=0
         )

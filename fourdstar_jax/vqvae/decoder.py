@@ -8,7 +8,7 @@ axes of the view's camera and turned into the world by the camera that is given.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ class StaticDecoder(nnx.Module):
     ):
         if resolution % grid:
             raise ValueError(f"{resolution=} must be a multiple of {grid=}")
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.post_quant_proj = AttnProjection(code_dim, dim, rngs=rngs)  # float32, as in UniTok
         patch = resolution // grid
         small = nnx.initializers.normal(0.02)

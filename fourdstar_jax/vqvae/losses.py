@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from fourdstar_jax.kernels.rasterize import rasterize
-from fourdstar_jax.types import Cameras, Gaussians, Rendered
+from fourdstar_jax.types import Array, Cameras, Gaussians, Rendered
 from fourdstar_jax.vqvae.model import Decoded
 
 NEAR = 0.01  # camera z below which nothing is projected, scene units
@@ -170,6 +170,7 @@ def splatted_flow(
         capacity=capacity,
         implementation=implementation,
     )
+    assert rendered.features is not None
     blended = rendered.features[:, :, :, 0]
     flow = blended[..., :2] / jnp.maximum(blended[..., 2:], 1e-3)
     return flow, jax.lax.stop_gradient(blended[..., 2:])
@@ -273,7 +274,9 @@ def reconstruction_loss(
         raise NotImplementedError("the discriminator loss is not written yet; use weight 0")
     images, masks, cameras = supervision.images, supervision.masks, supervision.cameras
     height, width = images.shape[-3:-1]
-    options = dict(width=width, height=height, capacity=capacity, implementation=implementation)
+    options: dict[str, Any] = dict(
+        width=width, height=height, capacity=capacity, implementation=implementation
+    )
     loss = jnp.zeros(())
     metrics = {}
     overflow = jnp.zeros((), bool)

@@ -8,7 +8,7 @@ compressed. The last convolution starts at zero: without training the output is 
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class CrossLayer(nnx.Module):
     """Pre-norm cross-attention and feed-forward."""
 
     def __init__(self, dim: int, num_heads: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(dim, **kw)
         self.context_norm = nnx.LayerNorm(dim, **kw)
         self.attn = Attention(dim, num_heads, **kw)
@@ -104,7 +104,7 @@ class ResBlock3d(nnx.Module):
     """Twice GroupNorm, SiLU, 3x3x3 convolution, around a shortcut."""
 
     def __init__(self, din: int, dout: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.norm1 = nnx.GroupNorm(din, num_groups=math.gcd(8, din), **kw)
         self.conv1 = Conv3d(din, dout, **kw)
         self.norm2 = nnx.GroupNorm(dout, num_groups=math.gcd(8, dout), **kw)
@@ -133,7 +133,7 @@ class UNet3d(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
 
         def blocks(width_in, width_out):
             widths = [width_in] + [width_out] * (num_blocks - 1)
@@ -211,7 +211,7 @@ class OffsetPredictor(nnx.Module):
             raise ValueError(f"offset {dim=} must be a multiple of 4 (sines and cosines)")
         if attention not in ("full", "axial_time"):
             raise ValueError(f"{attention=} must be full or axial_time")
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         patch = map_size // grid
         query_dim = patch * patch * (NUM_CHANNELS + feature_dim)
         self.query = linear(query_dim, dim, (None, "embed"), use_bias=True, **kw)
@@ -247,7 +247,7 @@ class OffsetPredictor(nnx.Module):
             "full": "b v t n d -> (b v) (t n) d",
             "axial_time": "b v t n d -> (b v n) t d",
         }[self.attention]
-        sizes = dict(b=b, v=v, t=t, n=grid * grid)
+        sizes: dict[str, Any] = dict(b=b, v=v, t=t, n=grid * grid)
         x, context = rearrange(x, fold), rearrange(context, fold)
         for layer in self.layers:
             x = sharding.constrain(layer(x, context), "batch", None, None)

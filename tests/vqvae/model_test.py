@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,16 @@ def build(**changes):
     return sharding.build(VQVAE4D, jax.random.key(0), **{**SMALLEST, **changes})
 
 
+@functools.cache
+def fresh():
+    return build()
+
+
+@functools.cache
+def awoken():
+    return awake(build())
+
+
 def rig(batch, azimuths, size=SIZE, **kwargs):
     cameras = geometry.orbit_cameras(azimuths, width=size, height=size, **kwargs)
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), cameras)
@@ -84,9 +96,9 @@ def assert_close(a, b, atol=1e-5):
         np.testing.assert_allclose(x, y, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(("timesteps", "views"), [(3, 2), (1, 1), (1, 3), (2, 1)])
+@pytest.mark.parametrize(("timesteps", "views"), [(3, 2), (1, 1), (1, 3)])
 def test_any_number_of_timesteps_and_views(timesteps, views):
-    out = run(build(), *inputs(2, timesteps, views))
+    out = run(fresh(), *inputs(2, timesteps, views))
     num = views * 36
     for gaussians in out:
         assert gaussians.means.shape == (2, timesteps, num, 3)
@@ -96,25 +108,23 @@ def test_any_number_of_timesteps_and_views(timesteps, views):
         assert gaussians.colors.shape == (2, timesteps, num, 3)
 
 
-def test_parameters_do_not_know_timesteps_or_views():
-    model = awake(build())
-    codes, cameras, times = inputs(1, 3, 3)
+def test_a_timestep_is_the_same_alone():
+    model = awoken()
+    codes, cameras, times = inputs()
     three = run(model, codes, cameras, times)
-    fewer = Cameras(cameras.viewmats[:, :2], cameras.Ks[:, :2])
-    assert run(model, codes[:, :1, :2], fewer, times[:, :1]).gaussians.means.shape[1:3] == (1, 72)
     # The static Gaussians of a timestep are the same alone and in company.
     alone = run(model, codes[:, 1:2], cameras, times[:, 1:2])
     assert_close(jax.tree.map(lambda a: a[:, 1:2], three.coarse), alone.coarse)
 
 
 def test_offsets_start_at_zero():
-    out = run(build(), *inputs())
+    out = run(fresh(), *inputs())
     for a, b in zip(out.coarse, out.gaussians, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_offsets_change_what_they_should():
-    out = run(awake(build()), *inputs())
+    out = run(awoken(), *inputs())
     for a, b in zip(out.coarse, out.gaussians, strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-3
 
@@ -165,22 +175,22 @@ def test_transmittance_at_the_start(map_levels):
 
 
 def test_objects_of_a_batch_do_not_meet():
-    model = awake(build())
-    codes, cameras, times = inputs(3, 2, 2)
-    order = jnp.array([2, 0, 1])
+    model = awoken()
+    codes, cameras, times = inputs()
+    order = jnp.array([1, 0])
     out = run(model, codes, cameras, times)
     permuted = run(model, codes[order], cameras, times)
     assert_close(permuted, jax.tree.map(lambda a: a[order], out))
 
 
 def test_timesteps_meet_in_the_offsets_only():
-    model = awake(build())
-    codes, cameras, times = inputs(1, 3, 2)
+    model = awoken()
+    codes, cameras, times = inputs()
     out = run(model, codes, cameras, times)
-    other = run(model, codes.at[:, 1, 0].add(1.0), cameras, times)
+    other = run(model, codes.at[0, 1, 0].add(1.0), cameras, times)
 
     def moved(a, b):  # [T, V]
-        change = np.abs(np.asarray(a.means) - np.asarray(b.means)).reshape(3, 2, -1)
+        change = np.abs(np.asarray(a.means) - np.asarray(b.means))[0].reshape(3, 2, -1)
         return change.max(axis=-1) > 1e-7
 
     np.testing.assert_array_equal(
@@ -190,8 +200,8 @@ def test_timesteps_meet_in_the_offsets_only():
 
 
 def test_frame_times_matter_and_their_zero_does_not_move_the_static_ones():
-    model = awake(build())
-    codes, cameras, times = inputs(1, 3, 2)
+    model = awoken()
+    codes, cameras, times = inputs()
     slow = run(model, codes, cameras, 5 * times)
     out = run(model, codes, cameras, times)
     assert np.abs(np.asarray(slow.gaussians.means - out.gaussians.means)).max() > 1e-5
@@ -199,8 +209,8 @@ def test_frame_times_matter_and_their_zero_does_not_move_the_static_ones():
 
 
 def test_gaussians_turn_with_the_rig():
-    model = awake(build())
-    codes, cameras, times = inputs(1, 2, 3)
+    model = awoken()
+    codes, cameras, times = inputs()
     turn = geometry.quat_to_rotmat(jnp.array([0.6, -0.3, 0.5, 0.4]))
     turn = jnp.eye(4).at[:3, :3].set(turn)
     turned = cameras._replace(viewmats=cameras.viewmats @ turn.T)
@@ -232,16 +242,19 @@ def test_canonical_frame_leaves_a_relative_rig_alone():
     np.testing.assert_allclose(back, np.broadcast_to(np.eye(4), (2, 4, 4)), atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["full", "axial_time"])
-@pytest.mark.parametrize("up", ["shuffle", "nearest", "hybrid"])
-def test_every_parameter_learns(attention, up):
-    if (attention, up) == ("axial_time", "hybrid"):
-        up_channels, depths = (10, 8), (2,)
-    else:
-        up_channels, depths = ((10, 8), (1,)) if up == "hybrid" else ((10,), ())
-    model = awake(
-        build(offset_attention=attention, up=up, up_channels=up_channels, up_depths=depths)
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        pytest.param(dict(up="nearest", offset_features=False), marks=pytest.mark.slow),
+        pytest.param(
+            dict(up="hybrid", up_channels=(10, 8), up_depths=(2,), offset_attention="axial_time"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_every_parameter_learns(changes):
+    model = awake(build(**changes))
     codes, cameras, times = inputs()
     target = jax.random.normal(jax.random.key(5), (5,))
 
@@ -286,6 +299,7 @@ def test_one_step_wakes_everything_from_the_real_start():
     assert second["loss"] < first["loss"] and not first["overflow"]
 
 
+@pytest.mark.slow
 def test_recomputing_the_blocks_changes_nothing():
     args = inputs(1, 2, 2)
 
@@ -315,8 +329,6 @@ def test_conv3d_is_a_3d_convolution():
         (dict(resolution=25), "resolution"),
         (dict(offset_dim=10), "dim"),
         (dict(unet_channels=(5, 7, 9)), "map_size"),
-        (dict(offset_attention="sparse"), "attention"),
-        (dict(up="bicubic"), "nearest"),
     ],
 )
 def test_bad_sizes_are_named(changes, message):
@@ -325,7 +337,7 @@ def test_bad_sizes_are_named(changes, message):
 
 
 def test_inputs_that_do_not_fit_are_named():
-    model = build()
+    model = fresh()
     codes, cameras, times = inputs(1, 2, 2)
     with pytest.raises(ValueError, match="tokens a view"):
         model(codes[..., :4, :], cameras, times)
@@ -339,7 +351,8 @@ def test_eight_devices_agree_with_one():
 
     def run_once():
         model = awake(build(**even))
-        grads = jax.jit(jax.grad(lambda m: jnp.mean(m(*args).gaussians.means ** 2)))(model)
+        square = jax.grad(lambda m, *args: jnp.mean(m(*args).gaussians.means ** 2))
+        grads = jax.jit(square)(model, *args)
         return run(model, *args).gaussians, grads.static.rays.kernel[...]
 
     one = run_once()

@@ -81,7 +81,7 @@ def rasterize(
     gaussians, cameras, features, background, batch = _check_arrays(
         gaussians, cameras, features, background
     )
-    options = dict(
+    options: dict[str, Any] = dict(
         width=int(width),
         height=int(height),
         near=float(near),
