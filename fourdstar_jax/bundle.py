@@ -91,7 +91,7 @@ def save_stage(
     folder: str | os.PathLike[str],
     stage: str,
     model: Any,
-    config: Mapping[str, Any],
+    config: Any,
     *,
     storage: str = "float32",
     **info: Any,

@@ -1,9 +1,11 @@
 """Stage 3: trains STAR on a folder of tokens."""
 
 import functools
+import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from fourdstar_jax import bundle, sharding
@@ -54,7 +56,7 @@ def eval_step(graphdef, state, batch):
     return model.loss(groups_of(batch), condition_of(batch), train=False)[1]
 
 
-def train(config: Any, workdir: str) -> None:
+def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/star.py) and leaves `<workdir>/bundle`.
 
     The bundle takes over the stages of `config.bundle`, whose tokenizer must be the one that made
@@ -71,12 +73,14 @@ def train(config: Any, workdir: str) -> None:
             tokens.make_loader, folder, words=words, timesteps=config.data.timesteps
         )
         batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
-        held_out = loader(split="unseen_clip", batch_size=config.batch_size)
+        held_out = ()  # a dataset of one's own objects has no unseen clips
+        if "unseen_clip" in folder.splits:
+            held_out = loader(split="unseen_clip", batch_size=config.batch_size)
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
         arguments = bundle.module_arguments(config.model.to_dict())
-        arguments["codebooks"] = folder.codebooks
+        arguments["codebooks"] = jnp.asarray(folder.codebooks)
         graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         state, batches = checkpoints.restore(state, batches)
@@ -97,7 +101,7 @@ def train(config: Any, workdir: str) -> None:
             if done % config.log_every == 0 or done == config.steps:
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
-            if done % config.eval_every == 0 or done == config.steps:
+            if held_out and (done % config.eval_every == 0 or done == config.steps):
                 held = Mean()
                 for batch in held_out:
                     held.add(eval_fn(state, train_state.to_device(batch, mesh)))

@@ -1,6 +1,7 @@
 """Stage 1: trains a tokenizer of the UniTok family on single views of the dataset."""
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -54,17 +55,14 @@ def repair_step(graphdef, state, batch, key, *, max_idle_steps):
     return state._replace(params=params, rest=rest), count
 
 
-def evaluate(graphdef, state, batches, loss_config) -> dict[str, float]:
-    """Mean losses over batches of the loader in evaluation order."""
-    mean = Mean()
-    for batch in batches:
-        batch = pictures(batch)
-        output = nnx.merge(graphdef, state.params, state.rest)(batch["images"])
-        mean.add(tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)[1])
-    return mean.result()
+def eval_step(graphdef, state, batch, *, loss_config):
+    """Metrics of a batch."""
+    batch = pictures(batch)
+    output = nnx.merge(graphdef, state.params, state.rest)(batch["images"])
+    return tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)[1]
 
 
-def train(config: Any, workdir: str) -> None:
+def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/tokenizer.py) and leaves `<workdir>/bundle`.
 
     Restarts from the newest checkpoint in `workdir`, with the batches it would have seen.
@@ -76,7 +74,9 @@ def train(config: Any, workdir: str) -> None:
             pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
         )
         batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
-        held_out = loader(split="unseen_clip", batch_size=config.batch_size)
+        held_out = ()  # a dataset of one's own objects has no unseen clips
+        if "unseen_clip" in pipeline.read_manifest(config.data.dir)["splits"]:
+            held_out = loader(split="unseen_clip", batch_size=config.batch_size)
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
@@ -93,7 +93,7 @@ def train(config: Any, workdir: str) -> None:
         repair_fn = jax.jit(
             functools.partial(repair_step, graphdef), static_argnames="max_idle_steps"
         )
-        evaluate_fn = functools.partial(evaluate, graphdef, loss_config=loss_config)
+        eval_fn = jax.jit(functools.partial(eval_step, graphdef, loss_config=loss_config))
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
         mean = Mean()
@@ -113,8 +113,11 @@ def train(config: Any, workdir: str) -> None:
             if done % config.log_every == 0 or done == config.steps:
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
-            if done % config.eval_every == 0 or done == config.steps:
-                writer.write(done, evaluate_fn(state, held_out), prefix="eval")
+            if held_out and (done % config.eval_every == 0 or done == config.steps):
+                held = Mean()
+                for batch in held_out:
+                    held.add(eval_fn(state, train_state.to_device(batch, mesh)))
+                writer.write(done, held.result(), prefix="eval")
                 writer.restart_clock()
             checkpoints.save(done, state, batches, force=done == config.steps)
         checkpoints.close()

@@ -1,6 +1,7 @@
 """Stage 2: trains the 4D VQ-VAE's decoder on the codes of a frozen tokenizer."""
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def eval_step(graphdef, state, tokenizer, batch, key, **configs):
     return jax.tree.map(jnp.float32, metrics)
 
 
-def train(config: Any, workdir: str) -> None:
+def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/vqvae.py) and leaves `<workdir>/bundle`.
 
     The tokenizer comes from `config.bundle` and goes into the new bundle. Restarts from the newest
@@ -65,7 +66,9 @@ def train(config: Any, workdir: str) -> None:
             pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
         )
         batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
-        held_out = loader(split="unseen_clip", batch_size=config.batch_size)
+        held_out = ()  # a dataset of one's own objects has no unseen clips
+        if "unseen_clip" in pipeline.read_manifest(config.data.dir)["splits"]:
+            held_out = loader(split="unseen_clip", batch_size=config.batch_size)
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
@@ -96,7 +99,7 @@ def train(config: Any, workdir: str) -> None:
                         f"the Gaussians overflow the rasterizer: raise {config.loss.capacity=}"
                     )
                 mean = Mean()
-            if done % config.eval_every == 0 or done == config.steps:
+            if held_out and (done % config.eval_every == 0 or done == config.steps):
                 held = Mean()
                 for batch in held_out:
                     batch = train_state.to_device(batch, mesh)

@@ -1,0 +1,129 @@
+"""The three trainers in a row on a small dataset of boxes, and the object that comes out."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fourdstar_jax import bundle, generate
+from fourdstar_jax.data import prepare
+from fourdstar_jax.train import star, tokenizer, tokens, vqvae
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUIET = dict(log=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def data_dir(objects_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trainers") / "data"
+    prepare.prepare(
+        objects_dir, out, image_size=16, views=2, extra_views=1, max_frames=3, workers=0, **QUIET
+    )
+    return out
+
+
+def config_of(stage, data_dir, source=None, steps=4):
+    """The tiny config, shrunk further."""
+    spec = importlib.util.spec_from_file_location(stage, CONFIGS / f"{stage}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("tiny")
+    model = dict(
+        tokenizer=dict(
+            resolution=16, stem_channels=(8,), tail_channels=(8,), dim=16, num_blocks=1,
+            num_decoder_blocks=1, num_heads=2, hidden_dim=32, num_codebooks=2, vocab_size=16,
+            code_dim=8,
+        ),
+        vqvae=dict(
+            resolution=16, grid=4, code_dim=8, dim=16, num_blocks=1, num_heads=2, hidden_dim=32,
+            view_attention_every=1, up_channels=(8,), offset_dim=16, offset_heads=2,
+            unet_channels=(8, 8),
+        ),
+        star=dict(
+            num_codebooks=2, vocab_size=16, code_dim=8, image_size=16, patch=4, dim=16,
+            num_layers=2, num_heads=2, hidden_dim=32, head_dim=16, head_heads=2,
+            container_slots=3, container_neighbors=2, text_length=5, text_dim=8,
+        ),
+    )[stage]  # fmt: skip
+    config.model.update(model)
+    config.data.update(dir=str(data_dir), timesteps=2)
+    config.mesh.data = 1
+    config.update(batch_size=2, steps=steps, log_every=2, checkpoint_every=2, eval_every=2)
+    if source is not None:
+        config.bundle = str(source)
+    return config.lock()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The trainers take all devices; the tests have eight simulated ones."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: devices)
+
+
+def test_stages_build_on_each_other_and_resume_exactly(data_dir, tmp_path, one_device):
+    tokenizer.train(config_of("tokenizer", data_dir), tmp_path / "t")
+    folder = tmp_path / "t/bundle"
+
+    vqvae.train(config_of("vqvae", data_dir, folder), tmp_path / "v")
+    metrics = [json.loads(x) for x in (tmp_path / "v/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [2, 4]
+    assert all(np.isfinite(row["train/loss"]) for row in metrics)
+
+    token_dir = tmp_path / "tokens"
+    tokens.prepare_tokens(data_dir, tmp_path / "v/bundle", token_dir)
+    config = config_of("star", token_dir, tmp_path / "v/bundle")
+    star.train(config, tmp_path / "s")  # straight through; then killed after 2 of 4 steps
+    stop_after(2, config, tmp_path / "again")
+    star.train(config, tmp_path / "again")
+    straight, resumed = (bundle.weights_sha256(tmp_path / d / "bundle") for d in ("s", "again"))
+    assert set(straight) == {"tokenizer", "vqvae", "star"}
+    assert straight == resumed
+
+    model = generate.load(tmp_path / "s/bundle")
+    video = np.full((2, 16, 16, 3), 255, np.uint8)
+    video[:, 4:12, 4:12] = [200, 30, 30]
+    object4d = model.generate(video, fit="none", seed=1)
+    assert object4d.gaussians.means.shape == (2, 2 * 8 * 8, 3)
+    assert np.isfinite(object4d.gaussians.means).all()
+
+
+def stop_after(step, config, workdir):
+    """Runs the trainer until it has saved `step`, as a kill would end it."""
+
+    class Killed(Exception):
+        pass
+
+    def die(self, done, *args, **kwargs):
+        save(self, done, *args, **kwargs)
+        if done == step:
+            self._manager.wait_until_finished()
+            raise Killed
+
+    save = star.Checkpoints.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(star.Checkpoints, "save", die)
+        with pytest.raises(Killed):
+            star.train(config, workdir)
+
+
+def test_tokens_of_another_tokenizer_are_refused(data_dir, tmp_path, one_device):
+    tokenizer.train(config_of("tokenizer", data_dir, steps=1), tmp_path / "t")
+    tokens.prepare_tokens(data_dir, tmp_path / "t/bundle", tmp_path / "tokens")
+    other = config_of("tokenizer", data_dir, steps=2)
+    tokenizer.train(other, tmp_path / "other")
+    with pytest.raises(ValueError, match="weights_sha256"):
+        star.train(config_of("star", tmp_path / "tokens", tmp_path / "other/bundle"), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
+    from fourdstar_jax.train.metrics import MetricWriter
+
+    writer = MetricWriter(tmp_path, total_steps=7)
+    writer.write(3, {"loss": 1.0})
+    with pytest.raises(FloatingPointError, match="step 5"):
+        writer.write(5, {"loss": float("nan")})
+    writer.close()
