@@ -16,6 +16,8 @@ from fourdstar_jax.train.state import count_parameters
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.model import VQVAE4D
 
+pytestmark = pytest.mark.ci
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCALES = ("tiny", "small", "base", "paper")
 STAGES = {"tokenizer": UniTok, "vqvae": VQVAE4D, "star": STAR}

@@ -9,6 +9,8 @@ import pytest
 
 import fourdstar_jax
 
+pytestmark = pytest.mark.ci
+
 ROOT = Path(fourdstar_jax.__file__).parent
 
 # Every module or package of fourdstar_jax and its floor. A module may import from lower floors

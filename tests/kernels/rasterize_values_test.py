@@ -9,6 +9,8 @@ from fourdstar_jax import geometry
 from fourdstar_jax.kernels.rasterize import binning, rasterize
 from fourdstar_jax.types import Gaussians
 
+pytestmark = pytest.mark.ci
+
 WIDTH, HEIGHT, VIEWS = 37, 29, 2  # no multiples of a tile
 NUM = 500  # one size for most scenes: compiling takes longer than rendering
 # float32 against float64; needles lose digits of their slope before any implementation sees them.

@@ -12,6 +12,8 @@ from fourdstar_jax import sharding
 from fourdstar_jax.star.model import STAR, count_params
 from fourdstar_jax.types import Cameras
 
+pytestmark = pytest.mark.ci
+
 n = 4  # tokens of a view
 
 

@@ -9,6 +9,8 @@ from flax import nnx
 from fourdstar_jax import sharding
 from fourdstar_jax.star.model import STAR
 
+pytestmark = pytest.mark.ci
+
 TINY = dict(
     num_codebooks=4, vocab_size=64, code_dim=16, image_size=64, patch=16, dim=128, num_layers=4,
     num_heads=4, hidden_dim=352, head_dim=64, head_layers=1, head_heads=4, container_slots=8,

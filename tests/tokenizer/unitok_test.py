@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,11 @@ def build(**changes):
     return sharding.build(UniTok, jax.random.key(0), **{**SMALLEST, **changes})
 
 
+@functools.cache
+def fresh():
+    return build()
+
+
 def pictures(*leading, size=24):
     return jax.random.uniform(jax.random.key(1), (*leading, size, size, 3), minval=-1, maxval=1)
 
@@ -63,7 +69,7 @@ def trainable_gradients(grads):
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3, 1)])
 def test_shapes_and_ranges(leading):
-    model = build()
+    model = fresh()
     tokens = jax.jit(lambda m, x: m.encode(x))(model, pictures(*leading))
     assert tokens.shape == (*leading, 9, 3) and tokens.dtype == jnp.int32
     assert np.min(tokens) >= 0 and np.max(tokens) < 11
@@ -74,7 +80,7 @@ def test_shapes_and_ranges(leading):
 
 
 def test_codes_are_rows_of_the_codebooks_side_by_side():
-    model = build()
+    model = fresh()
     tokens = model.encode(pictures(2))
     books = np.asarray(model.codebooks())
     wanted = np.concatenate([books[k][np.asarray(tokens)[..., k]] for k in range(3)], axis=-1)
@@ -82,7 +88,7 @@ def test_codes_are_rows_of_the_codebooks_side_by_side():
 
 
 def test_training_pass_agrees_with_encode_and_decode():
-    model, images = build(), pictures(2)
+    model, images = fresh(), pictures(2)
     out = model(images)
     np.testing.assert_array_equal(out.tokens, model.encode(images))
     np.testing.assert_allclose(
@@ -91,13 +97,13 @@ def test_training_pass_agrees_with_encode_and_decode():
 
 
 def test_images_do_not_meet():
-    model, images = build(), pictures(3)
+    model, images = fresh(), pictures(3)
     order = jnp.array([2, 0, 1])
     np.testing.assert_array_equal(model.encode(images[order]), model.encode(images)[order])
 
 
 def test_every_parameter_learns():
-    model, images = build(), pictures(5)
+    model, images = fresh(), pictures(5)
 
     def loss(model):
         out = model(images)
@@ -169,7 +175,7 @@ def test_depth_to_space_and_upsample():
 
 
 def test_one_batch_is_learned():
-    model = build()
+    model = fresh()
     rng = np.random.default_rng(0)
     images = np.ones((4, 24, 24, 3), np.float32)
     for image in images:  # a coloured square on white
@@ -209,21 +215,23 @@ def is_variable(x):
 
 
 def test_repair_replaces_idle_codes_only():
-    model, images = build(), pictures(2)
+    model, images = fresh(), pictures(2)
     stats = model.quantizer.stats()
     idle = stats.idle_steps.at[0, 3].set(50)
     repaired, count = model.with_stats(stats._replace(idle_steps=idle)).repair(
         images, jax.random.key(5), max_idle_steps=50
     )
     assert count == 1
-    changed = np.any(np.asarray(repaired.codebooks() != model.codebooks()), axis=-1)
+    # Codes are unit vectors; normalising one again may move its last bit.
+    moved = np.abs(np.asarray(repaired.codebooks() - model.codebooks()))
+    changed = np.any(moved > 1e-6, axis=-1)
     assert changed[0, 3] and changed.sum() == 1
     assert repaired.quantizer.idle_steps[0, 3] == 0
     assert np.any(np.asarray(repaired.encode(images))[..., 0] == 3)  # now something chooses it
 
 
 def test_foreground_counts_more():
-    model, images = build(), pictures(1)
+    model, images = fresh(), pictures(1)
     out = model(images)._replace(images=images.at[:, :12].add(1.0))
     masks = jnp.zeros((1, 24, 24, 1)).at[:, :12].set(1.0)
     _, plain = tokenizer_loss(out, images, masks)
@@ -237,7 +245,7 @@ def test_foreground_counts_more():
 
 
 def test_spec_follows_the_weights():
-    spec = build().spec
+    spec = fresh().spec
     assert dataclasses.replace(spec, weights_sha256="") == TokenizerSpec(
         "unitok", 24, 9, 3, 11, 6, ""
     )
@@ -279,7 +287,7 @@ def test_bad_sizes_are_named(changes, message):
 
 def test_wrong_picture_size():
     with pytest.raises(ValueError, match="24"):
-        build().encode(pictures(2, size=32))
+        fresh().encode(pictures(2, size=32))
 
 
 def test_eight_devices_agree_with_one():

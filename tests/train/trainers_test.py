@@ -12,6 +12,8 @@ from fourdstar_jax import bundle, generate
 from fourdstar_jax.data import prepare
 from fourdstar_jax.train import star, tokenizer, tokens, vqvae
 
+pytestmark = pytest.mark.ci
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUIET = dict(log=lambda line: None)
 
