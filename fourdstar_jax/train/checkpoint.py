@@ -1,5 +1,6 @@
 """Checkpoints: training state, step and data iterator together, through Orbax (only here)."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Checkpoints:
     A save is visible only when it is complete (Orbax writes aside and renames).
     """
 
-    def __init__(self, workdir: str | Path, *, every: int, keep: int = 2):
+    def __init__(self, workdir: str | os.PathLike[str], *, every: int, keep: int = 2):
         options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep)
         path = Path(workdir).resolve() / "checkpoints"
         self._manager = ocp.CheckpointManager(path, options=options)

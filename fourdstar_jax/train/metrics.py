@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ class MetricWriter:
     writes.
     """
 
-    def __init__(self, workdir: str | Path, *, total_steps: int, first_step: int = 0):
+    def __init__(self, workdir: str | os.PathLike[str], *, total_steps: int, first_step: int = 0):
         self._active = jax.process_index() == 0
         self._total, self._last_step = total_steps, first_step
         self._last_time = time.perf_counter()
