@@ -50,7 +50,8 @@ def model():
 
 @pytest.fixture(scope="session")
 def data():
-    return example()
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        return example()
 
 
 @pytest.fixture(scope="session")
