@@ -167,12 +167,12 @@ class GpuLanes:
             x = m.llvm.load(vector, pointer, alignment=size)
             return [m.put(m.extract(x, i)) for i in range(width)]
 
-        result = inline(ref, index)
+        result = inline(ref, _spread(index))
         return result if width > 1 else result[0]
 
     def scatter(self, ref, index, values, where):
         plgpu, m = _mosaic()
-        values = [jnp.broadcast_to(v, (LANES,)) for v in _as_list(values)]
+        values = [_spread(v) for v in _as_list(values)]
         layouts = (_lane_layout(),) * (2 + len(values))
         dtype = jnp.dtype(ref.dtype)
 
@@ -193,14 +193,12 @@ class GpuLanes:
                     m.llvm.store(values[0], pointer)
                 m.scf.yield_([])
 
-        inline(ref, index, _int(where), *values)
+        inline(ref, _spread(index), _spread(_int(where)), *values)
 
     def ballot(self, condition):
         def inline(m, x):
-            i32 = m.i32
-            full = m.constant(-1)
             ballot = m.nvvm.VoteSyncKind.ballot
-            return m.nvvm.vote_sync(i32, full, m.nonzero(x), ballot)
+            return m.nvvm.vote_sync(m.constant(-1), m.nonzero(x), ballot, results=[m.i32])
 
         return _per_lane(inline, _int(condition))
 
@@ -222,7 +220,7 @@ class GpuLanes:
             # Called a splat over the warpgroup, but each warp sees its own: that is the point.
             return m.mgpu.FragmentedArray.splat(m.get(x), (), is_signed=True)
 
-        return inline(x)
+        return inline(_spread(x))
 
     def warp_barrier(self):
         plgpu, m = _mosaic()
@@ -242,6 +240,12 @@ def _lane_layout():
     return plgpu.Layout.WG_STRIDED((LANES,), 1)
 
 
+def _spread(x):
+    """An element for each lane also of what is equal in all, which Pallas holds as one number."""
+    plgpu, _ = _mosaic()
+    return plgpu.layout_cast(jnp.broadcast_to(x, (LANES,)), _lane_layout())
+
+
 def _per_lane(operation, x):
     """Applies a function of MLIR values, int32 to int32, in every lane."""
     plgpu, m = _mosaic()
@@ -251,7 +255,7 @@ def _per_lane(operation, x):
     def inline(_, x):
         return m.put(operation(m, m.get(x)))
 
-    return inline(x)
+    return inline(_spread(x))
 
 
 class _Mlir:

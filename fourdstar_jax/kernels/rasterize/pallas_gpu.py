@@ -812,19 +812,21 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
     )
     slots = lax.iota(I32, spec.capacity)
     keys, places = lax.sort((jax.freeze(keys), slots), num_keys=1, is_stable=True)
-    tile_ids = lax.iota(key_type, spec.tiles + 1)
-    offsets = jnp.searchsorted(keys, tile_ids, method="scan_unrolled").astype(I32)
-    begins_of_tiles, ends_of_tiles = offsets[:-1], offsets[1:]
+    tile_ids = lax.iota(key_type, spec.tiles)
+    tile_begins = jnp.searchsorted(keys, tile_ids, method="scan_unrolled").astype(I32)
+    end = jnp.minimum(stops[-1:], spec.capacity)
+    # Not slices of one array: kernels take aligned buffers only.
+    tile_ends = jnp.concatenate([tile_begins[1:], end])
     pixels = spec.images * spec.height * spec.width
     planes, reached = run(
         _forward_kernel,
-        [rows, places, owners, begins_of_tiles, ends_of_tiles],
+        [rows, places, owners, tile_begins, tile_ends],
         outputs=[_shape((spec.channels + 1) * pixels), _shape(spec.tiles * WARPS, dtype=I32)],
         scratch=[_shape(LANES * spec.words)],
         grid=spec.tiles,
         static=(spec,),
     )
-    kept = Kept(rows, counts, begins, owners, places, begins_of_tiles, ends_of_tiles, reached, planes)
+    kept = Kept(rows, counts, begins, owners, places, tile_begins, tile_ends, reached, planes)
     planes = planes.reshape(-1, spec.images, spec.height, spec.width)
     overflow = too_many | (stops[-1] > spec.capacity)
     return Blended(planes[:-1], planes[-1], image_counts, overflow), kept

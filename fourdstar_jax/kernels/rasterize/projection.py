@@ -1,14 +1,14 @@
 """Projects 3D Gaussians to the image plane (EWA splatting, Zwicker et al. 2001).
 
-Shared by every implementation of `rasterize`, and left to autodiff. Components are leading axes and
-every sum runs over planes `[..., V, G]`: batches of 3x3 products are slow on every backend.
+Shared by every implementation of `rasterize`, and left to autodiff. Every number is a plane
+`[..., V, G]` of its own: batches of 3x3 products, and arrays whose last axis has two or three
+elements, are slow on every backend.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from fourdstar_jax.types import Cameras, Gaussians
@@ -35,6 +35,20 @@ class Projected(NamedTuple):
     radii: Float[Array, "*b V G 2"]  # half the box outside of which alpha < ALPHA_MIN, pixels
 
 
+class Planes(NamedTuple):
+    """The numbers of `Projected`, a plane each."""
+
+    u: Float[Array, "*b V G"]  # means2d, pixels
+    v: Float[Array, "*b V G"]
+    a: Float[Array, "*b V G"]  # conic_roots, 1 / pixels
+    b: Float[Array, "*b V G"]
+    c: Float[Array, "*b V G"]
+    opacities: Float[Array, "*b V G"]
+    depths: Float[Array, "*b V G"]
+    radii_x: Float[Array, "*b V G"]
+    radii_y: Float[Array, "*b V G"]
+
+
 def usable_mask(
     gaussians: Gaussians, features: Float[Array, "*b G F"] | None = None
 ) -> Bool[Array, "*c G"]:
@@ -47,35 +61,38 @@ def usable_mask(
 
 
 def _rotation_times_scale(quats, scales):
-    """The factor M of the covariance M M^T as planes [3, 3, ..., G]."""
+    """The factor M of the covariance M M^T: rows of planes [..., 1, G]."""
     # Dividing by the largest component first keeps the squares of any quaternion in range.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(quats), axis=-1))
     zero = largest == 0
-    q = jnp.moveaxis(quats, -1, 0) / jnp.where(zero, 1.0, largest)
-    w, v = jnp.where(zero, 1.0, q[0]), q[1:]
-    eye = _planes(np.eye(3), w)
-    cross = jnp.stack([0 * w, -v[2], v[1], v[2], 0 * w, -v[0], -v[1], v[0], 0 * w])
-    v2 = jnp.sum(v * v, axis=0)
-    rot = (w * w - v2) * eye + 2 * v[:, None] * v + 2 * w * cross.reshape(3, 3, *w.shape)
-    return rot / (w * w + v2) * jnp.moveaxis(scales, -1, 0)
+    largest = jnp.where(zero, 1.0, largest)
+    w, x, y, z = (quats[..., i] / largest for i in range(4))
+    w = jnp.where(zero, 1.0, w)
+    ww, xx, yy, zz = w * w, x * x, y * y, z * z
+    rotation = [
+        [ww + xx - yy - zz, 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), ww - xx + yy - zz, 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), ww - xx - yy + zz],
+    ]
+    norm = 1 / (ww + xx + yy + zz)
+    return [[(row[k] * norm * scales[..., k])[..., None, :] for k in range(3)] for row in rotation]
 
 
-def _planes(constant, like):
-    """A constant array with trailing axes of 1 that broadcast against `like`."""
-    return jnp.asarray(constant, like.dtype).reshape(*constant.shape, *(1,) * like.ndim)
-
-
-def _to_image(xyz, factor, rotation, Ks, width, height):
-    """Image positions [2, ...] and rows J R M [2, 3, ...], whose products are the covariance."""
-    focal, centre = Ks
-    rz = 1 / xyz[2]
-    # Outside of 1.3 times the field of view the Jacobian is taken at its edge (gsplat, Inria).
-    size = _planes(np.array([width, height]), rz)
-    margin = 0.15 * size / focal
-    slope = jnp.clip(xyz[:2] * rz, -centre / focal - margin, (size - centre) / focal + margin)
-    rows = (focal * rz)[:, None] * (rotation[:2] - slope[:, None] * rotation[2])  # [2, 3, ...]
-    rows = jnp.sum(rows[:, :, None] * factor, axis=1)
-    return focal * xyz[:2] * rz + centre, rows
+def _to_image(xyz, factor, rotation, intrinsics, size):
+    """Image positions, and rows of J R M, whose products are the covariance."""
+    x, y, z = xyz
+    rz = 1 / z
+    positions, rows = [], []
+    for axis, p in enumerate((x, y)):
+        focal, centre = intrinsics[axis]
+        positions.append(focal * p * rz + centre)
+        # Outside of 1.3 times the field of view the Jacobian is taken at its edge (gsplat, Inria).
+        margin = 0.15 * size[axis] / focal
+        slope = jnp.clip(p * rz, -centre / focal - margin, (size[axis] - centre) / focal + margin)
+        scale = focal * rz
+        along = [scale * (rotation[axis][k] - slope * rotation[2][k]) for k in range(3)]
+        rows.append([sum(along[i] * factor[i][k] for i in range(3)) for k in range(3)])
+    return positions, rows
 
 
 def _covariance(rows, eps2d):
@@ -84,14 +101,14 @@ def _covariance(rows, eps2d):
     The determinant of a product is the sum of its squared minors (Cauchy-Binet), which never
     becomes negative and keeps digits that xx yy - xy^2 loses.
     """
-    P, Q = rows
-    xx, xy, yy = jnp.sum(P * P, axis=0), jnp.sum(P * Q, axis=0), jnp.sum(Q * Q, axis=0)
-    sharp = jnp.sum((P * jnp.roll(Q, 1, axis=0) - jnp.roll(P, 1, axis=0) * Q) ** 2, axis=0)
+    p, q = rows
+    xx, xy, yy = (sum(s * t for s, t in zip(a, b, strict=True)) for a, b in ((p, p), (p, q), (q, q)))
+    sharp = sum((p[i] * q[i - 1] - p[i - 1] * q[i]) ** 2 for i in range(3))
     blurred = sharp + eps2d * (xx + yy) + eps2d * eps2d
     return xx + eps2d, xy, yy + eps2d, blurred, sharp
 
 
-def project(
+def project_planes(
     gaussians: Gaussians,
     cameras: Cameras,
     usable: Bool[Array, "*c G"],
@@ -102,7 +119,7 @@ def project(
     far: float,
     eps2d: float,
     antialiased: bool,
-) -> Projected:
+) -> Planes:
     """Projects every Gaussian into every camera; leading axes broadcast.
 
     eps2d is added to the diagonal of the 2D covariance, in pixels squared; `antialiased` multiplies
@@ -110,35 +127,29 @@ def project(
     not `usable`, lie nearer than `near` or farther than `far`, never reach ALPHA_MIN, or whose
     projection leaves the range of the float type. Gradients of culled ones are zero.
     """
-    # Components lead, so both sides need equally many batch axes to line up behind them.
-    axes = max(gaussians.means.ndim - 2, cameras.Ks.ndim - 3)
-    gaussians, usable = jax.tree.map(
-        lambda x: x.reshape(*(1,) * (axes + 1 - usable.ndim), *x.shape), (gaussians, usable)
-    )
-    cameras = jax.tree.map(
-        lambda x: x.reshape(*(1,) * (axes + 3 - cameras.Ks.ndim), *x.shape), cameras
-    )
-    # [3, 3, ..., V, 1] of cameras against [3, ..., 1, G] of Gaussians.
-    viewmats = jnp.moveaxis(cameras.viewmats, (-2, -1), (0, 1))[..., None]
-    rotation = viewmats[:3, :3]
-    Ks = jnp.moveaxis(cameras.Ks, (-2, -1), (0, 1))[..., None]
-    Ks = (jnp.stack([Ks[0, 0], Ks[1, 1]]), Ks[:2, 2])
-    means = jnp.moveaxis(gaussians.means, -1, 0)[..., None, :]
-    xyz = jnp.sum(rotation * means, axis=1) + viewmats[:3, 3]  # [3, ..., V, G]
-    factor = _rotation_times_scale(gaussians.quats, gaussians.scales)[..., None, :]
+    size = (width, height)
+    # [..., V, 1] of cameras against [..., 1, G] of Gaussians.
+    viewmats, Ks = cameras.viewmats[..., None], cameras.Ks[..., None]
+    rotation = [[viewmats[..., i, j, :] for j in range(3)] for i in range(3)]
+    intrinsics = [(Ks[..., i, i, :], Ks[..., i, 2, :]) for i in range(2)]
+    means = [gaussians.means[..., None, :, k] for k in range(3)]
+    xyz = [
+        sum(rotation[i][k] * means[k] for k in range(3)) + viewmats[..., i, 3, :] for i in range(3)
+    ]
+    factor = _rotation_times_scale(gaussians.quats, gaussians.scales)
 
     # A dry run finds the pairs to cull; they then go through as a harmless point, for a NaN in
     # an unused branch would still reach the gradients.
-    dry = jax.lax.stop_gradient((xyz, factor, rotation, Ks))
-    means2d, rows = _to_image(*dry, width, height)
+    dry = jax.lax.stop_gradient((xyz, factor, rotation, intrinsics))
+    (u, v), rows = _to_image(*dry, size)
     xx, _, yy, det, _ = _covariance(rows, eps2d)
-    total = means2d[0] + means2d[1] + xx / det + yy / det + 1 / xx + 1 / yy
+    total = u + v + xx / det + yy / det + 1 / xx + 1 / yy
     keep = (dry[0][2] >= near) & (dry[0][2] <= far) & usable[..., None, :]
     keep &= jnp.isfinite(total) & (det > 0)
 
-    xyz = jnp.where(keep, xyz, _planes(np.array([0.0, 0.0, 1.0]), xyz[0]))
-    factor = jnp.where(keep, factor, 0.0)
-    means2d, rows = _to_image(xyz, factor, rotation, Ks, width, height)
+    xyz = [jnp.where(keep, x, harmless) for x, harmless in zip(xyz, (0.0, 0.0, 1.0), strict=True)]
+    factor = [[jnp.where(keep, x, 0.0) for x in row] for row in factor]
+    (u, v), rows = _to_image(xyz, factor, rotation, intrinsics, size)
     xx, xy, yy, det, sharp = _covariance(rows, eps2d)
     xx, yy, det = (jnp.where(keep, x, 1.0) for x in (xx, yy, det))
 
@@ -149,16 +160,28 @@ def project(
         opacities *= jnp.where(thin, 0.0, jnp.sqrt(jnp.where(thin, 1.0, ratio)))
 
     a = jnp.sqrt(yy / det)
-    roots = jnp.stack([a, -a * xy / yy, 1 / jnp.sqrt(yy)], axis=-1)
     # alpha >= ALPHA_MIN means sigma <= reach; the box holds that ellipse with a little to spare.
     reach = jnp.log(jnp.maximum(jax.lax.stop_gradient(opacities), 1e-12) / ALPHA_MIN)
     visible = keep & (reach > -1e-3)
     reach = 2 * (jnp.maximum(reach, 0.0) + 1e-3)
-    radii = jnp.stack([jnp.sqrt(reach * xx), jnp.sqrt(reach * yy)], axis=-1) * 1.001 + 0.01
+    radii = [
+        jax.lax.stop_gradient(jnp.where(visible, jnp.sqrt(reach * x) * 1.001 + 0.01, 0.0))
+        for x in (xx, yy)
+    ]
+    return Planes(
+        u, v, a, -a * xy / yy, 1 / jnp.sqrt(yy), jnp.where(visible, opacities, 0.0), xyz[2], *radii
+    )
+
+
+def project(
+    gaussians: Gaussians, cameras: Cameras, usable: Bool[Array, "*c G"], **options
+) -> Projected:
+    """`project_planes` with its planes stacked, for implementations that gather rows."""
+    u, v, a, b, c, opacities, depths, *radii = project_planes(gaussians, cameras, usable, **options)
     return Projected(
-        means2d=jnp.moveaxis(means2d, 0, -1),
-        conic_roots=roots,
-        opacities=jnp.where(visible, opacities, 0.0),
-        depths=xyz[2],
-        radii=jax.lax.stop_gradient(jnp.where(visible[..., None], radii, 0.0)),
+        means2d=jnp.stack([u, v], axis=-1),
+        conic_roots=jnp.stack([a, b, c], axis=-1),
+        opacities=opacities,
+        depths=depths,
+        radii=jnp.stack(radii, axis=-1),
     )
