@@ -39,6 +39,10 @@ class Lockstep:
         """The index of each lane, 0 to 127."""
         return jnp.arange(LANES, dtype=jnp.int32)
 
+    def full(self, value, dtype=jnp.float32):
+        """One value in all lanes, as an array that loops may change."""
+        return jnp.full(LANES, value, dtype)
+
     def gather(self, ref, index, width=1):
         """`ref[index]` for each lane; `width` neighbours at once where index is a multiple of it."""
         self._check(ref, index, width, jnp.ones(LANES, bool))
@@ -88,6 +92,10 @@ class Lockstep:
         """An int32 that is equal within each warp as a scalar, for control flow of that warp."""
         return jnp.max(x)
 
+    def some(self, condition):
+        """1 if any lane of the warp meets the condition, else 0, as a scalar as of `uniform`."""
+        return self.uniform(_int(condition))
+
     def warp_barrier(self):
         """Orders the warp's accesses to shared memory."""
 
@@ -110,6 +118,7 @@ def launch(body, inputs, *, outputs, grid, scratch=(), refs=(), interpret=False,
     def kernel(*args):
         body(GpuLanes(), lax.axis_index("block"), *static, *args)
 
+    kernel.__name__ = body.__name__.strip("_")  # what profilers show
     return plgpu.kernel(
         kernel,
         out_type=list(outputs),
@@ -150,6 +159,9 @@ class GpuLanes:
     def lanes(self):
         plgpu, _ = _mosaic()
         return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_lane_layout())
+
+    def full(self, value, dtype=jnp.float32):
+        return _spread(jnp.full(LANES, value, dtype))
 
     def gather(self, ref, index, width=1):
         plgpu, m = _mosaic()
@@ -222,6 +234,9 @@ class GpuLanes:
 
         return inline(_spread(x))
 
+    def some(self, condition):
+        return self.uniform(_per_lane(lambda m, x: m.any(x), _int(condition)))
+
     def warp_barrier(self):
         plgpu, m = _mosaic()
         plgpu.inline_mgpu()(lambda _: m.mutils.warp_barrier())()
@@ -279,6 +294,13 @@ class _Mlir:
 
     def nonzero(self, x):
         return self.arith.cmpi(self.arith.CmpIPredicate.ne, x, self.constant(0))
+
+    def any(self, x):
+        kind = self.nvvm.VoteSyncKind.any
+        vote = self.nvvm.vote_sync(
+            self.constant(-1), self.nonzero(x), kind, results=[self.ir.IntegerType.get_signless(1)]
+        )
+        return self.arith.extui(self.i32, vote)
 
     def redux(self, x, kind):
         return self.nvvm.redux_sync(x, getattr(self.nvvm.ReductionKind, kind), self.constant(-1))

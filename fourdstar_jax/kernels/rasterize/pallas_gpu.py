@@ -43,8 +43,12 @@ WARPS = LANES // WARP
 GEOMETRY = 6  # numbers a row begins with: u, v, a, b, c (scaled for base 2), log2(opacity)
 MOMENTS = 6  # 1, x, y, x^2, x y, y^2
 PITCH = 36  # floats from one row of partial sums to the next: 16-byte reads without bank conflicts
-UNROLL = 4  # Gaussians that are evaluated together
-SUMS_BYTES = 2**28  # the backward pass takes tiles in passes when all sums together exceed this
+FORWARD_UNROLL = 4  # Gaussians that are evaluated together
+BACKWARD_UNROLL = 2
+GATHER_UNROLL = 2
+# The backward pass takes tiles in up to so many passes if all sums together exceed these bytes.
+MOST_PASSES = 4
+SUMS_BYTES = 2**26
 
 LOG2E = math.log2(math.e)
 SCALE = math.sqrt(0.5 * LOG2E)  # exp(-sigma) = exp2(-(a dx + b dy)^2 - (c dy)^2) with scaled a, b, c
@@ -129,7 +133,7 @@ class Spec(NamedTuple):
     @property
     def passes(self):
         """Passes over the tiles that the backward pass takes."""
-        return max(1, -(-self.capacity * self.sums * 4 // SUMS_BYTES))
+        return min(MOST_PASSES, -(-self.capacity * self.sums * 4 // SUMS_BYTES))
 
     @property
     def window(self):
@@ -265,7 +269,7 @@ def _pack(lanes, block, spec, u, v, a, b, c, opacities, depths, colors, *rest):
         _, across = _tile_columns(geometry, first + k, spec)
         return count + jnp.where(k < number, across, 0)
 
-    count = _while_less(most, add_row, jnp.zeros_like(number))
+    count = _while_less(most, add_row, lanes.full(0, I32))
     lanes.scatter(counts, i, count, live)
 
 
@@ -277,49 +281,81 @@ def _while_less(bound, body, init):
     return out
 
 
-def _expand(lanes, block, spec, rows, order, starts, stops, keys, owners, begins):
-    """Writes tile number and owner of each pair, in order of the owners' depths."""
-    rank = block * LANES + lanes.lanes()
+def _expand(lanes, block, spec, rows, order, starts, stops, keys, owners, begins, stage, firsts):
+    """Writes tile number and owner of each pair, in order of the owners' depths.
+
+    A warp owns 32 Gaussians, whose pairs have places one after the other, and takes 32 places at a
+    time, one a lane: what it writes is contiguous.
+    """
+    index = lanes.lanes()
+    warp, lane = index >> 5, index & 31
+    rank = block * LANES + index
     live = rank < spec.total
     rank = jnp.minimum(rank, spec.total - 1)
     i = lanes.gather(order, rank)
     start, stop = lanes.gather(starts, rank), lanes.gather(stops, rank)
     lanes.scatter(begins, i, start, live)
     words = lanes.gather(rows, i * spec.words, 4) + lanes.gather(rows, i * spec.words + 4, 4)
-    geometry = words[:GEOMETRY]
-    first_row, number = _tile_rows(geometry, spec)
-    number = jnp.where(stop > start, number, 0)
-    image = lax.div(i, jnp.full_like(i, spec.gaussians))
-    first_tile = image * (spec.rows * spec.columns)
+    lanes.scatter(stage, index * 8, words[:4], index >= 0)
+    lanes.scatter(stage, index * 8 + 4, words[4:], index >= 0)
+    lanes.scatter(firsts, index, jnp.where(live, start, spec.capacity), index >= 0)
+    lanes.scatter(firsts, index + LANES, i, index >= 0)
+    lanes.warp_barrier()
+    # The first lane knows where the warp's places begin, the last live one where they end.
+    begin = lanes.gather(firsts, warp * WARP)
+    end = lanes.warp_max(jnp.where(live, stop, 0))
+    end = jnp.minimum(jnp.where(begin < 0, 0, end), spec.capacity)
 
-    def write(place, tile, where):
-        where = where & live & (place >= 0) & (place < jnp.minimum(stop, spec.capacity))
-        lanes.scatter(keys, place, tile, where)
-        lanes.scatter(owners, place, i, where)
+    def some(k, state):
+        who, row, row_begin, row_end, first = state
+        place = begin + k * WARP + lane
+        active = place < end
+        # The last of the warp's Gaussians that begins at or before this place.
+        found = lanes.full(0, I32)
+        for step in (16, 8, 4, 2, 1):
+            ahead = lanes.gather(firsts, warp * WARP + found + step)
+            found = jnp.where(ahead <= place, found + step, found)
+        at = warp * WARP + found
+        words = lanes.gather(stage, at * 8, 4) + lanes.gather(stage, at * 8 + 4, 4)
+        geometry = words[:GEOMETRY]
+        owner = lanes.gather(firsts, LANES + at)
+        within = place - lanes.gather(firsts, at)
+        first_row, number = _tile_rows(geometry, spec)
+        # The same Gaussian as before goes on from the row where it was.
+        new = found != who
+        row = jnp.where(new, first_row - 1, row)
+        row_begin, row_end = (jnp.where(new, 0, x) for x in (row_begin, row_end))
 
-    def one_row(k, place):
-        row = first_row + k
-        first, across = _tile_columns(geometry, row, spec)
-        across = jnp.where(k < number, across, 0)
-        tile = first_tile + row * spec.columns + first
+        def behind(row, row_end):
+            return active & (within >= row_end) & (row + 1 < first_row + number)
 
-        def one_tile(n, _):
-            write(place + n, tile + n, n < across)
-            return _
+        def advance(x):
+            _, row, row_begin, row_end, first = x
+            go = behind(row, row_end)
+            next_first, across = _tile_columns(geometry, row + 1, spec)
+            row = jnp.where(go, row + 1, row)
+            row_begin = jnp.where(go, row_end, row_begin)
+            row_end = jnp.where(go, row_end + across, row_end)
+            first = jnp.where(go, next_first, first)
+            return lanes.some(behind(row, row_end)), row, row_begin, row_end, first
 
-        _while_less(lanes.uniform(lanes.warp_max(across)), one_tile, jnp.int32(0))
-        return place + across
+        _, row, row_begin, row_end, first = lax.while_loop(
+            lambda x: x[0] != 0,
+            advance,
+            (lanes.some(behind(row, row_end)), row, row_begin, row_end, first),
+        )
+        image = lax.div(owner, jnp.full_like(owner, spec.gaussians))
+        tile = (image * spec.rows + row) * spec.columns + first + within - row_begin
+        # Both kernels count alike; if the compiler ever rounded one of them otherwise, by a tile
+        # that is not visible, the place that was counted for it goes to no tile.
+        tile = jnp.where(within < row_end, tile, -1)
+        lanes.scatter(keys, place, tile, active)
+        lanes.scatter(owners, place, owner, active)
+        return found, row, row_begin, row_end, first
 
-    place = _while_less(lanes.uniform(lanes.warp_max(number)), one_row, start)
-    # Both kernels count alike; if the compiler ever rounded one of them otherwise, by a tile that
-    # is not visible, the places that were counted for it go to no tile.
-    missing = stop - place
-
-    def fill(n, _):
-        write(place + n, jnp.full_like(place, -1), n < missing)
-        return _
-
-    _while_less(lanes.uniform(lanes.warp_max(missing)), fill, jnp.int32(0))
+    none = lanes.full(0, I32)
+    number = lanes.warp_max((end - begin + WARP - 1) >> 5)
+    _while_less(lanes.uniform(number), some, (lanes.full(-1, I32), none, none, none, none))
 
 
 # ---------------------------------------------------------------- blending
@@ -439,18 +475,18 @@ def _stage(lanes, spec, quad, row, where, stage, order):
     return lanes.uniform(number)
 
 
-def _staged(lanes, spec, quad, stage, k):
-    """Row k of the warp's staged ones, in every lane."""
+def _staged(lanes, spec, quad, stage, k, first, last):
+    """Numbers `first` to `last` of row k of the warp's staged ones, in every lane."""
     at = (quad.warp * WARP + k) * spec.words
-    row = []
-    for j in range(0, spec.words, 4):
-        row += lanes.gather(stage, at + j, 4)
-    return row
+    numbers = []
+    for j in range(first // 4 * 4, last, 4):
+        numbers += lanes.gather(stage, at + j, 4)
+    return numbers[first % 4 :][: last - first]
 
 
-def _alphas(quad, row):
+def _alphas(quad, geometry):
     """Alpha of one Gaussian at each of a lane's two pixels, 0 under ALPHA_MIN."""
-    u, v, a, b, c, log2_opacity = row[:GEOMETRY]
+    u, v, a, b, c, log2_opacity = geometry
     dx, dy = u - quad.x, v - quad.y
     across = a * dx
     alphas = []
@@ -466,13 +502,13 @@ def _forward_kernel(lanes, tile, spec, rows, places, owners, begins, ends, plane
     quad = _quad(lanes, tile, spec)
     begin, end = begins[tile], ends[tile]
     reads = _List(lanes, spec, rows, places, owners, begin, end, quad.lane)
-    zero = jnp.zeros((LANES,), F32)
-    one = zero + 1.0
+    zero = lanes.full(0.0)
+    one = lanes.full(1.0)
 
     def blend_one(k, state):
         running, left, totals = ([*x] for x in state)
-        row = _staged(lanes, spec, quad, stage, k)
-        alphas = _alphas(quad, row)
+        row = _staged(lanes, spec, quad, stage, k, 0, GEOMETRY + spec.channels)
+        alphas = _alphas(quad, row[:GEOMETRY])
         totals = [[*x] for x in totals]
         for h in (0, 1):
             # `running` is the transmittance until a pixel ends, then 0 for good.
@@ -493,9 +529,9 @@ def _forward_kernel(lanes, tile, spec, rows, places, owners, begins, ends, plane
 
         def some(carry):
             j, _, state = carry
-            for n in range(UNROLL):
+            for n in range(FORWARD_UNROLL):
                 state = blend_one(j + n, state)
-            return j + UNROLL, alive(state[0]), state
+            return j + FORWARD_UNROLL, alive(state[0]), state
 
         _, going, state = lax.while_loop(
             lambda x: (x[0] < number) & (x[1] != 0), some, (jnp.int32(0), jnp.int32(1), state)
@@ -503,9 +539,7 @@ def _forward_kernel(lanes, tile, spec, rows, places, owners, begins, ends, plane
         return k + 1, going, ahead, state
 
     def alive(running):
-        # Bits of a ballot may make a negative number.
-        votes = lanes.ballot((running[0] > 0) | (running[1] > 0))
-        return lanes.uniform(jnp.where(votes != 0, 1, 0))
+        return lanes.some((running[0] > 0) | (running[1] > 0))
 
     running = tuple(jnp.where(x, one, 0.0) for x in quad.inside)
     totals = ((zero,) * spec.channels,) * 2
@@ -520,11 +554,11 @@ def _forward_kernel(lanes, tile, spec, rows, places, owners, begins, ends, plane
     for h in (0, 1):
         for c, value in enumerate([*totals[h], left[h]]):
             lanes.scatter(planes, c * pixels + quad.places[h], value, quad.inside[h])
-    far = jnp.minimum(k * WARP, end - begin) + jnp.zeros_like(quad.lane)
+    far = jnp.minimum(k * WARP, end - begin) + lanes.full(0, I32)
     lanes.scatter(reached, tile * WARPS + quad.warp, far, quad.lane == 0)
 
 
-def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, bases, cotangents, rest,
+def _backward_kernel(lanes, tile, spec, lows, rows, places, begins, reached, bases, cotangents, rest,
                      owners, sums, stage, order, partial, warp_sums, warp_bits):  # fmt: skip
     """Sums of a tile's pixels for each Gaussian of its list, to places `bases[tile]` - low onwards.
 
@@ -532,7 +566,7 @@ def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, base
     becomes minus one minus the address of its sums where there is something to add.
     """
     quad = _quad(lanes, tile, spec)
-    begin, base = begins[tile], bases[tile]
+    begin, base, low = begins[tile], bases[tile], lows[0]
     here = (base >= low) & (base < low + spec.window)
     mine = lanes.gather(reached, tile * WARPS + quad.warp)  # places of the list that the warp went
     far = jnp.int32(0)
@@ -547,11 +581,11 @@ def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, base
         return jnp.where(quad.inside[h], lanes.gather(ref, c * pixels + safe[h]), 0.0)
 
     cotangent = [[read(cotangents, h, c) for c in range(spec.channels)] for h in (0, 1)]
-    zero = jnp.zeros((LANES,), F32)
-    no_int = jnp.zeros_like(quad.lane)
+    zero = lanes.full(0.0)
+    no_int = lanes.full(0, I32)
     centred_y = [quad.centred_y, quad.centred_y + 4.0]
 
-    def flush(parity, filled, packed):
+    def flush(parity, filled, packed, bits):
         """Adds up the lanes of up to `slots` Gaussians, and their moments in x."""
         lanes.warp_barrier()
         number = lax.div(quad.lane, jnp.full_like(quad.lane, spec.slots))
@@ -566,7 +600,8 @@ def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, base
             x = quad.centred_x + float(i)
             once = value * x
             moments = [p + q for p, q in zip(moments, (value, once, once * x), strict=True)]
-        index = (packed >> (5 * slot)) & 31
+        staged = (packed >> (5 * slot)) & 31
+        index = lanes.gather(order, quad.warp * WARP + staged)
         at = ((parity * WARPS + quad.warp) * WARP + index) * spec.sums
         used = (slot < filled) & (number < 3 + spec.channels)
         # Rows 0, 1, 2 hold the sums over y times 1, y, y^2; the others those of channels.
@@ -576,17 +611,19 @@ def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, base
         lanes.scatter(warp_sums, at + second, moments[1], used & (number < 2))
         lanes.scatter(warp_sums, at + 3, moments[2], used & (number == 0))
         lanes.warp_barrier()
-        return no_int, no_int
+        return no_int, no_int, bits | lanes.warp_or(jnp.where(used, jnp.int32(1) << index, 0))
 
-    def send_back(j, row, alphas, contributes, parity, state):
+    def send_back(j, alphas, contributes, parity, state):
         """Adds one Gaussian's partial sums to the warp's buffer."""
+        # Read again: registers are scarce.
+        channels = _staged(lanes, spec, quad, stage, j, GEOMETRY, GEOMETRY + spec.channels)
         through, behind, filled, packed, bits = state
         through, behind = [*through], [*behind]
         slopes, weights = [], []
         for h in (0, 1):
             q = zero
             for c in range(spec.channels):
-                q += cotangent[h][c] * row[GEOMETRY + c]
+                q += cotangent[h][c] * channels[c]
             weight = through[h] * alphas[h]
             shown = weight * q
             through[h] = through[h] - weight
@@ -606,42 +643,40 @@ def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, base
         for n, value in enumerate(values):
             at = (quad.warp * WARP + n * spec.slots + filled) * PITCH + quad.lane
             lanes.scatter(partial, at, value, everywhere)
-        index = lanes.gather(order, quad.warp * WARP + j + no_int)
-        packed = jnp.where(contributes, packed | (index << (5 * filled)), packed)
-        bits = jnp.where(contributes, bits | (jnp.int32(1) << index), bits)
+        packed = jnp.where(contributes, packed | (j << (5 * filled)), packed)
         filled = jnp.where(contributes, filled + 1, filled)
-        full = lanes.uniform(jnp.where(filled == spec.slots, 1, 0))
-        filled, packed = lax.cond(
-            full != 0, lambda f, p: flush(parity, f, p), lambda f, p: (f, p), filled, packed
-        )
-        return tuple(through), tuple(behind), filled, packed, bits
+        full = lanes.uniform(filled) == spec.slots
+        buffered = flush_if(full, parity, filled, packed, bits)
+        return tuple(through), tuple(behind), *buffered
+
+    def flush_if(condition, parity, *buffered):
+        return lax.cond(condition, lambda *b: flush(parity, *b), lambda *b: b, *buffered)
 
     def some(parity, carry):
         j, running, state = carry
         running = [*running]
         group, mask = [], no_int
-        for n in range(UNROLL):
-            row = _staged(lanes, spec, quad, stage, j + n)
-            alphas = _alphas(quad, row)
+        for n in range(BACKWARD_UNROLL):
+            alphas = _alphas(quad, _staged(lanes, spec, quad, stage, j + n, 0, GEOMETRY))
             for h in (0, 1):
                 after = running[h] - running[h] * alphas[h]
                 goes_on = after > TRANSMITTANCE_MIN
                 alphas[h] = jnp.where(goes_on, alphas[h], 0.0)
                 running[h] = jnp.where(goes_on, after, 0.0)
             mask = jnp.where(alphas[0] + alphas[1] > 0, mask | (1 << n), mask)
-            group.append((row, alphas))
+            group.append(alphas)
         mask = lanes.warp_or(mask)
         votes = lanes.uniform(mask)
-        for n, (row, alphas) in enumerate(group):
+        for n, alphas in enumerate(group):
             state = lax.cond(
                 ((votes >> n) & 1) != 0,
-                lambda *s, n=n, row=row, alphas=alphas: send_back(
-                    j + n, row, alphas, (mask >> n) & 1 != 0, parity, s
+                lambda *s, n=n, alphas=alphas: send_back(
+                    j + n, alphas, (mask >> n) & 1 != 0, parity, s
                 ),
                 lambda *s: s,
                 *state,
             )
-        return j + UNROLL, tuple(running), state
+        return j + BACKWARD_UNROLL, tuple(running), state
 
     def add_warps(k, parity, fetched):
         """One lane a Gaussian: the four warps' sums about its mean, from those about the tile."""
@@ -679,8 +714,7 @@ def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, base
             (jnp.int32(0), running, state),
         )
         through, behind, filled, packed, bits = state
-        left_over = lanes.uniform(filled)
-        lax.cond(left_over > 0, lambda f, p: flush(parity, f, p), lambda f, p: (f, p), filled, packed)
+        _, _, bits = flush_if(lanes.uniform(filled) > 0, parity, filled, packed, bits)
         lanes.scatter(warp_bits, parity * WARPS + quad.warp, bits, quad.lane == 0)
         # Two buffers take turns, so one barrier a batch is enough.
         lanes.block_barrier()
@@ -692,7 +726,7 @@ def _backward_kernel(lanes, tile, spec, low, rows, places, begins, reached, base
 
         return k + 1, ahead, running, through, behind
 
-    one = zero + 1.0
+    one = lanes.full(1.0)
     running = tuple(jnp.where(x, one, 0.0) for x in quad.inside)
     behind = tuple(read(rest, h) for h in (0, 1))
     lax.while_loop(
@@ -706,9 +740,12 @@ def _when(condition, body):
     lax.cond(condition, lambda: (body(), None)[1], lambda: None)
 
 
-def _gather_kernel(lanes, block, spec, number, rows, counts, begins, bounds, sums, owners, gradients):
-    """Adds up each Gaussian's sums of pass `number` and turns them into gradients, plane by plane."""
-    low, high = bounds[number], bounds[number + 1]
+def _gather_kernel(lanes, block, spec, first, rows, counts, begins, window, sums, owners, gradients):
+    """Adds up each Gaussian's sums of a pass and turns them into gradients, plane by plane.
+
+    `window` has the addresses of the pass's first and last sums, and where the pass's places begin.
+    """
+    low, high, base = window[0], window[1], window[2]
 
     def work():
         index = block * LANES + lanes.lanes()
@@ -717,18 +754,24 @@ def _gather_kernel(lanes, block, spec, number, rows, counts, begins, bounds, sum
         begin = lanes.gather(begins, i)
         count = jnp.where(live, lanes.gather(counts, i), 0)
         count = jnp.where(begin < 0, 0, jnp.minimum(count, spec.capacity - begin))
-        zero = jnp.zeros((LANES,), F32)
+        zero = lanes.full(0.0)
 
         def add(k, total):
-            place = jnp.where(k < count, begin + k, 0)
-            address = -1 - lanes.gather(owners, place)
-            found = (k < count) & (address >= low) & (address < high)
-            at = jnp.where(found, address - number * spec.window, 0) * spec.sums
-            return tuple(
-                t + jnp.where(found, lanes.gather(sums, at + n), 0.0) for n, t in enumerate(total)
-            )
+            k = k * GATHER_UNROLL
+            places = [jnp.where(k + n < count, begin + k + n, 0) for n in range(GATHER_UNROLL)]
+            # Read together: each read of a sum waits for one of these.
+            addresses = [-1 - lanes.gather(owners, place) for place in places]
+            for n, address in enumerate(addresses):
+                found = (k + n < count) & (address >= low) & (address < high)
+                at = jnp.where(found, address - base, 0) * spec.sums
+                total = tuple(
+                    t + jnp.where(found, lanes.gather(sums, at + m), 0.0)
+                    for m, t in enumerate(total)
+                )
+            return total
 
-        most = lanes.uniform(lanes.warp_max(count))
+        most = lanes.uniform(lanes.warp_max(count + (GATHER_UNROLL - 1)))
+        most = lax.div(most, jnp.int32(GATHER_UNROLL))
         m, sx, sy, sxx, sxy, syy, *channels = _while_less(most, add, (zero,) * spec.sums)
         words = lanes.gather(rows, i * spec.words, 4) + lanes.gather(rows, i * spec.words + 4, 4)
         a, b, c = (x * (1 / SCALE) for x in words[2:5])
@@ -747,11 +790,12 @@ def _gather_kernel(lanes, block, spec, number, rows, counts, begins, bounds, sum
         planes[5] = jnp.where(words[5] + REACH >= 0, planes[5], 0.0)
         for n, value in enumerate(planes):
             at = n * spec.total + i
-            if number:
+            if not first:
                 value += lanes.gather(gradients, at)
             lanes.scatter(gradients, at, value, live)
 
-    _when((low < high) if number else (low <= high), work)
+    # The first pass writes even if there is nothing to add.
+    _when((low <= high) if first else (low < high), work)
 
 
 # ---------------------------------------------------------------- kernels and sorts put together
@@ -807,6 +851,7 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
         [rows, order, stops - ordered, stops],
         refs=[keys],
         outputs=[_shape(spec.capacity, dtype=I32), _shape(spec.total, dtype=I32)],
+        scratch=[_shape(LANES * 8), _shape(2 * LANES, dtype=I32)],
         grid=blocks,
         static=(spec,),
     )
@@ -839,17 +884,19 @@ def _run_backward(kept: Kept, cotangent: Blended, spec: Spec) -> Inputs:
     longest = jnp.max(kept.reached.reshape(-1, WARPS), axis=1)
     ends = _cumsum(longest)
     bases = ends - longest
-    lows = jnp.arange(spec.passes, dtype=I32)[:, None] * spec.window
-    bounds = jnp.min(jnp.where(bases >= lows, bases, ends[-1]), axis=1)
-    bounds = jnp.concatenate([bounds, ends[-1:]])
+    lows = jnp.arange(spec.passes, dtype=I32) * spec.window
+    firsts = jnp.min(jnp.where(bases >= lows[:, None], bases, ends[-1]), axis=1)
+    lasts = jnp.concatenate([firsts[1:], ends[-1:]])
     # A tile's list holds a Gaussian once at most.
     room = spec.window + min(spec.gaussians, spec.capacity)
     owners = jax.new_ref(kept.owners)
-    gradients = None
-    for number in range(spec.passes):
-        (sums,) = run(
+
+    @jax.jit  # passes share one kernel
+    def sums_of(low):
+        return run(
             _backward_kernel,
             [
+                low,
                 kept.rows,
                 kept.places,
                 kept.tile_begins,
@@ -868,20 +915,27 @@ def _run_backward(kept: Kept, cotangent: Blended, spec: Spec) -> Inputs:
                 _shape(2 * WARPS, dtype=I32),
             ],
             grid=spec.tiles,
-            static=(spec, number * spec.window),
-        )
-        # The first pass writes the gradients, the others add to them.
-        shapes = [_shape(spec.sums * spec.total)] if gradients is None else []
-        made = run(
+            static=(spec,),
+        )[0]
+
+    def gather(number, sums, refs, outputs):
+        window = jnp.stack([firsts[number], lasts[number], lows[number]])
+        return run(
             _gather_kernel,
-            [kept.rows, kept.counts, kept.begins, bounds, sums],
-            refs=[owners] if gradients is None else [owners, gradients],
-            outputs=shapes,
+            [kept.rows, kept.counts, kept.begins, window, sums],
+            refs=refs,
+            outputs=outputs,
             grid=-(-spec.total // LANES),
-            static=(spec, number),
+            static=(spec, number == 0),
         )
-        if gradients is None:
-            gradients = jax.new_ref(made[0])
+
+    # The first pass writes the gradients, the others add to them.
+    shape = _shape(spec.sums * spec.total)
+    (gradients,) = gather(0, sums_of(jnp.zeros(1, I32)), [owners], [shape])
+    gradients = jax.new_ref(gradients)
+    for number in range(1, spec.passes):
+        low = jnp.full(1, number * spec.window, I32)
+        gather(number, sums_of(low), [owners, gradients], [])
     planes = jax.freeze(gradients).reshape(spec.sums, spec.images, spec.gaussians)
     geometry, channels = planes[:GEOMETRY], planes[GEOMETRY:]
     depths = channels[3] if spec.with_depths else jnp.zeros_like(geometry[0])

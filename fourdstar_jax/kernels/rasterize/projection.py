@@ -60,6 +60,26 @@ def usable_mask(
     return usable
 
 
+def _to_every_view(arrays, views):
+    """Planes [..., 1, G] as [..., V, G]."""
+    return [jnp.broadcast_to(x, (*x.shape[:-2], views, x.shape[-1])) for x in arrays]
+
+
+def _to_every_view_fwd(arrays, views):
+    return _to_every_view(arrays, views), None
+
+
+def _to_every_view_bwd(views, _, cotangents):
+    # The barrier has all planes computed once; XLA would otherwise compute the whole projection's
+    # gradient anew within each plane's sum over the views.
+    cotangents = jax.lax.optimization_barrier(cotangents)
+    return ([jnp.sum(x, axis=-2, keepdims=True) for x in cotangents],)
+
+
+_to_every_view = jax.custom_vjp(_to_every_view, nondiff_argnums=(1,))
+_to_every_view.defvjp(_to_every_view_fwd, _to_every_view_bwd)
+
+
 def _rotation_times_scale(quats, scales):
     """The factor M of the covariance M M^T: rows of planes [..., 1, G]."""
     # Dividing by the largest component first keeps the squares of any quaternion in range.
@@ -132,11 +152,16 @@ def project_planes(
     viewmats, Ks = cameras.viewmats[..., None], cameras.Ks[..., None]
     rotation = [[viewmats[..., i, j, :] for j in range(3)] for i in range(3)]
     intrinsics = [(Ks[..., i, i, :], Ks[..., i, 2, :]) for i in range(2)]
-    means = [gaussians.means[..., None, :, k] for k in range(3)]
+    factor = _rotation_times_scale(gaussians.quats, gaussians.scales)
+    shared = [gaussians.means[..., None, :, k] for k in range(3)]
+    shared += [gaussians.opacities[..., None, :], *sum(factor, start=[])]
+    *means, opacities, f0, f1, f2, f3, f4, f5, f6, f7, f8 = _to_every_view(
+        shared, cameras.Ks.shape[-3]
+    )
+    factor = [[f0, f1, f2], [f3, f4, f5], [f6, f7, f8]]
     xyz = [
         sum(rotation[i][k] * means[k] for k in range(3)) + viewmats[..., i, 3, :] for i in range(3)
     ]
-    factor = _rotation_times_scale(gaussians.quats, gaussians.scales)
 
     # A dry run finds the pairs to cull; they then go through as a harmless point, for a NaN in
     # an unused branch would still reach the gradients.
@@ -153,7 +178,7 @@ def project_planes(
     xx, xy, yy, det, sharp = _covariance(rows, eps2d)
     xx, yy, det = (jnp.where(keep, x, 1.0) for x in (xx, yy, det))
 
-    opacities = jnp.where(keep, gaussians.opacities[..., None, :], 0.0)
+    opacities = jnp.where(keep, opacities, 0.0)
     if antialiased:
         ratio = jnp.where(keep, sharp, 0.0) / det
         thin = ratio <= 0
