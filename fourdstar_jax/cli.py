@@ -18,7 +18,6 @@ NOT_YET = {
     "convert": "turn released PyTorch weights into a bundle",
     "view": "show a result in the browser",
     "export": "write a result in other splat formats",
-    "bench": "measure speed",
 }
 TRAINING_PACKAGES = {
     *("optax", "orbax", "grain", "array_record", "tensorflow_datasets", "importlib_resources"),
@@ -85,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, run, summary: str, **kwargs: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+    def add(name: str, run, summary: str, to=commands, **kwargs: Any) -> argparse.ArgumentParser:
+        command = to.add_parser(
             name,
             help=summary,
             description=kwargs.pop("description", summary[0].upper() + summary[1:] + "."),
@@ -193,6 +192,27 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("inspect", _inspect, "tell what a model bundle holds")
     command.add_argument("bundle", type=Path, nargs="?", default=BUNDLED_MODEL)
+
+    command = add("bench", None, "measure the speed of an operation")
+    command = add(
+        "rasterize",
+        _bench_rasterize,
+        "time the rasterizer on random scenes, forward and backward",
+        to=command.add_subparsers(metavar="OPERATION", required=True),
+    )
+    command.add_argument(
+        "scenes", nargs="*", default=["tiny"], metavar="SCENE", help="tiny small16k S A B C D E F H"
+    )
+    command.add_argument(
+        "--implementations", nargs="+", default=["xla"], metavar="NAME", help="of rasterize"
+    )
+    command.add_argument("--against", choices=["gsplat"], help="the same scenes with this, too")
+    command.add_argument("--repeats", type=int, metavar="N", help="calls; default the scene's")
+    command.add_argument("--json", type=Path, metavar="FILE", help="the results as JSON")
+    command.add_argument("--commit", help="of the code, for the results; default git's")
+    command.add_argument(
+        "--table", type=Path, metavar="FILE", help="measure nothing, print results as Markdown"
+    )
 
     add("doctor", _doctor, "tell versions, devices and what is missing")
 
@@ -406,6 +426,24 @@ def _inspect(arguments: argparse.Namespace) -> None:
             print(f"    {name}: {str(value)[:200]}")
     packages = description.get("packages", {})
     print("  written by " + ", ".join(f"{k} {v}" for k, v in packages.items()))
+
+
+def _bench_rasterize(arguments: argparse.Namespace) -> None:
+    if arguments.table is not None and not arguments.table.is_file():
+        raise ValueError(f"{arguments.table} does not exist")
+    from fourdstar_jax.kernels.rasterize import bench, bench_table
+
+    if arguments.table is not None:
+        print(bench_table.table(arguments.table), end="")
+        return
+    bench.run(
+        arguments.scenes,
+        implementations=arguments.implementations,
+        repeats=arguments.repeats,
+        against=arguments.against,
+        json_file=arguments.json,
+        commit=arguments.commit,
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

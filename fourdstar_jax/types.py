@@ -35,7 +35,7 @@ class Rendered(NamedTuple):
 
     renders: Float[Array, "*b V h w 3"]  # colour over the background, [0, 1]
     alphas: Float[Array, "*b V h w 1"]  # 1 - transmittance
-    depths: Float[Array, "*b V h w 1"]  # expected camera z of what is hit, 0 where nothing is
+    depths: Float[Array, "*b V h w 1"] | None  # expected camera z of what is hit, else 0
     features: Float[Array, "*b V h w F"] | None  # alpha-blended extra channels, no background
     num_intersections: Int[Array, ""]  # (Gaussian, tile) pairs over the whole call
     overflow: Bool[Array, ""]  # pairs exceeded the capacity: the images are not to be used

@@ -45,7 +45,7 @@ def test_help_is_there_in_a_second():
     )  # fmt: skip
     elapsed = time.perf_counter() - start
     assert result.returncode == 0
-    for command in (*cli.NOT_YET, "prepare", "train", "generate", "reconstruct", "doctor"):
+    for command in (*cli.NOT_YET, "prepare", "train", "generate", "reconstruct", "bench", "doctor"):
         assert command in result.stdout
     # The process imports nothing slow; the margin is for a busy machine.
     assert elapsed < 5
@@ -261,6 +261,35 @@ def test_inspect(capsys, tiny_bundle, tmp_path):
         assert words in out
     code, _, lines = run(capsys, "inspect", tmp_path)
     assert code == 2 and len(lines) == 1
+
+
+def test_bench_rasterize(capsys, tmp_path):
+    file = tmp_path / "new" / "results.json"
+    code, out, _ = run(
+        capsys, "bench", "rasterize", "tiny", "--repeats", 1, "--json", file, "--commit", "abc"
+    )
+    assert code == 0 and out.startswith("tiny") and "copy on the device" in out
+    results = json.loads(file.read_text())
+    assert results["commit"] == "abc" and results["versions"]["jax"]
+    assert [entry["scene"] for entry in results["scenes"]] == ["tiny"]
+    code, out, _ = run(capsys, "bench", "rasterize", "--table", file)
+    assert code == 0 and "| tiny: 4 x 1,024 Gaussians" in out and "commit abc" in out
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["bench"], "OPERATION"),
+        (["bench", "unknown"], "unknown"),
+        (["bench", "rasterize", "Z"], "no scene 'Z'"),
+        (["bench", "rasterize", "--implementations", "fast"], "'fast'"),
+        (["bench", "rasterize", "--repeats", "0"], "repeats=0"),
+        (["bench", "rasterize", "--table", "nowhere.json"], "does not exist"),
+    ],
+)
+def test_wrong_benchmarks(capsys, argv, words):
+    code, _, lines = run(capsys, *argv)
+    assert code == 2 and len(lines) == 1 and words in lines[0], lines
 
 
 def test_doctor(capsys):

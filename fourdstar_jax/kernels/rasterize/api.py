@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -10,13 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from fourdstar_jax.kernels.rasterize import binning, reference, xla
+from fourdstar_jax.kernels.rasterize import binning, pallas_gpu, pallas_tpu, reference, xla
 from fourdstar_jax.kernels.rasterize.binning import pick_capacity
-from fourdstar_jax.kernels.rasterize.projection import project, usable_mask
+from fourdstar_jax.kernels.rasterize.projection import project, project_planes, usable_mask
 from fourdstar_jax.types import Cameras, Gaussians, Rendered
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
 MAX_FEATURES = 16
+TILES = {  # pixels
+    "reference": xla.TILE,
+    "xla": xla.TILE,
+    "pallas_gpu": pallas_gpu.TILE,
+    "pallas_tpu": pallas_tpu.TILE,
+}
 
 
 def rasterize(
@@ -31,6 +38,7 @@ def rasterize(
     far: float = math.inf,
     eps2d: float = 0.3,
     antialiased: bool = False,
+    with_depths: bool = True,
     capacity: int | None = None,
     implementation: str | None = None,
 ) -> Rendered:
@@ -56,15 +64,17 @@ def rasterize(
       near, far: camera z outside of which Gaussians are dropped; scene units.
       eps2d: added to the diagonal of the 2D covariance, pixels squared.
       antialiased: scales opacities by sqrt(det / det_blurred) (Mip-Splatting, Yu et al. 2024).
+      with_depths: also render expected depth; `depths` is None without.
       capacity: room for (Gaussian, tile) pairs over the whole call; memory and time follow it. By
-        default there is room for every pair there could be (images x tiles x G, tiles of 8x8
-        pixels) if those are at most 4,194,304, so that nothing can overflow. Above that, a call
-        with concrete arrays counts the pairs first and makes room for all, and under a trace (jit,
-        grad, vmap) there is room for 16 pairs for each Gaussian and image, at least 1,048,576.
-        Where pairs do not fit, `overflow` is set and the images are not to be used;
-        `pick_capacity` chooses a capacity from a count. `reference` ignores it.
-      implementation: "reference" (dense), "xla" (tiles, any device; the default), "pallas_gpu",
-        "pallas_tpu".
+        default there is room for every pair there could be if those are at most 4,194,304, so that
+        nothing can overflow, and above that for 16 pairs for each Gaussian and image, at least
+        1,048,576; a call with concrete arrays renders again with room for all where that was too
+        little. Where pairs do not fit under a trace (jit, grad, vmap) or in a capacity that was
+        given, `overflow` is set and the images are not to be used; `pick_capacity` chooses a
+        capacity from a count. `reference` ignores it.
+      implementation: "reference" (dense), "xla" (tiles, any device), "pallas_gpu" (kernels for
+        Hopper or newer GPUs, float32), "pallas_tpu" (kernels for TPUs; they have not run on one
+        yet). By default "pallas_gpu" where it runs, else "xla".
 
     Raises:
       ValueError: an argument has a wrong shape, type or size; the message names it.
@@ -72,15 +82,18 @@ def rasterize(
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
-    if implementation in ("pallas_gpu", "pallas_tpu"):
-        raise NotImplementedError(
-            f"implementation {implementation!r} is not available in this version; "
-            "'xla' and 'reference' run on every device"
-        )
     _check_options(width, height, near, far, eps2d, capacity)
     gaussians, cameras, features, background, batch = _check_arrays(
         gaussians, cameras, features, background
     )
+    dtype = gaussians.means.dtype
+    if implementation is None:
+        implementation = _best_implementation(dtype)
+    elif reason := _why_not(implementation, dtype):
+        raise NotImplementedError(
+            f"implementation {implementation!r} {reason}; 'xla' and 'reference' run here"
+        )
+    arrays = (gaussians, cameras, features, background)
     options: dict[str, Any] = dict(
         width=int(width),
         height=int(height),
@@ -88,26 +101,45 @@ def rasterize(
         far=float(far),
         eps2d=float(eps2d),
         antialiased=bool(antialiased),
+        with_depths=bool(with_depths),
+        implementation=implementation,
     )
-    arrays = (gaussians, cameras, features, background)
-    grid = binning.Grid(xla.TILE, int(width), int(height))
+    if capacity is not None:
+        return _rasterize(*arrays, **options, capacity=int(capacity))
     images = math.prod(batch) * cameras.Ks.shape[-3]
-    if capacity is None:
-        num = max(gaussians.means.shape[-2], 1)
-        small = images * grid.columns * grid.rows * num <= binning.DENSE_LIMIT
-        capacity = binning.default_capacity(images, num, grid)
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
-        if implementation != "reference" and not traced and not small:
-            count, too_many = _count(gaussians, cameras, features, **options)
-            if too_many:
-                raise ValueError(
-                    "the gaussians touch more than 2**31 tiles in all: render fewer images or "
-                    "gaussians in a call, or smaller scales"
-                )
-            capacity = pick_capacity(int(count))
-    return _rasterize(
-        *arrays, **options, capacity=int(capacity), implementation=implementation or "xla"
-    )
+    grid = binning.Grid(TILES[implementation], int(width), int(height))
+    capacity = binning.default_capacity(images, max(gaussians.means.shape[-2], 1), grid)
+    result = _rasterize(*arrays, **options, capacity=capacity)
+    if isinstance(result.overflow, jax.core.Tracer) or not result.overflow:
+        return result
+    count = int(result.num_intersections)
+    if count == np.iinfo(np.int32).max:
+        raise ValueError(
+            "the gaussians touch more than 2**31 tiles in all: render fewer images or "
+            "gaussians in a call, or smaller scales"
+        )
+    return _rasterize(*arrays, **options, capacity=pick_capacity(count))
+
+
+def _why_not(implementation: str, dtype) -> str | None:
+    """Why an implementation does not run here, to be read after its name."""
+    if implementation not in ("pallas_gpu", "pallas_tpu"):
+        return None
+    if dtype != jnp.float32:
+        return f"takes float32, not {dtype}"
+    if implementation == "pallas_tpu":
+        backend = jax.default_backend()
+        return None if backend == "tpu" else f"needs a TPU, and this is a {backend}"
+    return pallas_gpu.why_not()
+
+
+def _best_implementation(dtype) -> str:
+    if jax.default_backend() == "gpu" and dtype == jnp.float32:
+        reason = pallas_gpu.why_not()
+        if reason is None:
+            return "pallas_gpu"
+        warnings.warn(f"rasterize falls back to 'xla': 'pallas_gpu' {reason}", stacklevel=3)
+    return "xla"
 
 
 def _check_options(width, height, near, far, eps2d, capacity):
@@ -223,15 +255,6 @@ def _prepare(gaussians, cameras, features, **options):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("width", "height", "near", "far", "eps2d", "antialiased")
-)
-def _count(gaussians, cameras, features, **options):
-    _, _, projected = _prepare(gaussians, cameras, features, **options)
-    grid = binning.Grid(xla.TILE, options["width"], options["height"])
-    return binning.count_pairs(projected, grid)
-
-
-@functools.partial(
     jax.jit,
     static_argnames=(
         "width",
@@ -240,45 +263,175 @@ def _count(gaussians, cameras, features, **options):
         "far",
         "eps2d",
         "antialiased",
+        "with_depths",
         "capacity",
         "implementation",
+        "interpret",
     ),
 )
 def _rasterize(
-    gaussians, cameras, features, background, *, capacity, implementation, **options
+    gaussians,
+    cameras,
+    features,
+    background,
+    *,
+    with_depths,
+    capacity,
+    implementation,
+    interpret=False,
+    **options,
 ) -> Rendered:
-    gaussians, features, projected = _prepare(gaussians, cameras, features, **options)
-    width, height = options["width"], options["height"]
+    gaussians, features, usable = _drop_unusable(gaussians, features)
+    blend = _blend_planes if implementation == "pallas_gpu" else _blend_rows
+    channels, left, num_intersections, overflow = blend(
+        gaussians,
+        cameras,
+        features,
+        usable,
+        with_depths=with_depths,
+        capacity=capacity,
+        implementation=implementation,
+        interpret=interpret,
+        **options,
+    )
+    colors, alphas, depths, features = channels
+    if depths is not None:
+        hit = alphas > 0
+        depths = jnp.where(hit, depths / jnp.where(hit, alphas, 1.0), 0.0)
+    return Rendered(
+        renders=colors + left * background[..., None, None, :],
+        alphas=alphas,
+        depths=depths,
+        features=features,
+        num_intersections=num_intersections,
+        overflow=overflow,
+    )
+
+
+def _drop_unusable(gaussians, features):
+    """Unusable Gaussians made harmless, and an empty scene given one of them."""
+    if gaussians.means.shape[-2] == 0:
+        batch = gaussians.opacities.shape[:-1]
+        unusable = jnp.full((*batch, 1), jnp.nan, gaussians.means.dtype)
+        gaussians = Gaussians(
+            *(
+                jnp.broadcast_to(unusable[(..., *(None,) * len(tail))], (*batch, 1, *tail))
+                for tail in ((3,), (4,), (3,), (), (3,))
+            )
+        )
+        if features is not None:
+            features = jnp.zeros((1, features.shape[-1]), features.dtype)
+    usable = usable_mask(gaussians, features)
+    gaussians = Gaussians(
+        *(
+            jnp.where(
+                usable.reshape(*usable.shape, *(1,) * (x.ndim - gaussians.opacities.ndim)), x, 0.0
+            )
+            for x in gaussians
+        )
+    )
+    if features is not None:
+        features = jnp.where(usable[..., None], features, 0.0)
+    return gaussians, features, usable
+
+
+def _blend_rows(
+    gaussians,
+    cameras,
+    features,
+    usable,
+    *,
+    with_depths,
+    capacity,
+    implementation,
+    interpret,
+    **options,
+):
+    """Blends with an implementation that takes `Projected` and an array of channels."""
+    projected = project(gaussians, cameras, usable, **options)
+    size = dict(width=options["width"], height=options["height"])
     shape = projected.depths.shape  # [..., V, G]
     # Alpha is a channel of ones: one minus the transmittance has few digits where alpha is small,
     # and one minus alpha has few where the transmittance, the background's share, is small.
     depths = projected.depths[..., None]
-    channels = [gaussians.colors[..., None, :, :], depths, jnp.ones_like(depths)]
-    if features is not None:
-        channels.append(features[..., None, :, :])
+    channels = [gaussians.colors[..., None, :, :], jnp.ones_like(depths)]
+    channels += [depths] if with_depths else []
+    channels += [features[..., None, :, :]] if features is not None else []
     channels = [jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in channels]
-    channels = jnp.concatenate(channels, axis=-1)  # [..., V, G, 5 + F]
+    channels = jnp.concatenate(channels, axis=-1)  # [..., V, G, C]
     axes = len(shape) - 1
     projected = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), projected)
     channels = channels.reshape(-1, *channels.shape[axes:])
 
     if implementation == "reference":
-        blended = reference.blend(projected, channels, width=width, height=height)
-        count, too_many = binning.count_pairs(projected, binning.Grid(xla.TILE, width, height))
+        blended = reference.blend(projected, channels, **size)
+        count, too_many = binning.count_pairs(projected, binning.Grid(xla.TILE, **size))
         overflow = jnp.zeros_like(too_many)
+    elif implementation == "xla":
+        blended, bins = xla.blend(projected, channels, **size, capacity=capacity)
+        count, overflow = bins.num_pairs, bins.overflow
     else:
-        blended, bins = xla.blend(
-            projected, channels, width=width, height=height, capacity=capacity
+        blended, bins = pallas_tpu.blend(
+            projected, channels, **size, capacity=capacity, interpret=interpret
         )
         count, overflow = bins.num_pairs, bins.overflow
     blended = blended.reshape(*shape[:-1], *blended.shape[1:])  # [..., V, h, w, C + 1]
-    alphas, left = blended[..., 4:5], blended[..., -1:]
-    hit = alphas > 0
-    return Rendered(
-        renders=blended[..., :3] + left * background[..., None, None, :],
-        alphas=alphas,
-        depths=jnp.where(hit, blended[..., 3:4] / jnp.where(hit, alphas, 1.0), 0.0),
-        features=None if features is None else blended[..., 5:-1],
-        num_intersections=count,
-        overflow=overflow,
+    split = 4 + with_depths
+    parts = (
+        blended[..., :3],
+        blended[..., 3:4],
+        blended[..., 4:5] if with_depths else None,
+        None if features is None else blended[..., split:-1],
     )
+    return parts, blended[..., -1:], count, overflow
+
+
+def _blend_planes(
+    gaussians,
+    cameras,
+    features,
+    usable,
+    *,
+    with_depths,
+    capacity,
+    implementation,
+    interpret,
+    **options,
+):
+    """Blends with pallas_gpu, which takes a plane for each number and shares channels."""
+    # The projection is quick to compute again, and what autodiff would keep of it is large.
+    projected = jax.checkpoint(functools.partial(project_planes, **options))(
+        gaussians, cameras, usable
+    )
+    *batch, views, num = projected.depths.shape
+    shared = [gaussians.colors]
+    shared.append(jnp.zeros((*gaussians.colors.shape[:-1], 0)) if features is None else features)
+    leading = np.broadcast_shapes(*(x.shape[:-2] for x in shared))
+    sets = 1 if math.prod(leading) == 1 else math.prod(batch)
+    leading = (1,) * len(batch) if sets == 1 else tuple(batch)
+    shared = [
+        jnp.broadcast_to(x, (*leading, num, x.shape[-1])).reshape(sets, num, x.shape[-1])
+        for x in shared
+    ]
+    inputs = pallas_gpu.Inputs(*(x.reshape(-1, num) for x in projected[:7]), *shared)
+    blended = pallas_gpu.blend(
+        inputs,
+        with_depths=with_depths,
+        width=options["width"],
+        height=options["height"],
+        capacity=capacity,
+        interpret=interpret,
+    )
+
+    def images(x):  # [C, I, h, w] to [..., V, h, w, C]
+        return jnp.moveaxis(x, 0, -1).reshape(*batch, views, *x.shape[2:], x.shape[0])
+
+    left = images(blended.left[None])
+    first = 3 + with_depths
+    parts = (
+        images(blended.channels[:3]),
+        1 - left,
+        images(blended.channels[3:4]) if with_depths else None,
+        None if features is None else images(blended.channels[first:]),
+    )
+    return parts, left, blended.num_pairs, blended.overflow

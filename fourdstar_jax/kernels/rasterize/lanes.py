@@ -44,7 +44,7 @@ class Lockstep:
         return jnp.full(LANES, value, dtype)
 
     def gather(self, ref, index, width=1):
-        """`ref[index]` for each lane; `width` neighbours at once where index is a multiple of it."""
+        """`ref[index]` for each lane, or `width` numbers from there on, a multiple of width."""
         self._check(ref, index, width, jnp.ones(LANES, bool))
         out = [ref[jnp.clip(index + i, 0, ref.shape[0] - 1)] for i in range(width)]
         return out if width > 1 else out[0]
@@ -56,8 +56,10 @@ class Lockstep:
         for i, value in enumerate(values):
             safe = jnp.clip(index + i, 0, ref.shape[0] - 1)
             # One lane after the other: lanes that do not write must not undo what others wrote.
-            new = ref[...].at[jnp.where(where, safe, ref.shape[0])].set(
-                jnp.broadcast_to(value, (LANES,)).astype(ref.dtype), mode="drop"
+            new = (
+                ref[...]
+                .at[jnp.where(where, safe, ref.shape[0])]
+                .set(jnp.broadcast_to(value, (LANES,)).astype(ref.dtype), mode="drop")
             )
             ref[...] = new
 
@@ -104,7 +106,7 @@ class Lockstep:
 
 
 def launch(body, inputs, *, outputs, grid, scratch=(), refs=(), interpret=False, static=()):
-    """Runs `body(lanes, block, *static, *inputs, *refs, *outputs, *scratch)` for each of `grid` blocks.
+    """Runs `body(lanes, block, *static, *inputs, *refs, *outputs, *scratch)` for `grid` blocks.
 
     `inputs` are flat arrays, `refs` are refs (`jax.new_ref`) that are written in place, `outputs`
     and `scratch` (shared memory) shapes and types. Returns the outputs, which hold anything where
@@ -319,9 +321,7 @@ class _Mlir:
         registers = np.array([register], dtype=object)
         signed = True if isinstance(value.type, self.ir.IntegerType) else None
         layout = self.mgpu.WGStridedFragLayout((LANES,), 1)
-        return self.mgpu.FragmentedArray(
-            _registers=registers, _layout=layout, _is_signed=signed
-        )
+        return self.mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
     def address(self, ref, index, element):
         base = self.mutils.memref_ptr(ref)

@@ -1,27 +1,28 @@
 """Tile rasterizer for GPUs (Hopper or newer): Pallas kernels on Mosaic GPU, forward and backward.
 
-Tiling: an image is cut into tiles of 16x16 pixels, and a block of 128 lanes owns a tile. Each of its
-four warps owns a quad of 8x8 pixels, two a lane, and walks the tile's list on its own: it takes 32
-Gaussians at a time, one a lane, keeps those whose ellipse of alpha >= 1/255 reaches its quad, lays
-their rows out in shared memory, and blends them one after the other until its pixels are used up.
+Tiling: an image is cut into tiles of 16x16 pixels, and a block of 128 lanes owns a tile. Each of
+its four warps owns a quad of 8x8 pixels, two a lane, and walks the tile's list on its own: it takes
+32 Gaussians at a time, one a lane, keeps those whose ellipse of alpha >= 1/255 reaches its quad,
+lays their rows out in shared memory, and blends them one after the other until its pixels are used
+up.
 
-    pack      lane = Gaussian of an image: its row of numbers, and how many tiles it touches, exactly
-    (sort)    all Gaussians of all images by depth; a stable sort keeps the lower index in front
-    expand    lane = Gaussian in depth order: one tile number and owner for each tile that it touches
-    (sort)    those by tile, stable again, so that each tile's list is in exact order of depth
-    forward   warp = quad: channels and transmittance of its pixels, and how far it went in its list
-    backward  block = tile, 32 Gaussians at a time: each warp sums the moments of what its pixels send
-              back, five Gaussians at once through shared memory; then one warp adds up the four
-    gather    lane = Gaussian of an image: adds its tiles' sums in fixed order, and turns moments into
-              gradients
+    pack      lane = Gaussian of an image: its row of numbers, and exactly how many tiles it touches
+    (sort)    Gaussians of all images by depth; a stable sort keeps the lower index in front
+    expand    lane = pair: its tile and its owner, in order of the owners' depths
+    (sort)    pairs by tile, stable again, so that each tile's list is in exact order of depth
+    forward   warp = quad: channels and transmittance of its pixels, and how far in its list it went
+    backward  block = tile, 32 Gaussians at a time: each warp sums the moments of what its pixels
+              send back, five Gaussians at once through shared memory; one warp adds up the four
+    gather    lane = Gaussian of an image: adds up its tiles' sums in fixed order, and turns moments
+              into gradients
 
 Nothing is added atomically: the same inputs give the same bits. What the backward pass keeps of a
 (tile, Gaussian) pair lies where the tile's list says, so only pairs that the forward pass reached
-take memory; if all pairs' sums would take much, the tiles are taken in several passes.
+take memory; if the sums of all pairs would take much, the tiles are taken in several passes.
 
-One custom_vjp holds all kernels; the projection before it is left to autodiff. The kernel bodies are
-plain Pallas on arrays of (128,) with the lane operations of lanes.py, which also has their meaning in
-plain JAX: with `interpret=True` the same bodies run on any device, slowly.
+One custom_vjp holds all kernels; the projection before it is left to autodiff. The kernel bodies
+are plain Pallas on arrays of (128,) with the lane operations of lanes.py, which have their meaning
+in plain JAX there as well: with `interpret=True` the same bodies run on any device, slowly.
 """
 
 import functools
@@ -30,7 +31,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -51,7 +51,9 @@ MOST_PASSES = 4
 SUMS_BYTES = 2**26
 
 LOG2E = math.log2(math.e)
-SCALE = math.sqrt(0.5 * LOG2E)  # exp(-sigma) = exp2(-(a dx + b dy)^2 - (c dy)^2) with scaled a, b, c
+SCALE = math.sqrt(
+    0.5 * LOG2E
+)  # exp(-sigma) = exp2(-(a dx + b dy)^2 - (c dy)^2) with scaled a, b, c
 # An ellipse's bound has a little to spare, so that rounding never drops what is visible.
 REACH = -math.log2(ALPHA_MIN) + 1e-3
 MARGIN = 2e-3  # pixels
@@ -77,7 +79,7 @@ class Inputs(NamedTuple):
 class Blended(NamedTuple):
     channels: Float[Array, "C I h w"]  # colours, expected depth times alpha (if asked), features
     left: Float[Array, "I h w"]  # transmittance
-    counts: Int[Array, " I"]  # (tile, Gaussian) pairs of each image
+    num_pairs: Int[Array, "*i"]  # (tile, Gaussian) there are; of each image within this file
     overflow: Bool[Array, ""]
 
 
@@ -163,7 +165,27 @@ def blend(inputs: Inputs, *, with_depths, width, height, capacity, interpret=Fal
         raise ValueError(f"{images=} must be a multiple of the number of sets {spec.sets}")
     if spec.tiles >= 2**31 or spec.total >= 2**31 // 4:
         raise ValueError(f"{images=} of {width}x{height} with {gaussians=} are too many at once")
-    return _blend(inputs, spec)
+    blended: Any = _blend(inputs, spec)
+    return blended._replace(num_pairs=_saturating_sum(blended.num_pairs))
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why these kernels do not run on the default device, to be read after their name."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    needs = "needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer"
+    if device.platform != "gpu" or capability is None:
+        return f"{needs}, and this is a {device.platform}"
+    if float(capability) < 9:
+        return f"{needs}, and this {device.device_kind} has {capability}"
+    inputs = [_shape(1, 1)] * 7 + [_shape(1, 1, 3), _shape(1, 1, 0)]
+    spec = Spec(1, 1, 1, 0, False, TILE, TILE, 128, False)
+    try:
+        jax.jit(lambda *x: _pack_all(Inputs(*x), spec)).lower(*inputs)
+    except Exception as error:  # whatever another version of Pallas may say
+        return f"does not fit the Pallas of jax {jax.__version__} ({error!r})"
+    return None
 
 
 # ---------------------------------------------------------------- which tiles a Gaussian touches
@@ -190,34 +212,50 @@ def _tile_range(low, high, tiles):
     return first, jnp.maximum(last - first, 0)
 
 
-def _tile_rows(geometry, spec):
-    """First row of tiles that a Gaussian's ellipse of alpha >= ALPHA_MIN meets, and how many."""
-    _, v, _, _, c, log2_opacity = geometry
+class Ellipse(NamedTuple):
+    """Where alpha >= ALPHA_MIN: (a dx + b dy)^2 + (c dy)^2 <= radius2 about the mean (u, v)."""
+
+    u: Any
+    v: Any
+    inverse_a: Any
+    b: Any
+    c: Any
+    radius2: Any
+    half: Any  # its height is twice this
+    extreme: Any  # y of its rightmost point; minus that of its leftmost one
+
+
+def _ellipse(geometry) -> tuple[Ellipse, Any]:
+    """The ellipse, and whether there is one."""
+    u, v, a, b, c, log2_opacity = geometry
     reach = log2_opacity + REACH
-    half = jnp.sqrt(jnp.maximum(reach, 0.0)) / c
-    first, number = _tile_range(v - half, v + half, spec.rows)
-    return first, jnp.where(reach >= 0, number, 0)
+    radius2 = jnp.maximum(reach, 0.0)
+    half = jnp.sqrt(radius2) / c
+    extreme = -b * half / jnp.sqrt(b * b + c * c)
+    return Ellipse(u, v, 1 / a, b, c, radius2, half, extreme), reach >= 0
 
 
-def _tile_columns(geometry, row, spec):
+def _tile_rows(ellipse, there, spec):
+    """First row of tiles that an ellipse meets, and how many."""
+    first, number = _tile_range(ellipse.v - ellipse.half, ellipse.v + ellipse.half, spec.rows)
+    return first, jnp.where(there, number, 0)
+
+
+def _tile_columns(ellipse, row, spec):
     """First tile of a row of tiles that the ellipse meets, and how many.
 
     The ellipse is convex, so its part within the row has an interval of x, and it meets the tiles
-    that meet the interval. The ends lie where the ellipse's tangent is vertical, or at the row's edge.
+    that meet the interval. Its ends lie where the ellipse's tangent is vertical or at the row's edge.
     """
-    u, v, a, b, c, log2_opacity = geometry
-    radius2 = jnp.maximum(log2_opacity + REACH, 0.0)
-    radius = jnp.sqrt(radius2)
-    half = radius / c
-    top = row.astype(F32) * TILE + 0.5 - v
-    low, high = _clip(top, -half, half), _clip(top + (TILE - 1), -half, half)
-    extreme = -b * half / jnp.sqrt(b * b + c * c)
+    e = ellipse
+    top = row.astype(F32) * TILE + 0.5 - e.v
+    low, high = _clip(top, -e.half, e.half), _clip(top + (TILE - 1), -e.half, e.half)
     ends = []
     for sign in (-1.0, 1.0):
-        y = _clip(sign * extreme, low, high)
-        across = jnp.sqrt(jnp.maximum(radius2 - (c * y) * (c * y), 0.0))
-        ends.append(u + (sign * across - b * y) / a)
-    return _tile_range(*ends, spec.columns)
+        y = _clip(sign * e.extreme, low, high)
+        across = jnp.sqrt(jnp.maximum(e.radius2 - (e.c * y) * (e.c * y), 0.0))
+        ends.append(e.u + (sign * across - e.b * y) * e.inverse_a)
+    return _tile_range(ends[0], ends[1], spec.columns)
 
 
 def _reaches(geometry, left, top):
@@ -262,11 +300,12 @@ def _pack(lanes, block, spec, u, v, a, b, c, opacities, depths, colors, *rest):
     for k in range(0, spec.words, 4):
         lanes.scatter(rows, i * spec.words + k, words[k : k + 4], live)
 
-    first, number = _tile_rows(geometry, spec)
+    ellipse, there = _ellipse(geometry)
+    first, number = _tile_rows(ellipse, there, spec)
     most = lanes.uniform(lanes.warp_max(number))
 
     def add_row(k, count):
-        _, across = _tile_columns(geometry, first + k, spec)
+        _, across = _tile_columns(ellipse, first + k, spec)
         return count + jnp.where(k < number, across, 0)
 
     count = _while_less(most, add_row, lanes.full(0, I32))
@@ -281,7 +320,9 @@ def _while_less(bound, body, init):
     return out
 
 
-def _expand(lanes, block, spec, rows, order, starts, stops, keys, owners, begins, stage, firsts):
+def _expand(
+    lanes, block, spec, rows, order, starts, stops, keys, owners, begins, stage, firsts, owned
+):
     """Writes tile number and owner of each pair, in order of the owners' depths.
 
     A warp owns 32 Gaussians, whose pairs have places one after the other, and takes 32 places at a
@@ -296,10 +337,16 @@ def _expand(lanes, block, spec, rows, order, starts, stops, keys, owners, begins
     start, stop = lanes.gather(starts, rank), lanes.gather(stops, rank)
     lanes.scatter(begins, i, start, live)
     words = lanes.gather(rows, i * spec.words, 4) + lanes.gather(rows, i * spec.words + 4, 4)
-    lanes.scatter(stage, index * 8, words[:4], index >= 0)
-    lanes.scatter(stage, index * 8 + 4, words[4:], index >= 0)
-    lanes.scatter(firsts, index, jnp.where(live, start, spec.capacity), index >= 0)
-    lanes.scatter(firsts, index + LANES, i, index >= 0)
+    ellipse, there = _ellipse(words[:GEOMETRY])
+    first_row, number = _tile_rows(ellipse, there, spec)
+    everywhere = index >= 0
+    lanes.scatter(stage, index * 8, ellipse[:4], everywhere)
+    lanes.scatter(stage, index * 8 + 4, ellipse[4:], everywhere)
+    lanes.scatter(firsts, index, jnp.where(live, start, spec.capacity), everywhere)
+    image = lax.div(i, jnp.full_like(i, spec.gaussians))
+    # The first tile of an image, counted from its row 0: what a row and a column are added to.
+    whole = [first_row, first_row + number, image * (spec.rows * spec.columns), i]
+    lanes.scatter(owned, index * 4, whole, everywhere)
     lanes.warp_barrier()
     # The first lane knows where the warp's places begin, the last live one where they end.
     begin = lanes.gather(firsts, warp * WARP)
@@ -316,23 +363,21 @@ def _expand(lanes, block, spec, rows, order, starts, stops, keys, owners, begins
             ahead = lanes.gather(firsts, warp * WARP + found + step)
             found = jnp.where(ahead <= place, found + step, found)
         at = warp * WARP + found
-        words = lanes.gather(stage, at * 8, 4) + lanes.gather(stage, at * 8 + 4, 4)
-        geometry = words[:GEOMETRY]
-        owner = lanes.gather(firsts, LANES + at)
+        ellipse = Ellipse(*lanes.gather(stage, at * 8, 4), *lanes.gather(stage, at * 8 + 4, 4))
+        first_row, last_row, first_tile, owner = lanes.gather(owned, at * 4, 4)
         within = place - lanes.gather(firsts, at)
-        first_row, number = _tile_rows(geometry, spec)
         # The same Gaussian as before goes on from the row where it was.
         new = found != who
         row = jnp.where(new, first_row - 1, row)
         row_begin, row_end = (jnp.where(new, 0, x) for x in (row_begin, row_end))
 
         def behind(row, row_end):
-            return active & (within >= row_end) & (row + 1 < first_row + number)
+            return active & (within >= row_end) & (row + 1 < last_row)
 
         def advance(x):
             _, row, row_begin, row_end, first = x
             go = behind(row, row_end)
-            next_first, across = _tile_columns(geometry, row + 1, spec)
+            next_first, across = _tile_columns(ellipse, row + 1, spec)
             row = jnp.where(go, row + 1, row)
             row_begin = jnp.where(go, row_end, row_begin)
             row_end = jnp.where(go, row_end + across, row_end)
@@ -344,8 +389,7 @@ def _expand(lanes, block, spec, rows, order, starts, stops, keys, owners, begins
             advance,
             (lanes.some(behind(row, row_end)), row, row_begin, row_end, first),
         )
-        image = lax.div(owner, jnp.full_like(owner, spec.gaussians))
-        tile = (image * spec.rows + row) * spec.columns + first + within - row_begin
+        tile = first_tile + row * spec.columns + first + within - row_begin
         # Both kernels count alike; if the compiler ever rounded one of them otherwise, by a tile
         # that is not visible, the place that was counted for it goes to no tile.
         tile = jnp.where(within < row_end, tile, -1)
@@ -430,7 +474,7 @@ class _List:
         # Past the list's end anything may stand there; in range is good enough.
         return _clip(self.lanes.gather(self.owners, place), 0, self.spec.total - 1)
 
-    def _row(self, owner):
+    def row(self, owner):
         row = []
         for k in range(0, self.spec.words, 4):
             row += self.lanes.gather(self.rows, owner * self.spec.words + k, 4)
@@ -439,12 +483,12 @@ class _List:
     def first(self) -> Fetched:
         place, place1 = self._place(0), self._place(1)
         owner, owner1 = self._owner(place), self._owner(place1)
-        return Fetched(self._row(owner), place, owner1, place1, self._place(2))
+        return Fetched(self.row(owner), place, owner1, place1, self._place(2))
 
     def next(self, k, fetched: Fetched) -> Fetched:
         """The reads that batch k + 1 needs; nothing here waits for another of them."""
         return Fetched(
-            self._row(fetched.owner1),
+            self.row(fetched.owner1),
             fetched.place1,
             self._owner(fetched.place2),
             fetched.place2,
@@ -558,9 +602,27 @@ def _forward_kernel(lanes, tile, spec, rows, places, owners, begins, ends, plane
     lanes.scatter(reached, tile * WARPS + quad.warp, far, quad.lane == 0)
 
 
-def _backward_kernel(lanes, tile, spec, lows, rows, places, begins, reached, bases, cotangents, rest,
-                     owners, sums, stage, order, partial, warp_sums, warp_bits):  # fmt: skip
-    """Sums of a tile's pixels for each Gaussian of its list, to places `bases[tile]` - low onwards.
+def _backward_kernel(
+    lanes,
+    tile,
+    spec,
+    lows,
+    rows,
+    places,
+    begins,
+    reached,
+    bases,
+    cotangents,
+    rest,
+    owners,
+    sums,
+    stage,
+    order,
+    partial,
+    warp_sums,
+    warp_bits,
+):
+    """Sums of a tile's pixels for each Gaussian of its list, to places from `bases[tile]` - low on.
 
     `rest` is what a pixel's cotangent makes of everything it shows. `owners[place]` of a pair
     becomes minus one minus the address of its sums where there is something to add.
@@ -590,13 +652,13 @@ def _backward_kernel(lanes, tile, spec, lows, rows, places, begins, reached, bas
         lanes.warp_barrier()
         number = lax.div(quad.lane, jnp.full_like(quad.lane, spec.slots))
         slot = quad.lane - number * spec.slots
-        even, odd = [zero] * 4, [zero] * 4
-        for i in range(WARP // 4):
-            x = lanes.gather(partial, (quad.warp * WARP + quad.lane) * PITCH + 4 * i, 4)
-            half = odd if i % 2 else even
-            half[:] = [p + q for p, q in zip(half, x, strict=True)]
+        columns = [zero] * QUAD
+        for i in range(WARP // QUAD):
+            at = (quad.warp * WARP + quad.lane) * PITCH + QUAD * i
+            values = lanes.gather(partial, at, 4) + lanes.gather(partial, at + 4, 4)
+            columns = [p + q for p, q in zip(columns, values, strict=True)]
         moments = [zero] * 3
-        for i, value in enumerate(even + odd):
+        for i, value in enumerate(columns):
             x = quad.centred_x + float(i)
             once = value * x
             moments = [p + q for p, q in zip(moments, (value, once, once * x), strict=True)]
@@ -740,7 +802,9 @@ def _when(condition, body):
     lax.cond(condition, lambda: (body(), None)[1], lambda: None)
 
 
-def _gather_kernel(lanes, block, spec, first, rows, counts, begins, window, sums, owners, gradients):
+def _gather_kernel(
+    lanes, block, spec, first, rows, counts, begins, window, sums, owners, gradients
+):
     """Adds up each Gaussian's sums of a pass and turns them into gradients, plane by plane.
 
     `window` has the addresses of the pass's first and last sums, and where the pass's places begin.
@@ -823,17 +887,28 @@ def _cumsum(x):
     return jnp.cumsum(x, dtype=I32)
 
 
+def _saturating_sum(x):
+    """Over the last axis, at most the largest int32."""
+    most = jnp.iinfo(I32).max
+    total = jnp.sum(x.astype(F32), axis=-1)
+    return jnp.where(total > 2.0**31 - 2**16, most, jnp.sum(x, axis=-1, dtype=I32))
+
+
+def _pack_all(inputs: Inputs, spec: Spec):
+    return launch(
+        _pack,
+        list(inputs if spec.features else inputs[:-1]),
+        outputs=[_shape(spec.total * spec.words), _shape(spec.total, dtype=I32)],
+        grid=-(-spec.total // LANES),
+        static=(spec,),
+        interpret=spec.interpret,
+    )
+
+
 def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
     run = functools.partial(launch, interpret=spec.interpret)
     blocks = -(-spec.total // LANES)
-    arrays = list(inputs if spec.features else inputs[:-1])
-    rows, counts = run(
-        _pack,
-        arrays,
-        outputs=[_shape(spec.total * spec.words), _shape(spec.total, dtype=I32)],
-        grid=blocks,
-        static=(spec,),
-    )
+    rows, counts = _pack_all(inputs, spec)
     # Depths are positive, so their bits are in their order.
     depths = lax.bitcast_convert_type(inputs.depths.reshape(-1), jnp.uint32)
     depths = jnp.where(counts > 0, depths, jnp.uint32(2**32 - 1))
@@ -841,8 +916,7 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
     _, order = lax.sort((depths, index), num_keys=1, is_stable=True)
     ordered = counts[order]
     stops = _cumsum(ordered)
-    image_counts = jnp.sum(counts.reshape(spec.images, -1), axis=1, dtype=I32)
-    too_many = jnp.sum(counts.astype(F32)) > 2.0**31 - 2**16
+    num_pairs = _saturating_sum(counts.reshape(spec.images, -1))
 
     key_type = jnp.uint16 if spec.tiles < 2**16 - 1 else jnp.uint32
     keys = jax.new_ref(jnp.full(spec.capacity, jnp.iinfo(key_type).max, key_type))
@@ -851,7 +925,7 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
         [rows, order, stops - ordered, stops],
         refs=[keys],
         outputs=[_shape(spec.capacity, dtype=I32), _shape(spec.total, dtype=I32)],
-        scratch=[_shape(LANES * 8), _shape(2 * LANES, dtype=I32)],
+        scratch=[_shape(LANES * 8), _shape(LANES, dtype=I32), _shape(LANES * 4, dtype=I32)],
         grid=blocks,
         static=(spec,),
     )
@@ -873,8 +947,8 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
     )
     kept = Kept(rows, counts, begins, owners, places, tile_begins, tile_ends, reached, planes)
     planes = planes.reshape(-1, spec.images, spec.height, spec.width)
-    overflow = too_many | (stops[-1] > spec.capacity)
-    return Blended(planes[:-1], planes[-1], image_counts, overflow), kept
+    overflow = _saturating_sum(num_pairs) > spec.capacity
+    return Blended(planes[:-1], planes[-1], num_pairs, overflow), kept
 
 
 def _run_backward(kept: Kept, cotangent: Blended, spec: Spec) -> Inputs:
@@ -941,7 +1015,9 @@ def _run_backward(kept: Kept, cotangent: Blended, spec: Spec) -> Inputs:
     depths = channels[3] if spec.with_depths else jnp.zeros_like(geometry[0])
     channels = channels.reshape(-1, spec.sets, spec.images // spec.sets, spec.gaussians)
     shared = jnp.moveaxis(jnp.sum(channels, axis=2), 0, -1)  # [S, G, C]
-    return Inputs(*geometry, depths, shared[..., :3], shared[..., 3 + spec.with_depths :])
+    u, v, a, b, c, opacities = geometry
+    colors, features = shared[..., :3], shared[..., 3 + spec.with_depths :]
+    return Inputs(u, v, a, b, c, opacities, depths, colors, features)
 
 
 # ---------------------------------------------------------------- gradients and vmap
@@ -999,7 +1075,7 @@ def _blend_fwd(inputs, spec):
 
 
 def _blend_bwd(spec, kept, cotangent):
-    floats = cotangent._replace(counts=None, overflow=None)
+    floats = cotangent._replace(num_pairs=None, overflow=None)
     return (_backward(kept, floats, spec),)
 
 

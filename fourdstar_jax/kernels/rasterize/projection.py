@@ -122,7 +122,9 @@ def _covariance(rows, eps2d):
     becomes negative and keeps digits that xx yy - xy^2 loses.
     """
     p, q = rows
-    xx, xy, yy = (sum(s * t for s, t in zip(a, b, strict=True)) for a, b in ((p, p), (p, q), (q, q)))
+    xx, xy, yy = (
+        sum(s * t for s, t in zip(a, b, strict=True)) for a, b in ((p, p), (p, q), (q, q))
+    )
     sharp = sum((p[i] * q[i - 1] - p[i - 1] * q[i]) ** 2 for i in range(3))
     blurred = sharp + eps2d * (xx + yy) + eps2d * eps2d
     return xx + eps2d, xy, yy + eps2d, blurred, sharp
