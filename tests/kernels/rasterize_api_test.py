@@ -110,6 +110,18 @@ def test_shared_gaussians_and_batched_cameras():
     assert np.abs(result.renders[0, 0] - result.renders[0, 1]).max() > 0.1
 
 
+def test_without_depths():
+    g = random_gaussians(4, 5)
+    features = jnp.ones((5, 2))
+    with_them = rasterize(g, orbit(0.0), features=features, **SIZE)
+    without = rasterize(g, orbit(0.0), features=features, with_depths=False, **SIZE)
+    assert without.depths is None
+    for field in ("renders", "alphas", "features"):
+        np.testing.assert_allclose(
+            getattr(without, field), getattr(with_them, field), atol=1e-6, err_msg=field
+        )
+
+
 def test_background_is_black_unless_given():
     g = random_gaussians(4, 5)
     black = rasterize(g, orbit(0.0), **SIZE)
@@ -158,7 +170,7 @@ def test_traced_call_without_capacity_flags_overflow(monkeypatch):
     g = random_gaussians(6, 97)
     traced = jax.jit(lambda g: rasterize(g, orbit(0.0), **SIZE))(g)
     assert traced.overflow and int(traced.num_intersections) > 2 * 97
-    eager = rasterize(g, orbit(0.0), **SIZE)  # counts first
+    eager = rasterize(g, orbit(0.0), **SIZE)  # renders again with room for all
     assert not eager.overflow and eager.num_intersections == traced.num_intersections
     jax.clear_caches()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import geometry
-from fourdstar_jax.kernels.rasterize import binning, rasterize
+from fourdstar_jax.kernels.rasterize import api, binning
 from fourdstar_jax.types import Gaussians
 
 pytestmark = pytest.mark.ci
@@ -137,19 +137,27 @@ def oracle(g, c, *, width, height, near=0.01, far=np.inf, eps2d=0.3, antialiased
     return np.stack(images), np.stack(clean)
 
 
-def weighted_sum(arrays, implementation, antialiased=False, capacity=None):
-    """A scalar that every output counts in, with random but fixed weights; and the outputs."""
-    g, c, features, background = arrays
-    result = rasterize(
-        g,
-        c,
+TILED = ["xla", "pallas_gpu"]
+CAPACITY = 2**14
+
+
+def weighted_sum(arrays, implementation, antialiased=False, capacity=CAPACITY):
+    """A scalar that every output counts in, with random but fixed weights; and the outputs.
+
+    Kernels for GPUs run as they are where there is one, and by their twin in plain JAX elsewhere.
+    """
+    result = api._rasterize(
+        *arrays,
         width=WIDTH,
         height=HEIGHT,
-        features=features,
-        background=background,
+        near=0.01,
+        far=np.inf,
+        eps2d=0.3,
         antialiased=antialiased,
+        with_depths=True,
         capacity=capacity,
         implementation=implementation,
+        interpret=implementation == "pallas_gpu" and jax.default_backend() != "gpu",
     )
     total = 0.0
     for i, x in enumerate((result.renders, result.alphas, result.depths, result.features)):
@@ -160,7 +168,7 @@ def weighted_sum(arrays, implementation, antialiased=False, capacity=None):
 
 static = ("implementation", "antialiased", "capacity")
 with_gradients = jax.value_and_grad(weighted_sum, has_aux=True)
-evaluate_xla = jax.jit(with_gradients, static_argnames=static)
+evaluate_tiled = jax.jit(with_gradients, static_argnames=static)
 # Compiling takes most of the time here, and the definition need not be fast.
 evaluate_reference = jax.jit(
     with_gradients,
@@ -170,7 +178,7 @@ evaluate_reference = jax.jit(
 
 
 def evaluate(arguments, implementation, **options):
-    run = evaluate_reference if implementation == "reference" else evaluate_xla
+    run = evaluate_reference if implementation == "reference" else evaluate_tiled
     return run(arguments, implementation, **options)
 
 
@@ -215,29 +223,33 @@ def check_gradients(gradients, wanted, factor=1):
 
 @pytest.mark.parametrize("name", SCENES)
 def test_hard_scenes(name):
-    """Both implementations against float64 numpy, and their gradients against each other."""
+    """All implementations against float64 numpy, and their gradients against each other."""
     arguments = full_arguments(make_scene(name))
     factor = NEEDLE_FACTOR if name == "needles" else 1
     (_, dense), dense_gradients = evaluate(arguments, "reference")
-    (_, tiled), tiled_gradients = evaluate(arguments, "xla")
     check_images(dense, arguments, factor)
-    check_images(tiled, arguments, factor)
-    check_gradients(tiled_gradients, dense_gradients, factor)
-    assert not tiled.overflow and tiled.num_intersections == dense.num_intersections
-    if name == "random":
-        assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(tiled_gradients))
+    for implementation in TILED:
+        (_, tiled), tiled_gradients = evaluate(arguments, implementation)
+        check_images(tiled, arguments, factor)
+        check_gradients(tiled_gradients, dense_gradients, factor)
+        assert not tiled.overflow
+        if implementation == "xla":
+            assert tiled.num_intersections == dense.num_intersections
+        if name == "random":
+            assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(tiled_gradients))
 
 
 def test_antialiased():
     g = make_scene("random")
     arguments = full_arguments(g._replace(scales=g.scales * np.float32(0.2)))
     (_, dense), dense_gradients = evaluate(arguments, "reference", antialiased=True)
-    (_, tiled), tiled_gradients = evaluate(arguments, "xla", antialiased=True)
     check_images(dense, arguments, antialiased=True)
-    check_images(tiled, arguments, antialiased=True)
-    check_gradients(tiled_gradients, dense_gradients)
-    (_, plain), _ = evaluate(arguments, "xla")
-    assert np.abs(plain.alphas - tiled.alphas).max() > 0.1
+    for implementation in TILED:
+        (_, tiled), tiled_gradients = evaluate(arguments, implementation, antialiased=True)
+        check_images(tiled, arguments, antialiased=True)
+        check_gradients(tiled_gradients, dense_gradients)
+        (_, plain), _ = evaluate(arguments, implementation)
+        assert np.abs(plain.alphas - tiled.alphas).max() > 0.1
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -267,9 +279,10 @@ def test_gradients_equal_finite_differences(implementation):
             )
 
 
-def test_float32_gradients_equal_float64():
+@pytest.mark.parametrize("implementation", TILED)
+def test_float32_gradients_equal_float64(implementation):
     arguments = full_arguments(make_scene("random"))
-    _, got = evaluate(arguments, "xla")
+    _, got = evaluate(arguments, implementation)
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments)
         wanted = jax.tree.map(np.asarray, evaluate(double, "reference")[1])

@@ -53,9 +53,9 @@ def rasterize(
     `[B, T]` Gaussians and `[B, 1]` cameras give renders `[B, T, V, h, w, 3]`.
 
     Differentiable in means, quats, scales, opacities, colors, features, viewmats, Ks and
-    background; jit, vmap and shard_map work. A Gaussian with a NaN or an infinity anywhere is
-    dropped whole (`usable_mask` finds those), a zero quaternion is the identity, the sign of a
-    scale is ignored.
+    background; jit, vmap and shard_map work (on GPUs with `check_vma=False`). A Gaussian with a NaN
+    or an infinity anywhere is dropped whole (`usable_mask` finds those), a zero quaternion is the
+    identity, the sign of a scale is ignored.
 
     Args:
       width, height: image size in pixels.
@@ -86,14 +86,13 @@ def rasterize(
     gaussians, cameras, features, background, batch = _check_arrays(
         gaussians, cameras, features, background
     )
-    dtype = gaussians.means.dtype
+    arrays = (gaussians, cameras, features, background)
     if implementation is None:
-        implementation = _best_implementation(dtype)
-    elif reason := _why_not(implementation, dtype):
+        implementation = _best_implementation(arrays)
+    elif reason := _why_not(implementation, arrays):
         raise NotImplementedError(
             f"implementation {implementation!r} {reason}; 'xla' and 'reference' run here"
         )
-    arrays = (gaussians, cameras, features, background)
     options: dict[str, Any] = dict(
         width=int(width),
         height=int(height),
@@ -121,24 +120,28 @@ def rasterize(
     return _rasterize(*arrays, **options, capacity=pick_capacity(count))
 
 
-def _why_not(implementation: str, dtype) -> str | None:
+def _why_not(implementation: str, arrays) -> str | None:
     """Why an implementation does not run here, to be read after its name."""
     if implementation not in ("pallas_gpu", "pallas_tpu"):
         return None
-    if dtype != jnp.float32:
-        return f"takes float32, not {dtype}"
+    types = [jax.typeof(x) for x in jax.tree.leaves(arrays)]
+    if types[0].dtype != jnp.float32:
+        return f"takes float32, not {types[0].dtype}"
     if implementation == "pallas_tpu":
         backend = jax.default_backend()
         return None if backend == "tpu" else f"needs a TPU, and this is a {backend}"
+    if any(x.manual_axis_type.varying for x in types):
+        return "runs within jax.shard_map with check_vma=False only"
     return pallas_gpu.why_not()
 
 
-def _best_implementation(dtype) -> str:
-    if jax.default_backend() == "gpu" and dtype == jnp.float32:
-        reason = pallas_gpu.why_not()
-        if reason is None:
-            return "pallas_gpu"
-        warnings.warn(f"rasterize falls back to 'xla': 'pallas_gpu' {reason}", stacklevel=3)
+def _best_implementation(arrays) -> str:
+    if jax.default_backend() != "gpu" or arrays[0].means.dtype != jnp.float32:
+        return "xla"
+    reason = _why_not("pallas_gpu", arrays)
+    if reason is None:
+        return "pallas_gpu"
+    warnings.warn(f"rasterize takes 'xla', for 'pallas_gpu' {reason}", stacklevel=3)
     return "xla"
 
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fourdstar_jax.kernels.rasterize.xla import vary_like
+
 LANES = 128
 WARP = 32
 
@@ -32,8 +34,9 @@ class Lockstep:
     `faults` counts accesses outside of a ref, which on a GPU would be illegal.
     """
 
-    def __init__(self, faults):
+    def __init__(self, faults, like):
         self.faults = faults
+        self.like = like  # within shard_map, loops begin with arrays that differ as these do
 
     def lanes(self):
         """The index of each lane, 0 to 127."""
@@ -41,7 +44,7 @@ class Lockstep:
 
     def full(self, value, dtype=jnp.float32):
         """One value in all lanes, as an array that loops may change."""
-        return jnp.full(LANES, value, dtype)
+        return vary_like(self.like, jnp.full(LANES, value, dtype))[0]
 
     def gather(self, ref, index, width=1):
         """`ref[index]` for each lane, or `width` numbers from there on, a multiple of width."""
@@ -108,11 +111,11 @@ class Lockstep:
 def launch(body, inputs, *, outputs, grid, scratch=(), refs=(), interpret=False, static=()):
     """Runs `body(lanes, block, *static, *inputs, *refs, *outputs, *scratch)` for `grid` blocks.
 
-    `inputs` are flat arrays, `refs` are refs (`jax.new_ref`) that are written in place, `outputs`
-    and `scratch` (shared memory) shapes and types. Returns the outputs, which hold anything where
-    no lane wrote.
+    `inputs` are arrays of any shape, which bodies see flat, `refs` are refs (`jax.new_ref`) that
+    are written in place, `outputs` and `scratch` (shared memory) shapes and types. Returns the
+    outputs, which hold anything where no lane wrote.
     """
-    inputs = [x.reshape(-1) for x in inputs]
+    inputs = vary_like(inputs, *(x.reshape(-1) for x in inputs))
     if interpret:
         return _launch_lockstep(body, inputs, outputs, grid, scratch, refs, static)
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -123,7 +126,12 @@ def launch(body, inputs, *, outputs, grid, scratch=(), refs=(), interpret=False,
     kernel.__name__ = body.__name__.strip("_")  # what profilers show
     return plgpu.kernel(
         kernel,
-        out_type=list(outputs),
+        out_type=[
+            jax.ShapeDtypeStruct(
+                x.shape, x.dtype, manual_axis_type=jax.typeof(inputs[0]).manual_axis_type
+            )
+            for x in outputs
+        ],
         scratch_types=[plgpu.SMEM(x.shape, x.dtype) for x in scratch],
         grid=(grid,),
         grid_names=("block",),
@@ -135,15 +143,15 @@ def launch(body, inputs, *, outputs, grid, scratch=(), refs=(), interpret=False,
 def _launch_lockstep(body, inputs, outputs, grid, scratch, refs, static):
     def poison(x):
         value = np.nan if jnp.issubdtype(x.dtype, jnp.floating) else np.iinfo(x.dtype).max // 3
-        return jax.new_ref(jnp.full(x.shape, value, x.dtype))
+        return jax.new_ref(vary_like(inputs, jnp.full(x.shape, value, x.dtype))[0])
 
-    faults = jax.new_ref(jnp.zeros(1, jnp.int32))
+    faults = jax.new_ref(vary_like(inputs, jnp.zeros(1, jnp.int32))[0])
     made = [poison(x) for x in outputs]
     reads = [jax.new_ref(x) for x in inputs]
 
     def block(index, _):
         shared = [poison(x) for x in scratch]
-        body(Lockstep(faults), index, *static, *reads, *refs, *made, *shared)
+        body(Lockstep(faults, inputs), index, *static, *reads, *refs, *made, *shared)
         return _
 
     lax.fori_loop(0, grid, block, 0)

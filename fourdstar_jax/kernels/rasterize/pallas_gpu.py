@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.kernels.rasterize.lanes import LANES, WARP, launch
 from fourdstar_jax.kernels.rasterize.projection import ALPHA_MAX, ALPHA_MIN, TRANSMITTANCE_MIN
+from fourdstar_jax.kernels.rasterize.xla import vary_like
 
 TILE = 16  # pixels
 QUAD = 8  # pixels
@@ -149,6 +150,7 @@ def blend(inputs: Inputs, *, with_depths, width, height, capacity, interpret=Fal
     Inputs are float32. `capacity` is the number of (tile, Gaussian) pairs there is room for; where
     `overflow` is set there were more, and the images are not to be used.
     """
+    inputs = Inputs(*vary_like(inputs, *inputs))
     images, gaussians = inputs.u.shape
     spec = Spec(
         images=images,
@@ -182,7 +184,9 @@ def why_not() -> str | None:
     inputs = [_shape(1, 1)] * 7 + [_shape(1, 1, 3), _shape(1, 1, 0)]
     spec = Spec(1, 1, 1, 0, False, TILE, TILE, 128, False)
     try:
-        jax.jit(lambda *x: _pack_all(Inputs(*x), spec)).lower(*inputs)
+        jax.jit(lambda *x: _pack_all(Inputs(*x), spec)).trace(*inputs).lower(
+            lowering_platforms=("cuda",)
+        )
     except Exception as error:  # whatever another version of Pallas may say
         return f"does not fit the Pallas of jax {jax.__version__} ({error!r})"
     return None
@@ -245,7 +249,7 @@ def _tile_columns(ellipse, row, spec):
     """First tile of a row of tiles that the ellipse meets, and how many.
 
     The ellipse is convex, so its part within the row has an interval of x, and it meets the tiles
-    that meet the interval. Its ends lie where the ellipse's tangent is vertical or at the row's edge.
+    that meet the interval. Its ends lie at vertical tangents of the ellipse or at the row's edges.
     """
     e = ellipse
     top = row.astype(F32) * TILE + 0.5 - e.v
@@ -578,7 +582,7 @@ def _forward_kernel(lanes, tile, spec, rows, places, owners, begins, ends, plane
             return j + FORWARD_UNROLL, alive(state[0]), state
 
         _, going, state = lax.while_loop(
-            lambda x: (x[0] < number) & (x[1] != 0), some, (jnp.int32(0), jnp.int32(1), state)
+            lambda x: (x[0] < number) & (x[1] != 0), some, (jnp.int32(0), alive(state[0]), state)
         )
         return k + 1, going, ahead, state
 
@@ -728,10 +732,9 @@ def _backward_kernel(
             mask = jnp.where(alphas[0] + alphas[1] > 0, mask | (1 << n), mask)
             group.append(alphas)
         mask = lanes.warp_or(mask)
-        votes = lanes.uniform(mask)
         for n, alphas in enumerate(group):
             state = lax.cond(
-                ((votes >> n) & 1) != 0,
+                lanes.uniform((mask >> n) & 1) != 0,
                 lambda *s, n=n, alphas=alphas: send_back(
                     j + n, alphas, (mask >> n) & 1 != 0, parity, s
                 ),
@@ -912,14 +915,15 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
     # Depths are positive, so their bits are in their order.
     depths = lax.bitcast_convert_type(inputs.depths.reshape(-1), jnp.uint32)
     depths = jnp.where(counts > 0, depths, jnp.uint32(2**32 - 1))
-    index = lax.iota(I32, spec.total)
+    (index,) = vary_like(inputs, lax.iota(I32, spec.total))
     _, order = lax.sort((depths, index), num_keys=1, is_stable=True)
     ordered = counts[order]
     stops = _cumsum(ordered)
     num_pairs = _saturating_sum(counts.reshape(spec.images, -1))
 
     key_type = jnp.uint16 if spec.tiles < 2**16 - 1 else jnp.uint32
-    keys = jax.new_ref(jnp.full(spec.capacity, jnp.iinfo(key_type).max, key_type))
+    keys = jnp.full(spec.capacity, jnp.iinfo(key_type).max, key_type)
+    keys = jax.new_ref(vary_like(inputs, keys)[0])
     owners, begins = run(
         _expand,
         [rows, order, stops - ordered, stops],
@@ -929,7 +933,7 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
         grid=blocks,
         static=(spec,),
     )
-    slots = lax.iota(I32, spec.capacity)
+    (slots,) = vary_like(inputs, lax.iota(I32, spec.capacity))
     keys, places = lax.sort((jax.freeze(keys), slots), num_keys=1, is_stable=True)
     tile_ids = lax.iota(key_type, spec.tiles)
     tile_begins = jnp.searchsorted(keys, tile_ids, method="scan_unrolled").astype(I32)
@@ -1036,13 +1040,15 @@ def _folding(run):
                 x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
                 axis = _images_axis(x.ndim - 1)
                 x = jnp.moveaxis(x, 0, axis)
-                return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+                return x.reshape(
+                    *x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :]
+                )
 
             def split(x):
                 if not x.ndim:
                     return jnp.broadcast_to(x, (size,))
                 axis = _images_axis(x.ndim)
-                x = x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
+                x = x.reshape(*x.shape[:axis], size, x.shape[axis] // size, *x.shape[axis + 1 :])
                 return jnp.moveaxis(x, axis, 0)
 
             more = spec._replace(

@@ -33,7 +33,7 @@ from fourdstar_jax.kernels.rasterize.projection import (
     TRANSMITTANCE_MIN,
     Projected,
 )
-from fourdstar_jax.kernels.rasterize.xla import _geometry_gradient, _untile, _vary_like
+from fourdstar_jax.kernels.rasterize.xla import geometry_gradient, untile, vary_like
 
 TILE = 32  # pixels
 PLANE = (8, 128)  # a tile's pixels in one register: pixel (x, y) is number 32 y + x
@@ -78,7 +78,7 @@ def blend(
         _Settings(grid, interpret),
     )
     tiles = jnp.asarray(planes).reshape(-1, num_channels + 1, TILE * TILE)
-    return _untile(tiles, grid).astype(channels.dtype), bins
+    return untile(tiles, grid).astype(channels.dtype), bins
 
 
 # Rows of pairs, cut into chunks
@@ -311,7 +311,7 @@ def _backward_kernel(
 
 def _call(kernel, arguments, specs, out_shape, out_spec, scratch, settings: _Settings):
     """Runs a kernel over all tiles; the first two arguments are bounds and rows."""
-    arguments = _vary_like(arguments, *arguments)
+    arguments = vary_like(arguments, *arguments)
     bounds, rows = arguments[:2]
     run = pl.pallas_call(
         functools.partial(kernel, settings=settings),
@@ -421,7 +421,7 @@ def _blend_tiles_bwd(settings, residuals, cotangent):
     rows = chunks.rows.reshape(*chunks.ids.shape, -1)[..., :GEOMETRY]
     in_image = chunks.tiles % (grid.rows * grid.columns)
     centres = [x[in_image] for x in binning.tile_centres(grid, jnp.float32)]
-    dgeometry = _geometry_gradient(rows, sums[..., :GEOMETRY], centres)
+    dgeometry = geometry_gradient(rows, sums[..., :GEOMETRY], centres)
     pairs = jnp.concatenate([dgeometry, sums[..., MOMENTS : MOMENTS + num_channels]], axis=-1)
     # Places without a Gaussian may hold anything; they sort to the end and have no segment.
     places = jnp.arange(chunks.ids.size, dtype=jnp.int32)

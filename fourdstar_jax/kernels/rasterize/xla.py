@@ -72,10 +72,10 @@ def blend(
         grid,
         default_blocks(),
     )  # [I * rows * columns, C + 1, tile * tile]
-    return _untile(jnp.asarray(tiles), grid), bins
+    return untile(jnp.asarray(tiles), grid), bins
 
 
-def _untile(tiles: Float[Array, "N C P"], grid: Grid) -> Float[Array, "I h w C"]:
+def untile(tiles: Float[Array, "N C P"], grid: Grid) -> Float[Array, "I h w C"]:
     shape = (-1, grid.rows, grid.columns, tiles.shape[1], grid.tile, grid.tile)
     x = jnp.transpose(tiles.reshape(shape), (0, 1, 4, 2, 5, 3))
     x = x.reshape(x.shape[0], grid.rows * grid.tile, grid.columns * grid.tile, tiles.shape[1])
@@ -156,7 +156,7 @@ def _groups(offsets, grid: Grid, blocks: Blocks, dtype):
     return jax.tree.map(lambda x: x.reshape(-1, group), (order, start, end, centres))
 
 
-def _vary_like(like, *arrays):
+def vary_like(like, *arrays):
     """Inside shard_map, marks arrays as differing between devices where any of `like` does."""
     names = set().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
     out = []
@@ -201,7 +201,7 @@ def _blend_tiles(geometry, channels, ids, offsets, grid: Grid, blocks: Blocks):
         group = start.shape[0]
         ones = jnp.ones((group, pixels), dtype)
         total = jnp.zeros((group, num_channels, pixels), dtype)
-        ones, total = _vary_like((geometry, channels, offsets), ones, total)
+        ones, total = vary_like((geometry, channels, offsets), ones, total)
         _, _, total, left = jax.lax.while_loop(
             lambda x: _pending(x[0], x[1], start, end, blocks),
             body,
@@ -252,23 +252,23 @@ def _blend_tiles_bwd(grid, blocks, residuals, cotangent):
             moments = jnp.einsum("tkp,pm->tkm", dsigma, monomials, precision="highest")
             dchannels = jnp.einsum("tkp,tcp->tkc", step.weights, weight_of, precision="highest")
             rows = jnp.concatenate(
-                [_geometry_gradient(step.geometry, moments, centres), dchannels], axis=-1
+                [geometry_gradient(step.geometry, moments, centres), dchannels], axis=-1
             )
             dense = dense.at[step.ids].add(rows, mode="drop")
             return k + 1, step.after[:, -1], running[:, -1], dense
 
-        ones, zeros = _vary_like((dense,), jnp.ones_like(total_of), jnp.zeros_like(total_of))
+        ones, zeros = vary_like((dense,), jnp.ones_like(total_of), jnp.zeros_like(total_of))
         init = (jnp.int32(0), ones, zeros, dense)
         final = jax.lax.while_loop(lambda x: _pending(x[0], x[1], start, end, blocks), body, init)
         return final[3], None
 
     dense = jnp.zeros((geometry.shape[0], geometry.shape[1] + channels.shape[1]), dtype)
-    (dense,) = _vary_like((geometry, channels, offsets, cotangent), dense)
+    (dense,) = vary_like((geometry, channels, offsets, cotangent), dense)
     dense, _ = jax.lax.scan(one_group, dense, (order, *lists))
     return dense[:, :6], dense[:, 6:], None, None
 
 
-def _geometry_gradient(rows, moments, centres):
+def geometry_gradient(rows, moments, centres):
     """Gradients of (u, v, a, b, c, opacity) from moments [..., 6] of dsigma about tile centres."""
     u, v, a, b, c, opacity = (rows[..., i] for i in range(6))
     m, mx, my, mxx, mxy, myy = (moments[..., i] for i in range(6))
