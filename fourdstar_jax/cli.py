@@ -204,7 +204,10 @@ def _parser() -> argparse.ArgumentParser:
         "scenes", nargs="*", default=["tiny"], metavar="SCENE", help="tiny small16k S A B C D E F H"
     )
     command.add_argument(
-        "--implementations", nargs="+", default=["xla"], metavar="NAME", help="of rasterize"
+        "--implementations",
+        nargs="+",
+        metavar="NAME",
+        help="of rasterize; by default the best here",
     )
     command.add_argument("--against", choices=["gsplat"], help="the same scenes with this, too")
     command.add_argument("--repeats", type=int, metavar="N", help="calls; default the scene's")

@@ -5,6 +5,7 @@ made (`nn.linear`), activations in `constrain`; changing a layout edits the rule
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def map_batch(function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function(*arrays)` by each device on its part of the batch, with `jax.shard_map`.
+
+    For kernels, which the compiler cannot split. The batch is the leading axis of every array and
+    of every result; where the mesh does not divide it, all devices do the whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    batch = spec("batch")
+    axes = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+    parts = math.prod(mesh.shape[axis] for axis in axes if axis is not None and not mesh.empty)
+    if parts == 1 or any(x.shape[0] % parts for x in jax.tree.leaves(arrays)):
+        return function(*arrays)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
+    return mapped(*arrays)
 
 
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding:

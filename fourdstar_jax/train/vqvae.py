@@ -10,6 +10,7 @@ from flax import nnx
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import pipeline
+from fourdstar_jax.kernels.rasterize import pick_capacity
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -18,12 +19,18 @@ from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.losses import choose_supervision, reconstruction_loss
 from fourdstar_jax.vqvae.model import VQVAE4D
 
+# Fewer pairs than these are left to the room that `rasterize` makes by itself: to compile a step
+# again costs more.
+FEW_PAIRS = 2**18
 
-def loss_of(model, tokenizer, batch, key, *, render_config, loss_config):
+
+def loss_of(model, tokenizer, batch, key, *, render_config, loss_config, capacity=None):
     """Loss and metrics of a batch: tokens of everything in, a few pictures compared."""
     codes = tokenizer.codes(tokenizer.encode(2 * batch["images"] - 1))  # [B, T, V, n, D]
     decoded = model(codes, Cameras(batch["viewmats"], batch["Ks"]), batch["times"])
     supervision = choose_supervision(key, batch, **render_config)
+    if capacity is not None:
+        loss_config = {**loss_config, "capacity": capacity}
     return reconstruction_loss(decoded, supervision, **loss_config)
 
 
@@ -51,12 +58,21 @@ def eval_step(graphdef, state, tokenizer, batch, key, **configs):
     return jax.tree.map(jnp.float32, metrics)
 
 
+def next_capacity(pairs, overflow, capacity: int | None) -> int | None:
+    """The capacity for the next steps, given the count of a step and what it was made with."""
+    if not overflow and pairs < FEW_PAIRS:
+        return capacity
+    return pick_capacity(int(pairs), capacity)
+
+
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/vqvae.py) and leaves `<workdir>/bundle`.
 
     The tokenizer comes from `config.bundle` and goes into the new bundle. Restarts from the newest
-    checkpoint in `workdir`, with the batches it would have seen. Raises FloatingPointError when the
-    loss is not finite, and RuntimeError when Gaussians overflow `config.loss.capacity`.
+    checkpoint in `workdir`, with the batches it would have seen. Without `config.loss.capacity` the
+    rasterizer's capacity follows the counts of the steps before; a step that overflows it learns
+    nothing. Raises FloatingPointError when the loss is not finite, and RuntimeError when Gaussians
+    overflow `config.loss.capacity`.
     """
     key = jax.random.key(config.seed)
     tokenizer = bundle.load_stage(config.bundle, "tokenizer")
@@ -81,20 +97,30 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             render_config=config.render.to_dict(), loss_config=config.loss.to_dict()
         )
         step_fn = jax.jit(
-            functools.partial(train_step, graphdef, tx=tx, **configs), donate_argnums=0
+            functools.partial(train_step, graphdef, tx=tx, **configs),
+            donate_argnums=0,
+            static_argnames="capacity",
         )
-        eval_fn = jax.jit(functools.partial(eval_step, graphdef, **configs))
+        eval_fn = jax.jit(
+            functools.partial(eval_step, graphdef, **configs), static_argnames="capacity"
+        )
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
         mean = Mean()
+        capacity, before = None, None
         for step in range(first, config.steps):
             batch = train_state.to_device(next(batches), mesh)
-            state, metrics = step_fn(state, tokenizer, batch, key)
+            state, metrics = step_fn(state, tokenizer, batch, key, capacity=capacity)
+            # The step before is done by now: to read its count keeps no device waiting.
+            if config.loss.capacity is None and before is not None:
+                pairs, overflow = jax.device_get(before)
+                capacity = next_capacity(pairs, overflow, capacity)
+            before = metrics["pairs"], metrics["overflow"]
             mean.add(metrics)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 values = writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
-                if values["overflow"]:
+                if values["overflow"] and config.loss.capacity is not None:
                     raise RuntimeError(
                         f"the Gaussians overflow the rasterizer: raise {config.loss.capacity=}"
                     )
@@ -103,7 +129,11 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 held = Mean()
                 for batch in held_out:
                     batch = train_state.to_device(batch, mesh)
-                    held.add(eval_fn(state, tokenizer, batch, key))
+                    values = eval_fn(state, tokenizer, batch, key, capacity=capacity)
+                    if values["overflow"]:
+                        room = pick_capacity(int(values["pairs"]))
+                        values = eval_fn(state, tokenizer, batch, key, capacity=room)
+                    held.add(values)
                 writer.write(done, held.result(), prefix="eval")
                 writer.restart_clock()
             checkpoints.save(done, state, batches, force=done == config.steps)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from fourdstar_jax import sharding
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.types import Array, Cameras, Gaussians, Rendered
 from fourdstar_jax.vqvae.model import Decoded
@@ -94,14 +95,34 @@ def render(
     implementation: str | None = None,
 ) -> Rendered:
     """`[B, S, Q, h, w, ...]` of Gaussians `[B, S, G, ...]` and `[B, Q, ...]` cameras, on white."""
-    return rasterize(
+    cameras = jax.tree.map(lambda a: a[:, None], cameras)
+    return _rasterize_batch(
         gaussians,
-        jax.tree.map(lambda a: a[:, None], cameras),
+        cameras,
+        background=jnp.ones(3),
         width=width,
         height=height,
-        background=jnp.ones(3),
         capacity=capacity,
         implementation=implementation,
+    )
+
+
+def _rasterize_batch(gaussians, cameras, features=None, **options) -> Rendered:
+    """`rasterize` by each device on its part of the batch.
+
+    `capacity` is each device's; `num_intersections` is that of the device with most.
+    """
+
+    def part(gaussians, cameras, features):
+        rendered = rasterize(gaussians, cameras, features=features, with_depths=False, **options)
+        # An axis for the devices.
+        return rendered._replace(
+            num_intersections=rendered.num_intersections[None], overflow=rendered.overflow[None]
+        )
+
+    rendered = sharding.map_batch(part, gaussians, cameras, features)
+    return rendered._replace(
+        num_intersections=jnp.max(rendered.num_intersections), overflow=jnp.any(rendered.overflow)
     )
 
 
@@ -161,12 +182,12 @@ def splatted_flow(
     share = jnp.broadcast_to(share[:, :, None, :, None], (*move.shape[:-1], 1))
     features = jnp.concatenate([share * move, share], axis=-1)  # [B, S - 1, Q, G, 3]
     # Displacements differ between views: views become a leading axis, with one camera each.
-    rendered = rasterize(
+    rendered = _rasterize_batch(
         jax.tree.map(lambda a: a[:, :-1, None], gaussians),
         jax.tree.map(lambda a: a[:, :, :, None], cameras),
+        features,
         width=width,
         height=height,
-        features=features,
         capacity=capacity,
         implementation=implementation,
     )
@@ -265,7 +286,8 @@ def reconstruction_loss(
 
     The corrected Gaussians weigh 1 and the coarse ones `coarse_weight`, so that the model without
     the offset predictor stays a valid one. `flow` and `warp` are computed where their weight is
-    not zero and the data has flow. `overflow` tells that `capacity` (of `rasterize`) was too small:
+    not zero and the data has flow. `pairs` counts the (Gaussian, tile) pairs of the render with
+    most, for `pick_capacity`; `overflow` tells that `capacity` (of `rasterize`) was too small:
     the step's gradients are then not to be used.
     """
     if lpips_weight > 0:
@@ -280,6 +302,7 @@ def reconstruction_loss(
     loss = jnp.zeros(())
     metrics = {}
     overflow = jnp.zeros((), bool)
+    pairs = jnp.zeros((), jnp.int32)
     chosen = {
         "": take_timesteps(decoded.gaussians, supervision.timesteps),
         "coarse_": take_timesteps(decoded.coarse, supervision.timesteps),
@@ -292,6 +315,7 @@ def reconstruction_loss(
         rgb, alpha = pixel_losses(rendered, images, masks, foreground_weight=foreground_weight)
         loss = loss + weight * (rgb + alpha_weight * alpha)
         overflow = overflow | rendered.overflow
+        pairs = jnp.maximum(pairs, rendered.num_intersections)
         renders[prefix] = rendered.renders
         metrics[f"{prefix}rgb"] = rgb
         metrics[f"{prefix}alpha"] = alpha
@@ -309,4 +333,5 @@ def reconstruction_loss(
         loss = loss + warp_weight * metrics["warp"]
     metrics["loss"] = loss
     metrics["overflow"] = overflow
+    metrics["pairs"] = pairs
     return loss, metrics

@@ -1,6 +1,6 @@
 """Times `rasterize` on random scenes, forward and forward + backward, if wanted beside gsplat.
 
-    fourdstar bench rasterize A B --implementations xla --against gsplat --json results.json
+    fourdstar bench rasterize A B --against gsplat --json results.json
     fourdstar bench rasterize --table results.json
 
 Both sides get the same float32 Gaussians, cameras and cotangents, all arguments of the timed
@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fourdstar_jax.kernels.rasterize import pallas_gpu
 from fourdstar_jax.kernels.rasterize.api import IMPLEMENTATIONS, rasterize
 from fourdstar_jax.kernels.rasterize.binning import pick_capacity
 from fourdstar_jax.types import Cameras, Gaussians
@@ -285,7 +286,7 @@ def _commit() -> str | None:
 def run(
     scenes: list[str],
     *,
-    implementations: list[str],
+    implementations: list[str] | None = None,
     repeats: int | None = None,
     against: str | None = None,
     json_file: Path | None = None,
@@ -294,6 +295,7 @@ def run(
     """Measures, prints a line each, and writes the results so far after every scene."""
     if unknown := [name for name in scenes if name not in SCENES]:
         raise ValueError(f"there is no scene {unknown[0]!r}; there are {', '.join(SCENES)}")
+    implementations = implementations or ["xla" if pallas_gpu.why_not() else "pallas_gpu"]
     if unknown := [name for name in implementations if name not in IMPLEMENTATIONS]:
         raise ValueError(f"implementation {unknown[0]!r} must be one of {IMPLEMENTATIONS}")
     if repeats is not None and repeats < 1:
