@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         "scenes", nargs="*", default=["tiny"], metavar="SCENE", help="tiny small16k S A B C D E F H"
     )
     command.add_argument(
-        "--implementations", nargs="+", metavar="NAME", help="of rasterize; default: the best here"
+        "--implementations",
         nargs="+",
         metavar="NAME",
         help="of rasterize; by default the best here",
