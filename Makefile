@@ -17,9 +17,9 @@ test:
 test-slow:
 	./launch/test.sh --slow
 
-requirements:  ## the lock as pins that plain pip accepts
-	.venv/bin/uv export --quiet --frozen --no-hashes --no-emit-project --no-header --no-annotate \
-		--extra train --group dev --output-file requirements.txt
+requirements:  ## every package's version, for uv and for pip
+	.venv/bin/uv pip compile --quiet --no-header --no-annotate --extra train --group dev \
+		--universal --python-version 3.12 --output-file requirements.txt pyproject.toml
 
 demo:
 	./launch/demo.sh

@@ -49,27 +49,22 @@ make_environment() {
 install() {
   local environment_tools=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
   echo "setup: installing into .venv (profile $profile)" >&2
+  local packages=(-c requirements.txt -e .)
+  [ "$profile" = dev ] && packages=(-r requirements.txt -e '.[train]')
   if [ -x .venv/bin/uv ] || "${environment_tools[@]}" install uv; then
-    local extras=()
-    [ "$profile" = dev ] && extras=(--extra train --group dev)
-    # --inexact: pip and uv stay, and `run` after `dev` removes nothing.
     # System certificates, as pip uses: networks that inspect traffic add theirs there.
-    if env -u VIRTUAL_ENV UV_PYTHON_DOWNLOADS=never UV_PROJECT_ENVIRONMENT=.venv \
-      UV_SYSTEM_CERTS=true \
-      .venv/bin/uv sync --quiet --frozen --inexact --python .venv/bin/python "${extras[@]}"; then
+    if env -u VIRTUAL_ENV UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=true \
+      .venv/bin/uv pip install --quiet --python .venv/bin/python "${packages[@]}"; then
       return
     fi
     echo "setup: uv failed; trying pip" >&2
   fi
-  if [ "$profile" = dev ]; then
-    "${environment_tools[@]}" install -r requirements.txt -e '.[train]'
-  else
-    "${environment_tools[@]}" install -c requirements.txt -e .
-  fi || die "the packages could not be installed; pip says why above"
+  "${environment_tools[@]}" install "${packages[@]}" ||
+    die "the packages could not be installed; pip says why above"
 }
 
 stamp=.venv/.fourdstar-$profile
-wanted=$(cat uv.lock pyproject.toml launch/setup.sh | sha256sum)
+wanted=$(cat requirements.txt pyproject.toml launch/setup.sh | sha256sum)
 if ! suits .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   make_environment
 fi

@@ -169,7 +169,9 @@ def test_opacity_one_is_clamped():
 
 def test_sixteen_features():
     size = dict(width=31, height=7)
-    check(*make_scene(4, 1, num=11, channels=3 + 1 + 1 + 16, **size), **size)
+    out, gradients = check(*make_scene(4, 1, num=11, channels=3 + 1 + 1 + 16, **size), **size)
+    assert out.shape == (1, 7, 31, 22)
+    assert np.abs(gradients[1]).max(axis=(0, 1)).min() > 0  # of every channel
 
 
 def test_modelled_memory(capfd):
@@ -320,4 +322,5 @@ def test_compiles_for_tpus(monkeypatch, topology):
 
 @pytest.mark.tpu
 def test_on_a_tpu():
-    check(*make_scene(0, 2, **SIZE), interpret=False)
+    out, _ = check(*make_scene(0, 2, **SIZE), interpret=False)
+    assert out[..., -1].min() < 0.9  # the scene shows something

@@ -286,6 +286,7 @@ def test_float32_gradients_equal_float64(implementation):
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments)
         wanted = jax.tree.map(np.asarray, evaluate(double, "reference")[1])
+    assert all(x.dtype == np.float64 for x in jax.tree.leaves(wanted))
     check_gradients(got, wanted)
 
 

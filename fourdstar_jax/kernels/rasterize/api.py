@@ -230,33 +230,6 @@ def _check_arrays(gaussians, cameras, features, background):
     return gaussians, Cameras(viewmats, Ks), features, background, batch
 
 
-def _prepare(gaussians, cameras, features, **options):
-    """Unusable Gaussians made harmless, an empty scene given one of them, all projected."""
-    if gaussians.means.shape[-2] == 0:
-        batch = gaussians.opacities.shape[:-1]
-        unusable = jnp.full((*batch, 1), jnp.nan, gaussians.means.dtype)
-        gaussians = Gaussians(
-            *(
-                jnp.broadcast_to(unusable[(..., *(None,) * len(tail))], (*batch, 1, *tail))
-                for tail in ((3,), (4,), (3,), (), (3,))
-            )
-        )
-        if features is not None:
-            features = jnp.zeros((1, features.shape[-1]), features.dtype)
-    usable = usable_mask(gaussians, features)
-    gaussians = Gaussians(
-        *(
-            jnp.where(
-                usable.reshape(*usable.shape, *(1,) * (x.ndim - gaussians.opacities.ndim)), x, 0.0
-            )
-            for x in gaussians
-        )
-    )
-    if features is not None:
-        features = jnp.where(usable[..., None], features, 0.0)
-    return gaussians, features, project(gaussians, cameras, usable, **options)
-
-
 @functools.partial(
     jax.jit,
     static_argnames=(

@@ -52,9 +52,8 @@ MOST_PASSES = 4
 SUMS_BYTES = 2**26
 
 LOG2E = math.log2(math.e)
-SCALE = math.sqrt(
-    0.5 * LOG2E
-)  # exp(-sigma) = exp2(-(a dx + b dy)^2 - (c dy)^2) with scaled a, b, c
+# exp(-sigma) = exp2(-(a dx + b dy)^2 - (c dy)^2) with a, b, c times this.
+SCALE = math.sqrt(0.5 * LOG2E)
 # An ellipse's bound has a little to spare, so that rounding never drops what is visible.
 REACH = -math.log2(ALPHA_MIN) + 1e-3
 MARGIN = 2e-3  # pixels
@@ -78,6 +77,8 @@ class Inputs(NamedTuple):
 
 
 class Blended(NamedTuple):
+    """Images of I cameras, a plane for each channel."""
+
     channels: Float[Array, "C I h w"]  # colours, expected depth times alpha (if asked), features
     left: Float[Array, "I h w"]  # transmittance
     num_pairs: Int[Array, "*i"]  # (tile, Gaussian) there are; of each image within this file
@@ -881,7 +882,6 @@ class Kept(NamedTuple):
     owners: Any
     places: Any  # in order of tiles
     tile_begins: Any
-    tile_ends: Any
     reached: Any
     planes: Any
 
@@ -949,7 +949,7 @@ def _run_forward(inputs: Inputs, spec: Spec) -> tuple[Blended, Kept]:
         grid=spec.tiles,
         static=(spec,),
     )
-    kept = Kept(rows, counts, begins, owners, places, tile_begins, tile_ends, reached, planes)
+    kept = Kept(rows, counts, begins, owners, places, tile_begins, reached, planes)
     planes = planes.reshape(-1, spec.images, spec.height, spec.width)
     overflow = _saturating_sum(num_pairs) > spec.capacity
     return Blended(planes[:-1], planes[-1], num_pairs, overflow), kept
