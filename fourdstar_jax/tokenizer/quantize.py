@@ -36,10 +36,14 @@ class Quantized(NamedTuple):
 def nearest(
     chunks: Float[Array, "*b n K d"], codebooks: Float[Array, "K vocab d"]
 ) -> Int[Array, "*b n K"]:
-    """Ids of the codebook vectors of largest cosine; the lowest id where several tie."""
-    cosine = jnp.einsum(
-        "...kd,kvd->...kv", chunks, geometry.normalize(codebooks), precision="highest"
-    )
+    """Ids of the codebook vectors of largest cosine; the lowest id where several tie.
+
+    Chunks are narrow (8 in UniTok), so the products are written out: they are float32 on every
+    device, and the compiler joins them with the search, where a matrix product would first store a
+    number for every token and codebook vector.
+    """
+    books = geometry.normalize(codebooks)
+    cosine = sum(chunks[..., None, d] * books[..., d] for d in range(books.shape[-1]))
     return jnp.argmax(cosine, axis=-1).astype(jnp.int32)
 
 

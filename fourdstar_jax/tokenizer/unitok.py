@@ -73,10 +73,68 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
+# Rows of a 3x3 kernel that meet one row of the small picture, for both rows of the large one:
+# [tap, row of the large picture, row of the kernel].
+_FOLD = np.array([[[1, 0, 0], [1, 1, 0]], [[0, 1, 1], [0, 0, 1]]], np.float32)
+
+
+def upsampled_conv(layer: nnx.Conv, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c2"]:
+    """`layer(upsample(x))` of a 3x3 convolution, with 4/9 of its multiplications.
+
+    Of the nine pixels under the kernel only four are different ones. So four 2x2 kernels, sums of
+    the 3x3 one, run over the small picture and give the four phases of the large one.
+    """
+    dtype = x.dtype if layer.dtype is None else layer.dtype
+    kernel = layer.kernel[...].astype(jnp.float32)
+    kernel = jnp.einsum("tar,ubs,rsio->tuiabo", _FOLD, _FOLD, kernel, precision="highest")
+    kernel = kernel.reshape(*kernel.shape[:3], -1).astype(dtype)  # [2, 2, c, 4 c2]
+    b, h, w, _ = x.shape
+    y = jax.lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel,
+        (1, 1),
+        [(1, 1), (1, 1)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    y = y.reshape(b, h + 1, w + 1, 2, 2, -1)
+    rows = [jnp.stack([y[:, i : i + h, j : j + w, i, j] for j in (0, 1)], 3) for i in (0, 1)]
+    y = jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)
+    return y + layer.bias[...].astype(dtype)  # pyright: ignore[reportOptionalSubscript]
+
+
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """3x3 average at stride 2 that does not count the padding."""
     padding: Any = ((1, 1), (1, 1))
     return nnx.avg_pool(x, (3, 3), strides=(2, 2), padding=padding, count_include_pad=False)
+
+
+# erf(z) / z for |z| <= 3 as a polynomial in z^2, fitted for the smallest error of erf: 2.6e-5.
+ERF_EDGE = 3.0
+ERF = (
+    1.1282684,
+    -0.37531474,
+    0.11107912,
+    -0.025102708,
+    0.0042353693,
+    -0.00051102439,
+    4.1059003e-05,
+    -1.9447246e-06,
+    4.0739502e-08,
+)
+
+
+def gelu(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    """Exact GELU. In bfloat16 the error function is a polynomial, off by 6e-5 at most.
+
+    That is a hundredth of bfloat16's own rounding, and on a GPU it halves the time of what is
+    otherwise a tenth of the decoder.
+    """
+    if x.dtype != jnp.bfloat16:
+        return nnx.gelu(x, approximate=False)
+    x = x.astype(jnp.float32)
+    z = jnp.clip(x * math.sqrt(0.5), -ERF_EDGE, ERF_EDGE)
+    erf = jnp.clip(z * jnp.polyval(jnp.asarray(ERF[::-1], jnp.float32), z * z), -1, 1)
+    return (0.5 * x * (1 + erf)).astype(jnp.bfloat16)
 
 
 class GeGluMlp(nnx.Module):
@@ -95,11 +153,24 @@ class GeGluMlp(nnx.Module):
 
 
 def self_attention(
-    qkv: Float[Array, "b n D3"], num_heads: int
+    x: Float[Array, "b n D"],
+    kernel: Float[Array, "D D3"],
+    bias: Float[Array, " D3"],
+    num_heads: int,
+    dtype: Dtype,
 ) -> Float[Array, "b n {num_heads} Dh"]:
-    """Full attention from a fused projection laid out (q|k|v, head, channel)."""
-    q, k, v = jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, num_heads, -1), 2, 0)
-    return jax.nn.dot_product_attention(q, k, v)
+    """Full attention of a fused projection laid out (q|k|v, head, channel).
+
+    The three products are taken one by one: cutting their joint result up again would copy it. In
+    half precision on a GPU the attention is cuDNN's.
+    """
+    kernels, biases = jnp.split(kernel.astype(dtype), 3, 1), jnp.split(bias.astype(dtype), 3)
+    q, k, v = (
+        (x.astype(dtype) @ w + b).reshape(*x.shape[:2], num_heads, -1)
+        for w, b in zip(kernels, biases, strict=True)
+    )
+    fused = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and jax.default_backend() == "gpu"
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
 
 
 class SelfAttention(nnx.Module):
@@ -109,10 +180,12 @@ class SelfAttention(nnx.Module):
         kw: dict[str, Any] = dict(use_bias=True, dtype=dtype, rngs=rngs)
         self.qkv = linear(dim, 3 * dim, ("embed", "heads"), **kw)
         self.proj = linear(dim, dim, ("heads", "embed"), **kw)
-        self.num_heads = num_heads
+        self.num_heads, self.dtype = num_heads, dtype
 
     def __call__(self, x: Float[Array, "b n D"]) -> Float[Array, "b n D"]:
-        return self.proj(self_attention(self.qkv(x), self.num_heads).reshape(x.shape))
+        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]  # pyright: ignore
+        y = self_attention(x, kernel, bias, self.num_heads, self.dtype)
+        return self.proj(y.reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -145,13 +218,12 @@ class ProjectionAttention(nnx.Module):
         self.v_bias = nnx.Param(jnp.zeros(inner, jnp.float32))
         self.proj = linear(dout, dout, ("embed", None), use_bias=True, **kw)
         self.num_heads = inner // head_dim
-        self.average = dout < din
+        self.average, self.dtype = dout < din, dtype
 
     def __call__(self, x: Float[Array, "b n din"]) -> Float[Array, "b n dout"]:
         q_bias, v_bias = self.q_bias[...], self.v_bias[...]
-        qkv = self.qkv(x)
-        qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-        y = self_attention(qkv, self.num_heads)
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+        y = self_attention(x, self.qkv.kernel[...], bias, self.num_heads, self.dtype)
         y = jnp.mean(y, axis=-2) if self.average else y.reshape(*y.shape[:2], -1)
         return self.proj(y)
 
@@ -192,8 +264,8 @@ class MbConv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         short = average_pool(x) if self.stride == 2 else x
         short = short if self.shortcut is None else self.shortcut(short)
-        y = nnx.gelu(self.conv1_1x1(self.pre_norm(x)), approximate=False)
-        y = nnx.gelu(self.conv2_kxk(y), approximate=False)
+        y = gelu(self.conv1_1x1(self.pre_norm(x)))
+        y = gelu(self.conv2_kxk(y))
         return short + self.conv3_1x1(y)
 
 
@@ -214,11 +286,12 @@ class InvMbConv(nnx.Module):
             self.shortcut = conv(din, dout, 1, **kw) if din != dout else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        short = x if self.up is None else upsample(x)
-        short = short if self.shortcut is None else self.shortcut(short)
-        y = nnx.gelu(self.conv1_1x1(self.pre_norm(x)), approximate=False)
-        y = y if self.up is None else self.up(upsample(y))
-        y = nnx.gelu(self.conv2_kxk(y), approximate=False)
+        y = gelu(self.conv1_1x1(self.pre_norm(x)))
+        if self.up is not None:
+            short, y = upsampled_conv(self.shortcut, x), upsampled_conv(self.up, y)
+        else:
+            short = x if self.shortcut is None else self.shortcut(x)
+        y = gelu(self.conv2_kxk(y))
         return short + self.conv3_1x1(y)
 
 
@@ -234,7 +307,7 @@ class ConvStem(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 D"]:
         for layer, norm in zip(self.convs, self.norms, strict=False):
-            x = nnx.gelu(norm(layer(x)), approximate=False)
+            x = gelu(norm(layer(x)))
         return self.convs[-1](x)
 
 
@@ -266,7 +339,7 @@ class HybridStem(nnx.Module):
         self.pool = conv(channels[-1], dim, 3, stride=2, **kw)
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 D"]:
-        x = self.conv2(nnx.gelu(self.norm1(self.conv1(x)), approximate=False))
+        x = self.conv2(gelu(self.norm1(self.conv1(x))))
         for stage in self.stages:
             for block in stage:
                 x = block(x)
@@ -304,8 +377,8 @@ class ConvUp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w D"]) -> Float[Array, "b h2 w2 c"]:
         for layer, norm in zip(self.convs, self.norms, strict=True):
-            x = depth_to_space(layer(x)) if self.shuffle else layer(upsample(x))
-            x = nnx.gelu(norm(x), approximate=False)
+            x = depth_to_space(layer(x)) if self.shuffle else upsampled_conv(layer, x)
+            x = gelu(norm(x))
         return x
 
 
@@ -332,7 +405,7 @@ class HybridUp(nnx.Module):
             self.stages.append(nnx.List([first, *rest]))
 
     def __call__(self, x: Float[Array, "b h w D"]) -> Float[Array, "b h2 w2 c"]:
-        x = self.up_conv1(upsample(x))
+        x = upsampled_conv(self.up_conv1, x)
         for stage in self.stages:
             for block in stage:
                 x = block(x)
@@ -402,8 +475,8 @@ class HybridTail(nnx.Module):
         self.conv2 = conv(channels[-1], dout, 3, axis=None, **kw)
 
     def __call__(self, x: Float[Array, "b h w D"]) -> Float[Array, "b h2 w2 c"]:
-        x = self.conv1(upsample(self.up(x)))
-        return self.conv2(nnx.gelu(self.norm1(x), approximate=False))
+        x = upsampled_conv(self.conv1, self.up(x))
+        return self.conv2(gelu(self.norm1(x)))
 
 
 class Encoder(nnx.Module):
