@@ -1,0 +1,1 @@
+"""Reads the weights that others released and turns them into ours."""
