@@ -539,9 +539,7 @@ class _Machine:
         if count == 0:
             if other > MAX_EMPTY:
                 raise _Refused("an empty tensor with a dimension that is too large")
-            empty = np.empty(shape, storage.dtype)
-            empty.flags.writeable = False
-            return empty
+            return np.ndarray(shape, storage.dtype, self.bytes[:0])
         # torch allows more elements than numbers (stride 0); a small file could then claim any size
         if count > storage.numel or last >= storage.numel:
             raise _Refused(

@@ -61,8 +61,8 @@ def storage(t: Tensor) -> bytes:
 
 
 def tensor(t: Tensor) -> bytes:
-    shape = b"(" + b"".join(map(integer, t.shape)) + b"t"
-    strides = b"(" + b"".join(map(integer, t.strides)) + b"t"
+    shape = b"(" + b"".join(map(op, t.shape)) + b"t"
+    strides = b"(" + b"".join(map(op, t.strides)) + b"t"
     arguments = storage(t) + integer(t.offset) + shape + strides + b"\x89" + ORDERED
     return name("torch._utils", "_rebuild_tensor_v2") + b"(" + arguments + b"tR"
 
