@@ -24,8 +24,8 @@ import numpy as np
 MAX_ENTRIES = 65_536
 MAX_DIRECTORY = 16 << 20  # bytes of the zip's central directory
 MAX_PICKLE = 16 << 20  # bytes; a state dict of a thousand tensors takes 0.1 MB
-MAX_OPCODES = 500_000  # about 70 a tensor
-MAX_NODES = 500_000  # values in the tree, with shared containers counted wherever they appear
+MAX_OPCODES = 300_000  # about 50 a tensor
+MAX_NODES = 300_000  # values in the tree, with shared containers counted wherever they appear
 MAX_DEPTH = 64  # of containers in containers
 MAX_TEXT = 1 << 20  # bytes of one string
 MAX_TENSORS = 65_536

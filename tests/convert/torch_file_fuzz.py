@@ -17,7 +17,7 @@ import numpy as np
 from fourdstar_jax.convert import torch_file
 
 HERE = Path(__file__).parent
-LIMIT_S = 2.0
+LIMIT_S = 2.0  # of processor time, one case
 
 
 def _archives():
@@ -138,7 +138,7 @@ def run(cases, seed=0):
         for case in range(seed, seed + cases):
             path.unlink(missing_ok=True)  # a new file: arrays of the last one keep theirs
             path.write_bytes(mutant(case, originals))
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 touch(torch_file.read(path))
                 outcome = "returned"
@@ -150,7 +150,7 @@ def run(cases, seed=0):
             except Exception as error:  # whatever else it is, it is what this looks for
                 outcome = "failed"
                 failures.append((case, f"{type(error).__name__}: {error}"))
-            if time.perf_counter() - start > LIMIT_S:
+            if time.process_time() - start > LIMIT_S:
                 failures.append((case, "slow"))
             outcomes[outcome] += 1
     return outcomes, failures
