@@ -5,8 +5,8 @@
 
 `tiny` runs on two CPU cores in under ten minutes, after configs/vqvae.py:tiny, and leaves a whole
 model in runs/star/bundle. `small` is for one GPU, `base` for one to four, `paper` for sixteen
-(paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's XL); the last two also on VQ-16 instead of UniTok,
-`base,vq16`.
+(paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also
+build on VQ-16 instead of UniTok: `base,vq16`.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     fourdstar train --config=configs/vqvae.py:tiny --workdir=runs/vqvae
 
 `tiny` runs on two CPU cores in under ten minutes, after configs/tokenizer.py:tiny. `small` is for
-one GPU, `base` for one to four, `paper` for eight (paper section 4.1; the paper gives no sizes); the
-last two also on VQ-16 instead of UniTok, `base,vq16`: the paper's «VQ-VAE» baseline.
+one GPU, `base` for one to four, `paper` for eight (paper section 4.1; the paper gives no sizes).
+The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,vq16`.
 """
 
 from ml_collections import ConfigDict
