@@ -126,7 +126,9 @@ def test_stages_build_on_vq16(data_dir, tmp_path, one_device):
         assert len(losses) == 1 and np.isfinite(losses[0]) and losses[0] > 0
 
     model = generate.load(tmp_path / "s/bundle")
-    object4d = model.generate(np.full((2, 16, 16, 3), 90, np.uint8), fit="none", seed=1)
+    video = np.full((2, 16, 16, 3), 255, np.uint8)
+    video[:, 4:12, 4:12] = [200, 30, 30]
+    object4d = model.generate(video, fit="none", seed=1)
     assert object4d.gaussians.means.shape == (2, 2 * 8 * 8, 3)
     assert np.isfinite(object4d.gaussians.means).all()
 
