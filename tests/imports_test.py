@@ -25,6 +25,7 @@ FLOORS = [
     {"tokenizer"},
     {"vqvae", "star"},  # neither imports the other
     {"bundle"},
+    {"convert"},
     {"train"},
     {"generate"},
     {"evaluate"},
