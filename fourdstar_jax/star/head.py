@@ -38,12 +38,10 @@ class DepthHead(nnx.Module):
     ):
         kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
         self.input = nn.linear(dim, head_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.tables = None  # one code a token has none before it
-        if num_codebooks > 1:
-            self.tables = vector(
-                rngs.params(), num_codebooks - 1, vocab_size, head_dim, std=1.0,
-                axes=(None, "vocab", None),
-            )  # fmt: skip
+        shape, axes = (num_codebooks - 1, vocab_size, head_dim), (None, "vocab", None)
+        # One code a token has none before it, and checkpoints hold no empty arrays.
+        several = num_codebooks > 1
+        self.tables = vector(rngs.params(), *shape, std=1.0, axes=axes) if several else None
         self.layers = nnx.List(
             [Layer(head_dim, num_heads, hidden_dim, **kw) for _ in range(num_layers)]
         )
