@@ -5,23 +5,28 @@
 
 `tiny` runs on two CPU cores in under ten minutes, after configs/vqvae.py:tiny, and leaves a whole
 model in runs/star/bundle. `small` is for one GPU, `base` for one to four, `paper` for sixteen
-(paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's XL).
+(paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also
+build on VQ-16 instead of UniTok: `base,vq16`.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from fourdstar_jax.tokenizer import RELEASED
 
-def get_config(scale: str = "small") -> ConfigDict:
+
+def get_config(argument: str = "small") -> ConfigDict:
+    """`argument` is "scale" or "scale,tokenizer", the released tokenizer that it builds on."""
+    scale, _, tokenizer = argument.partition(",")
     config = ConfigDict()
     config.stage = "star"
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 64  # objects
-    config.data = ConfigDict(dict(dir=f"data/{scale}_tokens", timesteps=8))
+    config.data = ConfigDict(dict(dir=f"data/{argument.replace(',', '_')}_tokens", timesteps=8))
     config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
 
-    config.model = model(scale)
+    config.model = model(scale, tokenizer or "unitok")
     config.loss = ConfigDict(
         dict(
             num_groups=placeholder(int),  # of T timesteps are predicted at each step; None: all
@@ -64,8 +69,12 @@ def get_config(scale: str = "small") -> ConfigDict:
     return config
 
 
-def model(scale: str) -> ConfigDict:
+def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
     """Constructor arguments of `STAR` at a scale; `text_vocab` comes from the tokens' captions."""
+    if tokenizer not in RELEASED:
+        raise ValueError(f"{tokenizer=} must be one of {sorted(RELEASED)}")
+    if tokenizer != "unitok" and scale not in ("base", "paper"):
+        raise ValueError(f"{tokenizer=} goes with the scales base and paper, not {scale!r}")
     match scale:
         case "tiny":
             return ConfigDict(
@@ -123,9 +132,7 @@ def model(scale: str) -> ConfigDict:
             paper = scale == "paper"
             return ConfigDict(
                 dict(
-                    num_codebooks=8,
-                    vocab_size=4096,
-                    code_dim=64,
+                    **RELEASED[tokenizer],
                     image_size=256,
                     patch=16,
                     dim=1280 if paper else 1024,

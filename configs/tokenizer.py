@@ -4,14 +4,18 @@
     fourdstar train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
 `tiny` runs on two CPU cores in under ten minutes. `small` is for one GPU. At the scales `base` and
-`paper` the tokenizer is the released UniTok with frozen weights: there is nothing to train, and the
-config says its sizes.
+`paper` the tokenizer is a released one with frozen weights, UniTok or, as `paper,vq16`, LlamaGen's
+VQ-16: there is nothing to train, and the config says its sizes.
 """
 
 from ml_collections import ConfigDict
 
+from fourdstar_jax.tokenizer import RELEASED
 
-def get_config(scale: str = "small") -> ConfigDict:
+
+def get_config(argument: str = "small") -> ConfigDict:
+    """`argument` is "scale" or "scale,tokenizer"."""
+    scale, _, tokenizer = argument.partition(",")
     config = ConfigDict()
     config.stage = "tokenizer"
     config.seed = 0
@@ -19,7 +23,7 @@ def get_config(scale: str = "small") -> ConfigDict:
     config.batch_size = 8  # clips; each gives timesteps x (rig + extra views) images
     config.data = ConfigDict(dict(dir="data/small", timesteps=2))
 
-    config.model = model(scale)
+    config.model = model(scale, tokenizer or "unitok")
     config.loss = ConfigDict(
         dict(l1_weight=0.2, l2_weight=1.0, quantizer_weight=1.0, foreground_weight=2.0)
     )
@@ -50,8 +54,26 @@ def get_config(scale: str = "small") -> ConfigDict:
     return config
 
 
-def model(scale: str) -> ConfigDict:
-    """Constructor arguments of `UniTok` at a scale."""
+def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
+    """Arguments of `tokenizer.make` at a scale: the constructor's of `UniTok` or `VQ16`."""
+    if tokenizer not in RELEASED:
+        raise ValueError(f"{tokenizer=} must be one of {sorted(RELEASED)}")
+    if tokenizer == "vq16":
+        if scale not in ("base", "paper"):
+            raise ValueError(f"{tokenizer=} goes with the scales base and paper, not {scale!r}")
+        return ConfigDict(
+            dict(
+                family="vq16",
+                resolution=256,
+                channels=128,
+                multipliers=(1, 1, 2, 2, 4),
+                num_blocks=2,
+                z_dim=256,
+                vocab_size=RELEASED[tokenizer]["vocab_size"],
+                code_dim=RELEASED[tokenizer]["code_dim"],
+                dtype="bfloat16",
+            )
+        )
     match scale:
         case "tiny":
             return ConfigDict(
@@ -102,9 +124,7 @@ def model(scale: str) -> ConfigDict:
                     tail="hybrid",
                     tail_channels=(320, 320, 160),
                     tail_depths=(4, 2),
-                    num_codebooks=8,
-                    vocab_size=4096,
-                    code_dim=64,
+                    **RELEASED["unitok"],
                     learned_positions=False,
                     dtype="bfloat16",
                 )

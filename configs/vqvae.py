@@ -4,13 +4,18 @@
 
 `tiny` runs on two CPU cores in under ten minutes, after configs/tokenizer.py:tiny. `small` is for
 one GPU, `base` for one to four, `paper` for eight (paper section 4.1; the paper gives no sizes).
+The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,vq16`.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from fourdstar_jax.tokenizer import RELEASED
 
-def get_config(scale: str = "small") -> ConfigDict:
+
+def get_config(argument: str = "small") -> ConfigDict:
+    """`argument` is "scale" or "scale,tokenizer", the released tokenizer that it builds on."""
+    scale, _, tokenizer = argument.partition(",")
     config = ConfigDict()
     config.stage = "vqvae"
     config.seed = 0
@@ -19,7 +24,7 @@ def get_config(scale: str = "small") -> ConfigDict:
     config.data = ConfigDict(dict(dir=f"data/{scale}", timesteps=8))
     config.bundle = "runs/tokenizer/bundle"  # holds the frozen tokenizer
 
-    config.model = model(scale)
+    config.model = model(scale, tokenizer or "unitok")
     # What is rendered of each object and step; the tokens of all timesteps and views go in.
     config.render = ConfigDict(dict(num_timesteps=4, num_views=4))
     config.loss = ConfigDict(
@@ -65,8 +70,12 @@ def get_config(scale: str = "small") -> ConfigDict:
     return config
 
 
-def model(scale: str) -> ConfigDict:
+def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
     """Constructor arguments of `VQVAE4D` at a scale."""
+    if tokenizer not in RELEASED:
+        raise ValueError(f"{tokenizer=} must be one of {sorted(RELEASED)}")
+    if tokenizer != "unitok" and scale not in ("base", "paper"):
+        raise ValueError(f"{tokenizer=} goes with the scales base and paper, not {scale!r}")
     match scale:
         case "tiny":
             return ConfigDict(
@@ -114,7 +123,7 @@ def model(scale: str) -> ConfigDict:
                 dict(
                     resolution=256,
                     grid=16,
-                    code_dim=64,
+                    code_dim=RELEASED[tokenizer]["code_dim"],
                     dim=1024,
                     num_blocks=31,
                     num_heads=16,

@@ -38,9 +38,9 @@ from fourdstar_jax.tokenizer.base import TokenizerSpec
 FORMAT = "fourdstar_jax bundle"
 VERSION = 1
 FILE = "model.json"
-# stage -> where its module class is
+# stage -> where its module class, or what makes it, is
 STAGES = {
-    "tokenizer": ("fourdstar_jax.tokenizer.unitok", "UniTok"),
+    "tokenizer": ("fourdstar_jax.tokenizer", "make"),  # of the family that the arguments name
     "vqvae": ("fourdstar_jax.vqvae.model", "VQVAE4D"),
     "star": ("fourdstar_jax.star.model", "STAR"),
 }
@@ -263,8 +263,8 @@ def _read_arrays(folder: Path, stage: str, description: dict) -> dict[str, np.nd
 
 def _build(stage: str, description: dict, arrays: dict[str, np.ndarray]) -> Any:
     """The stage's module, never initialised: its shapes alone, filled with `arrays`."""
-    module_name, class_name = STAGES[stage]
-    make = getattr(importlib.import_module(module_name), class_name)
+    module_name, maker = STAGES[stage]
+    make = getattr(importlib.import_module(module_name), maker)
     arguments = module_arguments(description["stages"][stage]["model"])
     with sharding.use_mesh(devices=jax.devices()[:1]):
         try:
@@ -272,7 +272,7 @@ def _build(stage: str, description: dict, arrays: dict[str, np.ndarray]) -> Any:
                 lambda key: sharding.build(make, key, **arguments), jax.random.key(0)
             )
         except TypeError as error:
-            raise ValueError(f"bundle: {class_name} of this version differs: {error}") from error
+            raise ValueError(f"bundle: {stage} of this version differs: {error}") from error
     wanted = named_arrays(model)
     if differing := sorted(set(wanted) ^ set(arrays)):
         raise ValueError(

@@ -11,7 +11,7 @@ from flax import nnx
 
 from fourdstar_jax import bundle, geometry, sharding
 from fourdstar_jax.star.model import STAR, Condition
-from fourdstar_jax.tokenizer.unitok import UniTok
+from fourdstar_jax.tokenizer import RELEASED, make
 from fourdstar_jax.train.state import count_parameters
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.model import VQVAE4D
@@ -19,14 +19,16 @@ from fourdstar_jax.vqvae.model import VQVAE4D
 pytestmark = pytest.mark.ci
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SCALES = ("tiny", "small", "base", "paper")
-STAGES = {"tokenizer": UniTok, "vqvae": VQVAE4D, "star": STAR}
+SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
+STAGES = {"tokenizer": make, "vqvae": VQVAE4D, "star": STAR}
 # Millions of parameters, tokenizer, vqvae and star: from the sizes of the published parts.
 MILLIONS = {
     "tiny": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
     "small": ((3, 7), (3, 7), (11, 17)),
     "base": ((680, 710), (360, 420), (330, 390)),
     "paper": ((680, 710), (370, 430), (800, 870)),
+    "base,vq16": ((71.8, 71.9), (360, 420), (330, 390)),
+    "paper,vq16": ((71.8, 71.9), (370, 430), (800, 870)),
 }
 
 
@@ -45,10 +47,10 @@ def arguments_of(stage, scale):
 
 
 def shapes(stage, scale):
-    def make(key):
+    def build(key):
         return sharding.build(STAGES[stage], key, **arguments_of(stage, scale))
 
-    return jax.eval_shape(make, jax.random.key(0))
+    return jax.eval_shape(build, jax.random.key(0))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -83,7 +85,7 @@ def test_stages_fit_together(scale):
         features = jax.ShapeDtypeStruct((*ids.shape, text["text_dim"]), jnp.float32)
     images = jax.ShapeDtypeStruct((B, T, V, size, size, 3), jnp.float32)
     decoded, loss = jax.eval_shape(run, tokenizer, vqvae, star, images, ids, features)
-    expected = {"tiny": 16, "small": 64, "base": 128, "paper": 128}[scale] ** 2 * V
+    expected = {"tiny": 16, "small": 64}.get(scale, 128) ** 2 * V
     assert decoded.gaussians.means.shape == (B, T, expected, 3)
     assert loss.shape == ()
 
@@ -92,3 +94,21 @@ def test_stages_fit_together(scale):
 def test_unknown_scale_names_the_scales(stage):
     with pytest.raises(ValueError, match="tiny, small, base or paper"):
         config_of(stage, "huge")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_scales_of_their_own_tokenizer_take_no_other(stage):
+    with pytest.raises(ValueError, match="base and paper, not 'small'"):
+        config_of(stage, "small,vq16")
+    with pytest.raises(ValueError, match=r"'vqgan' must be one of \['unitok', 'vq16'\]"):
+        config_of(stage, "base,vqgan")
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_of_released_codes_are_said_in_one_place(name):
+    star = config_of("star", f"paper,{name}").model
+    assert {key: star[key] for key in RELEASED[name]} == RELEASED[name]
+    assert config_of("vqvae", f"paper,{name}").model.code_dim == RELEASED[name]["code_dim"]
+    assert config_of("star", f"paper,{name}").data.dir == f"data/paper_{name}_tokens"
+    plain, named = (config_of("star", x).model for x in ("paper", "paper,unitok"))
+    assert plain.to_dict() == named.to_dict()

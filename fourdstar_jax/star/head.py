@@ -38,10 +38,10 @@ class DepthHead(nnx.Module):
     ):
         kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
         self.input = nn.linear(dim, head_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.tables = vector(
-            rngs.params(), num_codebooks - 1, vocab_size, head_dim, std=1.0,
-            axes=(None, "vocab", None),
-        )  # fmt: skip
+        shape, axes = (num_codebooks - 1, vocab_size, head_dim), (None, "vocab", None)
+        # One code a token has none before it, and checkpoints hold no empty arrays.
+        several = num_codebooks > 1
+        self.tables = vector(rngs.params(), *shape, std=1.0, axes=axes) if several else None
         self.layers = nnx.List(
             [Layer(head_dim, num_heads, hidden_dim, **kw) for _ in range(num_layers)]
         )
@@ -60,8 +60,9 @@ class DepthHead(nnx.Module):
     ) -> Float[Array, "R K vocab"]:
         """Logits of every code given the ones before it."""
         x = self.input(hidden)[:, None]
-        codes = self.tables[...][jnp.arange(self.num_codebooks - 1), tokens[:, :-1]]
-        x = jnp.concatenate([x, codes.astype(x.dtype)], axis=1)  # [R, K, D]
+        if self.tables is not None:
+            codes = self.tables[...][jnp.arange(self.num_codebooks - 1), tokens[:, :-1]]
+            x = jnp.concatenate([x, codes.astype(x.dtype)], axis=1)  # [R, K, D]
         mask = np.tri(self.num_codebooks, dtype=bool)
         for layer in self.layers:
             x, _ = layer(x, mask=mask)
@@ -85,7 +86,7 @@ class DepthHead(nnx.Module):
                 )  # fmt: skip
             logits.append(self.logits(self.norm(x)[:, 0], code))
             tokens.append(pick(code, logits[-1]))
-            if code < self.num_codebooks - 1:
+            if self.tables is not None and code < self.num_codebooks - 1:
                 x = self.tables[...][code, tokens[-1]][:, None].astype(x.dtype)
         return jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1)
 

@@ -1,0 +1,30 @@
+"""Image tokenizers, images to integers and back: UniTok's family and LlamaGen's VQ."""
+
+from typing import Any
+
+# Codes of the released tokenizers, both of 16 x 16 tokens an image of 256 pixels: what the configs
+# of the stages after one must agree on.
+RELEASED = {
+    "unitok": {"num_codebooks": 8, "vocab_size": 4096, "code_dim": 64},  # arXiv:2502.20321
+    "vq16": {"num_codebooks": 1, "vocab_size": 16384, "code_dim": 8},  # arXiv:2406.06525
+}
+
+
+def make(family: str = "unitok", **arguments: Any) -> Any:
+    """A tokenizer, behind `base.Tokenizer`, from the arguments of its family's constructor.
+
+    `family` is "unitok" (`unitok.UniTok`) or "vq16" (`vq16.VQ16`). Configs and bundles name it
+    beside the other arguments; those that do not are of UniTok's family. Raises ValueError for
+    another one.
+    """
+    match family:
+        case "unitok":
+            from fourdstar_jax.tokenizer.unitok import UniTok
+
+            return UniTok(**arguments)
+        case "vq16":
+            from fourdstar_jax.tokenizer.vq16 import VQ16
+
+            return VQ16(**arguments)
+        case _:
+            raise ValueError(f"tokenizer {family=} must be unitok or vq16")

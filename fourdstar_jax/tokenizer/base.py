@@ -1,9 +1,13 @@
 """What every tokenizer has in common: its spec, which travels with the tokens, and its protocol."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import jax
+import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
@@ -66,3 +70,15 @@ class Tokenizer(Protocol):
     def codebooks(self) -> Float[Array, "K vocab d"]:
         """The vectors `codes` looks up."""
         ...
+
+
+def weights_sha256(model: nnx.Module) -> str:
+    """SHA-256 over the names, shapes and float32 bytes of all parameters, in order of name."""
+    digest = hashlib.sha256()
+    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    named = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
+    for name, leaf in named:
+        values = np.asarray(leaf, np.float32)
+        digest.update(f"{name}{values.shape}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()

@@ -6,14 +6,12 @@ upsampling convolution a level, for models that train on a CPU. Names follow the
 (`encoder.blocks.0.attn.qkv`, `quant_proj.mlp.w0`, ...). Pictures are NHWC, tokens row-major.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import Initializer
@@ -22,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from fourdstar_jax import sharding
 from fourdstar_jax.nn import Dtype, linear
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.tokenizer.base import TokenizerSpec
+from fourdstar_jax.tokenizer.base import TokenizerSpec, weights_sha256
 
 BLOCK_EPS = 1e-6  # LayerNorms of blocks, stems and GeGLU
 PROJECTION_EPS = 1e-5  # LayerNorms of AttnProjection: torch's default
@@ -34,6 +32,7 @@ def conv(
     size: int,
     *,
     stride: int = 1,
+    padding: tuple[int, int] | None = None,
     depthwise: bool = False,
     axis: str | None = "mlp",
     init: Initializer | None = None,
@@ -43,7 +42,8 @@ def conv(
 ) -> nnx.Conv:
     """Square convolution with torch's symmetric padding; `axis` is the output channels' name.
 
-    Flax's "SAME" pads even sizes by (0, 1) at stride 2: another network than the released one.
+    Flax's "SAME" pads even sizes by (0, 1) at stride 2: another network than the released UniTok,
+    but the one of VQ-16, which asks for it by `padding`, pixels (before, after) both ways.
     """
     kernel_init = init if init is not None else nnx.initializers.lecun_normal()
     bias_init = nnx.initializers.zeros
@@ -57,7 +57,7 @@ def conv(
         dout,
         (size, size),
         strides=stride,
-        padding=[(size // 2, size // 2)] * 2,
+        padding=[padding or (size // 2, size // 2)] * 2,
         feature_group_count=din if depthwise else 1,
         dtype=dtype,
         kernel_init=nnx.with_partitioning(kernel_init, (None, None, None, axis)),
@@ -716,15 +716,3 @@ class UniTok(nnx.Module):
             variable = state["quantizer"][name]
             state["quantizer"][name] = variable.replace(value)  # pyright: ignore[reportCallIssue]
         return nnx.merge(graphdef, state)
-
-
-def weights_sha256(model: nnx.Module) -> str:
-    """SHA-256 over the names, shapes and float32 bytes of all parameters, in order of name."""
-    digest = hashlib.sha256()
-    leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    named = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
-    for name, leaf in named:
-        values = np.asarray(leaf, np.float32)
-        digest.update(f"{name}{values.shape}".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()

@@ -66,8 +66,16 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/tokenizer.py) and leaves `<workdir>/bundle`.
 
     Restarts from the newest checkpoint in `workdir`, with the batches it would have seen.
-    Raises FloatingPointError when the loss is not finite.
+    Raises FloatingPointError when the loss is not finite, and NotImplementedError for a tokenizer
+    of another family than UniTok's.
     """
+    arguments = bundle.module_arguments(config.model.to_dict())
+    family = arguments.pop("family", "unitok")  # as in `tokenizer.make`
+    if family != "unitok":
+        raise NotImplementedError(
+            f"there is no training of a tokenizer of the family {family!r}: its released weights "
+            "are converted into a bundle, and the later stages train on that"
+        )
     key = jax.random.key(config.seed)
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         loader = functools.partial(
@@ -80,7 +88,6 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
-        arguments = bundle.module_arguments(config.model.to_dict())
         graphdef, state = train_state.create(UniTok, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         state, batches = checkpoints.restore(state, batches)

@@ -1,5 +1,6 @@
 """The three trainers in a row on a small dataset of boxes, and the object that comes out."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from fourdstar_jax import bundle, generate
+from fourdstar_jax import bundle, generate, sharding
 from fourdstar_jax.data import prepare
+from fourdstar_jax.tokenizer import make
 from fourdstar_jax.train import star, tokenizer, tokens, vqvae
 
 pytestmark = pytest.mark.ci
@@ -84,6 +86,44 @@ def test_stages_build_on_each_other_and_resume_exactly(data_dir, tmp_path, one_d
     straight, resumed = (bundle.weights_sha256(tmp_path / d / "bundle") for d in ("s", "again"))
     assert set(straight) == {"tokenizer", "vqvae", "star"}
     assert straight == resumed
+
+    model = generate.load(tmp_path / "s/bundle")
+    video = np.full((2, 16, 16, 3), 255, np.uint8)
+    video[:, 4:12, 4:12] = [200, 30, 30]
+    object4d = model.generate(video, fit="none", seed=1)
+    assert object4d.gaussians.means.shape == (2, 2 * 8 * 8, 3)
+    assert np.isfinite(object4d.gaussians.means).all()
+
+
+def test_stages_build_on_vq16(data_dir, tmp_path, one_device):
+    """A bundle with LlamaGen's tokenizer, one code a token, instead of UniTok."""
+    arguments = dict(
+        family="vq16", resolution=16, channels=32, multipliers=[1, 1, 1], num_blocks=1, z_dim=8,
+        vocab_size=32, code_dim=4,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    with sharding.use_mesh(devices=jax.devices()):
+        build = functools.partial(sharding.build, make, **arguments)
+        shapes = jax.eval_shape(build, jax.random.key(0))
+        frozen = jax.tree.map(
+            lambda x: np.asarray(rng.normal(0, 0.3, x.shape)).astype(x.dtype), shapes
+        )
+        bundle.save_stage(tmp_path / "t", "tokenizer", frozen, {"model": arguments})
+
+    config = config_of("vqvae", data_dir, tmp_path / "t", steps=2)
+    config.model.code_dim = 4
+    vqvae.train(config, tmp_path / "v")
+    token_dir = tmp_path / "tokens"
+    tokens.prepare_tokens(data_dir, tmp_path / "v/bundle", token_dir)
+    spec = json.loads((token_dir / "spec.json").read_text())["tokenizer"]
+    assert (spec["name"], spec["num_codebooks"], spec["vocab_size"]) == ("vq16", 1, 32)
+    config = config_of("star", token_dir, tmp_path / "v/bundle", steps=2)
+    config.model.update(num_codebooks=1, vocab_size=32, code_dim=4)
+    star.train(config, tmp_path / "s")
+    for stage in "vs":
+        text = (tmp_path / stage / "metrics.jsonl").read_text()
+        losses = [json.loads(line)["train/loss"] for line in text.splitlines()]
+        assert len(losses) == 1 and np.isfinite(losses[0]) and losses[0] > 0
 
     model = generate.load(tmp_path / "s/bundle")
     video = np.full((2, 16, 16, 3), 255, np.uint8)
