@@ -43,6 +43,7 @@ STAGES = {
     "tokenizer": ("fourdstar_jax.tokenizer.unitok", "UniTok"),
     "vqvae": ("fourdstar_jax.vqvae.model", "VQVAE4D"),
     "star": ("fourdstar_jax.star.model", "STAR"),
+    "text": ("fourdstar_jax.text.t5", "T5Encoder"),
 }
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
 MAX_JSON = 16 << 20  # bytes
