@@ -1,7 +1,8 @@
 """Model bundles: a folder with `model.json` and one safetensors file a stage.
 
 A bundle is all that generation needs, and all that a later stage needs of an earlier one. The
-stages are `tokenizer`, `vqvae` and `star`; a bundle grows with them. Only JSON and safetensors are
+stages are `tokenizer`, `vqvae` and `star`, and `text` where STAR takes features of T5; a bundle
+grows with them. Only JSON and safetensors are
 read, never a pickle.
 
 `model.json`:

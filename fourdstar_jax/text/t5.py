@@ -3,7 +3,7 @@
 A caption becomes the features [L, D] that STAR's text prefix takes with `text_encoder="t5"`: 120
 tokens of FLAN-T5 XL in the paper, computed once and for all (see `data.features`).
 
-What differs from other transformers: RMSNorm without a mean before each sublayer, no biases, queries
+What differs from other transformers: RMSNorm (no mean) before each sublayer, no biases, queries
 that are not scaled (the initialisation has it), heads whose width is independent of the model's,
 and a bias on the attention logits by bucketed distance that all layers share.
 
