@@ -1,8 +1,8 @@
 """Our T5 encoder against transformers' T5EncoderModel, block by block, with random weights.
 
-    python tests/parity/t5.py original --out DIR                  # a Python with torch, transformers
+    python tests/parity/t5.py original --out DIR    # by a Python with torch and transformers
     python tests/parity/t5.py original --out DIR --layers 1 --width xl
-    python tests/parity/t5.py compare DIR                         # ours, through convert/t5.py
+    python tests/parity/t5.py compare DIR           # ours, through convert/t5.py
 
 `original` writes DIR/weights.bin (the state dict as torch saves it, aliases of the table included),
 the same as weights.safetensors, and activations.safetensors: input and output of every block and
@@ -244,7 +244,7 @@ def own_errors(folder: str | Path) -> dict[str, float]:
 
     with safetensors.safe_open(Path(folder) / "activations.safetensors", "numpy") as file:
         names = [name for name in file.keys() if name.startswith("error/")]
-        return {name.removeprefix("error/"): float(file.get_tensor(name)) for name in names}
+        return {name.removeprefix("error/"): file.get_tensor(name).item() for name in names}
 
 
 def main() -> int:
