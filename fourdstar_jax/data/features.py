@@ -49,13 +49,15 @@ def captions_of(data_dir: str | Path) -> list[str]:
 
     manifest = pipeline.read_manifest(data_dir)
     builder: Any = tfds.builder_from_directory(str(data_dir))
-    # the images stay packed
-    fields: Any = tfds.decode.PartialDecoding({"appearance": True, "motion": True})
+    names = ("appearance", "motion")  # the images stay packed
+    fields: Any = tfds.features.FeaturesDict({name: tfds.features.Text() for name in names})
     found = {normal(NEUTRAL_PROMPT)}
     for split in manifest["splits"]:
-        for record in builder.as_data_source(split, decoders=fields):
-            words = (record["appearance"], record["motion"])
-            found.add(normal(caption(*(w.decode() if isinstance(w, bytes) else w for w in words))))
+        packed = builder.as_data_source(split).data_source
+        for i in range(len(packed)):
+            record = fields.deserialize_example_np(packed[i])
+            appearance, motion = (pipeline.as_text(record[k]) for k in names)
+            found.add(normal(caption(appearance, motion)))
     return sorted(found)
 
 

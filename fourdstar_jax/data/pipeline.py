@@ -103,7 +103,7 @@ class ClipSource:
             return self._cache[i]
         record = self._source[i]
         text = ("object_id", "clip_id", "asset_sha256", "clip_name", "split", "licence")
-        out: dict[str, Any] = {k: _text(record[k]) for k in (*text, "appearance", "motion")}
+        out: dict[str, Any] = {k: as_text(record[k]) for k in (*text, "appearance", "motion")}
         clip_index = int(record["clip_index"])
         splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
         s = self.manifest["settings"]
@@ -134,7 +134,8 @@ class ClipSource:
         self._source = open_split(self.data_dir, self.split)
 
 
-def _text(value) -> str:
+def as_text(value: bytes | str) -> str:
+    """A record's text."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
