@@ -452,7 +452,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for stage in bundle.STAGES:
         entry = description["stages"].get(stage)
         if entry is None:
-            print(f"  {stage}: not there yet")
+            if stage != "text" or _takes_text_features(description):
+                print(f"  {stage}: not there yet")
             continue
         print(f"  {stage}: {entry['num_parameters']:,} numbers as {entry['storage']}")
         print(f"    sha256 {entry['sha256']}")
@@ -460,6 +461,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
             print(f"    {name}: {str(value)[:200]}")
     packages = description.get("packages", {})
     print("  written by " + ", ".join(f"{k} {v}" for k, v in packages.items()))
+
+
+def _takes_text_features(description: dict[str, Any]) -> bool:
+    star = description["stages"].get("star", {})
+    return star.get("model", {}).get("text_encoder") == "t5"
 
 
 def _bench_rasterize(arguments: argparse.Namespace) -> None:

@@ -135,3 +135,10 @@ def test_bfloat16_is_near_and_float16_refused(encoder):
         build(dtype=jnp.float16)
     with pytest.raises(ValueError, match="num_buckets=6"):
         build(num_buckets=6)
+
+
+def test_the_size_of_flan_t5_xl():
+    sizes = dict(vocab_size=32128, dim=2048, num_layers=24, num_heads=32, head_dim=64)
+    build = functools.partial(sharding.build, t5.T5Encoder, **sizes, hidden_dim=5120)
+    shapes = jax.tree.leaves(jax.eval_shape(build, jax.random.key(0)))
+    assert sum(x.size for x in shapes) == 1_223_527_424  # transformers' count for the encoder

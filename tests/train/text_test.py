@@ -130,7 +130,8 @@ VIDEO[:, 4:12, 4:12] = [200, 30, 30]
 
 def test_star_trains_on_them_and_generates_with_the_encoder(trained, feature_dir):
     rows = [json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row) and rows
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(np.isfinite(row["train/loss"]) for row in rows)
     assert set(bundle.weights_sha256(trained / "bundle")) == {"tokenizer", "vqvae", "star", "text"}
     info = bundle.read(trained / "bundle")["stages"]["star"]["info"]
     assert info["text"] == TextFeatures(feature_dir).provenance and "words" not in info
@@ -173,12 +174,17 @@ def test_evaluation_takes_the_bundles_encoder(trained, data_dir):
     model = generate.load(trained / "bundle")
     clips = unseen._load(model, data_dir, "train")
     assert clips["text_features"].shape == (3, 120, 6)
-    rows = unseen._likelihood(model, clips, clips)
-    assert np.isfinite(rows["nll_novel"]["mean"] if "mean" in rows["nll_novel"] else 0)
+    seen = {tuple(row) for row in clips["text_ids"]}
+    assert len(seen) == 3 and (clips["text_ids"] != 0).any(axis=1).all()
+    figures = unseen._likelihood(model, clips, clips)
+    mean, low, high = figures["nll_novel"]
+    assert 0 < low <= mean <= high < 10  # ln 5 = 1.6 for an even guess
 
 
-def test_a_bundle_without_the_encoder_says_so(trained, tmp_path):
+def test_a_bundle_without_the_encoder_says_so(trained, tmp_path, capsys):
     bundle.copy(trained / "bundle", tmp_path / "b", stages=("tokenizer", "vqvae", "star"))
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 0
+    assert "text: not there yet" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no text stage"):
         generate.load(tmp_path / "b").generate(VIDEO, fit="none")
     save_encoder(tmp_path / "b", seed=1)
