@@ -13,6 +13,7 @@ was made with; its weights are half-precision numbers.
 
 import argparse
 import gzip
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -170,11 +171,10 @@ def load(folder: Path):
     from fourdstar_jax.convert import t5 as convert
     from fourdstar_jax.text.t5 import T5Encoder
 
-    try:
-        from fourdstar_jax.convert import torch_file  # pyright: ignore
-
-        tree = torch_file.read(folder / "weights.bin")
-    except ImportError:
+    reader = "fourdstar_jax.convert.torch_file"
+    if (folder / "weights.bin").is_file() and importlib.util.find_spec(reader):
+        tree = importlib.import_module(reader).read(folder / "weights.bin")
+    else:
         tree = safetensors.numpy.load_file(folder / "weights.safetensors")
     state = convert.find(tree)
     arguments = convert.arguments(state)
