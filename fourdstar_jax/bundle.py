@@ -1,7 +1,8 @@
 """Model bundles: a folder with `model.json` and one safetensors file a stage.
 
 A bundle is all that generation needs, and all that a later stage needs of an earlier one. The
-stages are `tokenizer`, `vqvae` and `star`; a bundle grows with them. Only JSON and safetensors are
+stages are `tokenizer`, `vqvae` and `star`, and `text` where STAR takes features of T5; a bundle
+grows with them. Only JSON and safetensors are
 read, never a pickle.
 
 `model.json`:
@@ -43,6 +44,7 @@ STAGES = {
     "tokenizer": ("fourdstar_jax.tokenizer", "make"),  # of the family that the arguments name
     "vqvae": ("fourdstar_jax.vqvae.model", "VQVAE4D"),
     "star": ("fourdstar_jax.star.model", "STAR"),
+    "text": ("fourdstar_jax.text.t5", "T5Encoder"),
 }
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
 MAX_JSON = 16 << 20  # bytes

@@ -153,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = add(
-        "prepare", _prepare, "render animated GLB files into a dataset, or a dataset into tokens"
+        "prepare",
+        _prepare,
+        "render animated GLB files into a dataset, or encode a dataset: tokens, text features",
     )
     command.add_argument("--assets", type=Path, metavar="DIR", help="folder of GLB files")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
@@ -179,8 +181,21 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="encode the dataset --data with the tokenizer --bundle",
     )
-    command.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode (--tokens)")
-    command.add_argument("--bundle", type=Path, metavar="DIR", help="has the tokenizer (--tokens)")
+    command.add_argument(
+        "--text_features",
+        "--text-features",
+        action="store_true",
+        help="encode the captions of the dataset --data with the text encoder of --bundle",
+    )
+    command.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode")
+    command.add_argument("--bundle", type=Path, metavar="DIR", help="has the encoder")
+    command.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16"],
+        default="bfloat16",
+        help="in which text features are kept",
+    )
+    command.add_argument("--batch", type=int, default=8, help="captions at once (--text_features)")
 
     command = add(
         "evaluate", _evaluate, "measure a bundle on the unseen clips of a dataset, with intervals"
@@ -366,6 +381,8 @@ def read_config(config: str, overrides: list[str]) -> Any:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    if arguments.tokens and arguments.text_features:
+        raise ValueError("give --tokens or --text_features, not both")
     if arguments.tokens:
         if arguments.data is None or arguments.bundle is None:
             raise ValueError("--tokens needs --data DIR and --bundle DIR")
@@ -373,6 +390,20 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
         tokens.prepare_tokens(
             arguments.data, arguments.bundle, arguments.out, overwrite=arguments.overwrite
+        )
+        return
+    if arguments.text_features:
+        if arguments.data is None or arguments.bundle is None:
+            raise ValueError("--text_features needs --data DIR and --bundle DIR")
+        from fourdstar_jax.train import text
+
+        text.prepare_features(
+            arguments.data,
+            arguments.bundle,
+            arguments.out,
+            dtype=arguments.dtype,
+            batch=arguments.batch,
+            overwrite=arguments.overwrite,
         )
         return
     if arguments.assets is None:
@@ -421,7 +452,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for stage in bundle.STAGES:
         entry = description["stages"].get(stage)
         if entry is None:
-            print(f"  {stage}: not there yet")
+            if stage != "text" or _takes_text_features(description):
+                print(f"  {stage}: not there yet")
             continue
         print(f"  {stage}: {entry['num_parameters']:,} numbers as {entry['storage']}")
         print(f"    sha256 {entry['sha256']}")
@@ -429,6 +461,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
             print(f"    {name}: {str(value)[:200]}")
     packages = description.get("packages", {})
     print("  written by " + ", ".join(f"{k} {v}" for k, v in packages.items()))
+
+
+def _takes_text_features(description: dict[str, Any]) -> bool:
+    star = description["stages"].get("star", {})
+    return star.get("model", {}).get("text_encoder") == "t5"
 
 
 def _bench_rasterize(arguments: argparse.Namespace) -> None:
