@@ -18,12 +18,13 @@ read, never a pickle.
 Tensors are named by their place in the module, `blocks/0/attention/qkv/kernel`.
 """
 
+import concurrent.futures
 import hashlib
 import importlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ STAGES = {
     "star": ("fourdstar_jax.star.model", "STAR"),
     "text": ("fourdstar_jax.text.t5", "T5Encoder"),
 }
+# weights of others that a stage can start from, and that are no stage of the model
+RAW_STAGES = ("trunk",)  # star's, from LlamaGen or MVAR: `star.warm_start`
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
 MAX_JSON = 16 << 20  # bytes
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
@@ -109,8 +112,21 @@ def save_stage(
     interrupted, the bundle is the old one, the new one, or one whose hash does not fit, which
     loading refuses. Replacing the tokenizer drops the stages trained on another one.
     """
-    if stage not in STAGES:
-        raise ValueError(f"{stage=} must be one of {sorted(STAGES)}")
+    save_arrays(folder, stage, named_arrays(model), config, storage=storage, **info)
+
+
+def save_arrays(
+    folder: str | os.PathLike[str],
+    stage: str,
+    named: Mapping[str, Any],
+    config: Any,
+    *,
+    storage: str = "float32",
+    **info: Any,
+) -> None:
+    """`save_stage` of arrays by name, where there is no module (yet)."""
+    if stage not in (*STAGES, *RAW_STAGES):
+        raise ValueError(f"{stage=} must be one of {sorted((*STAGES, *RAW_STAGES))}")
     if storage not in ("float32", "float16"):
         raise ValueError(f"{storage=} must be 'float32' or 'float16'")
     folder = Path(folder)
@@ -118,7 +134,7 @@ def save_stage(
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # pyright: ignore
 
     arrays = {}
-    for name, array in named_arrays(model).items():
+    for name, array in named.items():
         array = np.asarray(array)
         if array.dtype == np.float32:
             if not np.isfinite(array).all():
@@ -129,10 +145,13 @@ def save_stage(
         elif not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"{stage}: {name} has type {array.dtype}")
         arrays[name] = np.ascontiguousarray(array)
-    data = safetensors.numpy.save(arrays)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stage}.safetensors"
+    aside = _aside(path)
+    safetensors.numpy.save_file(arrays, aside)
     description["stages"][stage] = {
-        "file": f"{stage}.safetensors",
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "file": path.name,
+        "sha256": file_sha256(aside),
         "num_parameters": sum(array.size for array in arrays.values()),
         "storage": storage,
         "model": config["model"],
@@ -141,11 +160,10 @@ def save_stage(
     }
     description["packages"] = versions()
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{stage}.safetensors", data)
+    aside.replace(path)
     if stage == "tokenizer":
         # the spec of the weights as stored, which is what everybody will load
-        spec = _build(stage, description, arrays).spec.to_dict()
+        spec = _build(stage, description, set(arrays), arrays.__getitem__).spec.to_dict()
         if description["tokenizer"] not in (None, spec):
             for later in ("vqvae", "star"):
                 description["stages"].pop(later, None)
@@ -170,7 +188,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} has version {description.get('version')}; {VERSION} is read")
     stages = description.get("stages")
     keys = {"file", "sha256", "storage", "model", "config", "info"}
-    if not isinstance(stages, dict) or not set(stages) <= set(STAGES):
+    if not isinstance(stages, dict) or not set(stages) <= {*STAGES, *RAW_STAGES}:
         raise ValueError(f"{path} lists unknown stages; there are {sorted(STAGES)}")
     for stage, entry in stages.items():
         if not isinstance(entry, dict) or not keys <= set(entry):
@@ -185,17 +203,45 @@ def load_stage(folder: str | os.PathLike[str], stage: str) -> Any:
 
     Raises ValueError if the stage is missing, damaged, or of another shape than its description.
     """
+    if stage in RAW_STAGES:
+        raise ValueError(f"{stage} is no stage to run: star starts from it (config.warm_start)")
     description = read(folder)
+    _check_stage(folder, stage, description)
+    # The file is hashed in a thread, while its tensors go to the device one after another: no more
+    # than the mapped file, the module and a tensor are in memory.
+    path = _check_file(Path(folder), stage)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sha256 = pool.submit(file_sha256, path)
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                module = _build(stage, description, set(file.keys()), file.get_tensor)
+            if stage == "tokenizer":
+                TokenizerSpec.from_dict(description["tokenizer"] or {}).check(module.spec)
+        except (ValueError, safetensors.SafetensorError) as error:
+            _check_sha256(path, sha256.result(), description["stages"][stage])  # the likelier cause
+            if isinstance(error, safetensors.SafetensorError):
+                raise ValueError(f"{path} is not a safetensors file: {error}") from error
+            raise ValueError(f"bundle {folder}: {error}") from error
+        _check_sha256(path, sha256.result(), description["stages"][stage])
+    return module
+
+
+def load_arrays(folder: str | os.PathLike[str], stage: str) -> dict[str, np.ndarray]:
+    """One stage's arrays by name, as stored. Raises ValueError if it is missing or damaged."""
+    description = read(folder)
+    _check_stage(folder, stage, description)
+    path = _check_file(Path(folder), stage)
+    _check_sha256(path, file_sha256(path), description["stages"][stage])
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _check_stage(folder: Any, stage: str, description: dict) -> None:
     if stage not in description["stages"]:
         present = sorted(description["stages"]) or "no stage"
         raise ValueError(f"bundle {folder} has no {stage} yet (it has {present}): train that stage")
-    module = _build(stage, description, _read_arrays(Path(folder), stage, description))
-    if stage == "tokenizer":
-        try:
-            TokenizerSpec.from_dict(description["tokenizer"] or {}).check(module.spec)
-        except ValueError as error:
-            raise ValueError(f"bundle {folder}: {error}") from error
-    return module
 
 
 def copy(
@@ -241,49 +287,67 @@ def _write_description(folder: Path, description: dict[str, Any]) -> None:
     _replace(folder / FILE, text.encode())
 
 
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, which is read a piece at a time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
 def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    aside = _aside(path)
     aside.write_bytes(data)
     aside.replace(path)
 
 
-def _read_arrays(folder: Path, stage: str, description: dict) -> dict[str, np.ndarray]:
+def _check_file(folder: Path, stage: str) -> Path:
+    """A stage's file. Raises ValueError if it is missing or its header is out of all proportion."""
     path = folder / f"{stage}.safetensors"
     if not path.is_file():
         raise ValueError(f"bundle {folder} lacks {path.name}")
     with path.open("rb") as file:
         if int.from_bytes(file.read(8), "little") > MAX_HEADER:
             raise ValueError(f"{path} has a header above {MAX_HEADER} bytes")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != description["stages"][stage]["sha256"]:
+    return path
+
+
+def _check_sha256(path: Path, sha256: str, entry: dict) -> None:
+    if sha256 != entry["sha256"]:
         raise ValueError(f"{path} is not the file that {FILE} describes (its SHA-256 differs)")
-    try:
-        return safetensors.numpy.load(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _build(stage: str, description: dict, arrays: dict[str, np.ndarray]) -> Any:
-    """The stage's module, never initialised: its shapes alone, filled with `arrays`."""
+def shapes(stage: str, model_config: Mapping[str, Any]) -> Any:
+    """A stage's module, never initialised: `jax.ShapeDtypeStruct` in place of its arrays.
+
+    `model_config` holds the constructor's arguments. Raises ValueError for those it does not take.
+    """
     module_name, maker = STAGES[stage]
     make = getattr(importlib.import_module(module_name), maker)
-    arguments = module_arguments(description["stages"][stage]["model"])
+    arguments = module_arguments(model_config)
     with sharding.use_mesh(devices=jax.devices()[:1]):
         try:
-            model = jax.eval_shape(
+            return jax.eval_shape(
                 lambda key: sharding.build(make, key, **arguments), jax.random.key(0)
             )
         except TypeError as error:
             raise ValueError(f"bundle: {stage} of this version differs: {error}") from error
+
+
+def _build(stage: str, description: dict, names: set[str], get: Callable[[str], np.ndarray]) -> Any:
+    """The stage's module, filled with the arrays of these names that `get` returns."""
+    model = shapes(stage, description["stages"][stage]["model"])
     wanted = named_arrays(model)
-    if differing := sorted(set(wanted) ^ set(arrays)):
+    if differing := sorted(set(wanted) ^ names):
         raise ValueError(
-            f"bundle of another shape: {stage} has {len(set(wanted) - set(arrays))} tensors "
-            f"missing and {len(set(arrays) - set(wanted))} too many, {differing[0]} among them"
+            f"bundle of another shape: {stage} has {len(set(wanted) - names)} tensors "
+            f"missing and {len(names - set(wanted))} too many, {differing[0]} among them"
         )
     filled = []
     for name, target in wanted.items():
-        array = arrays[name]
+        array = get(name)
         if array.shape != target.shape:
             raise ValueError(
                 f"bundle of another shape: {stage} {name} is {array.shape}, not {target.shape}"

@@ -15,7 +15,6 @@ import fourdstar_jax
 # The model that comes with the package, and the demo's video beside it.
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 NOT_YET = {
-    "convert": "turn released PyTorch weights into a bundle",
     "view": "show a result in the browser",
     "export": "write a result in other splat formats",
 }
@@ -204,6 +203,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split", default="unseen_clip", help="unseen_clip or unseen_object")
     command.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
     _model_flag(command)
+
+    command = add(
+        "convert",
+        _convert,
+        "turn released PyTorch weights into a bundle, or a bundle's back",
+        description="Turn a released file into a stage of a bundle: unitok and vq16 into its "
+        "tokenizer, t5 into its text encoder, llamagen and mvar into weights that star can start "
+        "from. Nothing in the file is run, PyTorch is not needed, and every tensor is accounted "
+        "for. --reverse writes a stage as safetensors with the original's names.",
+    )
+    command.add_argument("kind", choices=["unitok", "vq16", "t5", "llamagen", "mvar"])
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help=".pth .pt .bin .safetensors .index.json; or BUNDLE"
+    )
+    command.add_argument("out", type=Path, metavar="OUT", help="bundle; or FILE.safetensors")
+    command.add_argument("--reverse", action="store_true", help="from the bundle FILE to OUT")
+    command.add_argument("--storage", choices=["float32", "float16"], default="float32")
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the arithmetic; bfloat16 is made for GPUs and TPUs",
+    )
 
     command = add("inspect", _inspect, "tell what a model bundle holds")
     command.add_argument("bundle", type=Path, nargs="?", default=BUNDLED_MODEL)
@@ -440,6 +462,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from fourdstar_jax.convert import command
+
+    if arguments.reverse:
+        shapes = command.reverse(arguments.kind, arguments.file, arguments.out)
+        print(f"{len(shapes)} tensors with {arguments.kind}'s names: {arguments.out}")
+        return
+    info = command.convert(
+        arguments.kind,
+        arguments.file,
+        arguments.out,
+        storage=arguments.storage,
+        dtype=arguments.dtype,
+    )
+    skipped = f", {info['not_needed']} not needed" if info["not_needed"] else ""
+    print(f"{info['tensors']} tensors{skipped}: {arguments.out}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
