@@ -2,7 +2,8 @@
 
 A bundle is all that generation needs, and all that a later stage needs of an earlier one. The
 stages are `tokenizer`, `vqvae` and `star`; a bundle grows with them. Only JSON and safetensors are
-read, never a pickle.
+read, never a pickle. A stage of `RAW_STAGES` has no module of ours: `trunk` holds released weights
+that STAR's training may start from (`config.warm_start`), by names of their own.
 
 `model.json`:
 
@@ -44,6 +45,7 @@ STAGES = {
     "vqvae": ("fourdstar_jax.vqvae.model", "VQVAE4D"),
     "star": ("fourdstar_jax.star.model", "STAR"),
 }
+RAW_STAGES = ("trunk",)  # arrays alone: `save_arrays`, `load_arrays`
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
 MAX_JSON = 16 << 20  # bytes
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
@@ -115,32 +117,8 @@ def save_stage(
     description = read(folder) if (folder / FILE).exists() else _empty()
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # pyright: ignore
 
-    arrays = {}
-    for name, array in named_arrays(model).items():
-        array = np.asarray(array)
-        if array.dtype == np.float32:
-            if not np.isfinite(array).all():
-                raise ValueError(f"{stage} holds values that are not finite: {name}")
-            array = array.astype(storage)
-            if not np.isfinite(array).all():
-                raise ValueError(f"{stage}: {name} does not fit into {storage=}")
-        elif not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{stage}: {name} has type {array.dtype}")
-        arrays[name] = np.ascontiguousarray(array)
-    data = safetensors.numpy.save(arrays)
-    description["stages"][stage] = {
-        "file": f"{stage}.safetensors",
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "num_parameters": sum(array.size for array in arrays.values()),
-        "storage": storage,
-        "model": config["model"],
-        "config": config,
-        "info": info,
-    }
-    description["packages"] = versions()
-
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{stage}.safetensors", data)
+    arrays = _storable(stage, named_arrays(model), storage)
+    _put_stage(folder, description, stage, arrays, storage, config, info)
     if stage == "tokenizer":
         # the spec of the weights as stored, which is what everybody will load
         spec = _build(stage, description, arrays).spec.to_dict()
@@ -148,6 +126,30 @@ def save_stage(
             for later in ("vqvae", "star"):
                 description["stages"].pop(later, None)
         description["tokenizer"] = spec
+    _write_description(folder, description)
+
+
+def save_arrays(
+    folder: str | os.PathLike[str],
+    stage: str,
+    arrays: Mapping[str, Any],
+    *,
+    model: Mapping[str, Any],
+    storage: str = "float32",
+    **info: Any,
+) -> None:
+    """Adds or replaces a stage of `RAW_STAGES`: arrays by name, floats of any size or integers.
+
+    `model` holds the sizes of what they are of, anything JSON can hold; otherwise as `save_stage`.
+    """
+    if stage not in RAW_STAGES:
+        raise ValueError(f"{stage=} must be one of {sorted(RAW_STAGES)}")
+    if storage not in ("float32", "float16"):
+        raise ValueError(f"{storage=} must be 'float32' or 'float16'")
+    folder = Path(folder)
+    description = read(folder) if (folder / FILE).exists() else _empty()
+    stored = _storable(stage, arrays, storage)
+    _put_stage(folder, description, stage, stored, storage, {"model": dict(model)}, info)
     _write_description(folder, description)
 
 
@@ -168,8 +170,9 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} has version {description.get('version')}; {VERSION} is read")
     stages = description.get("stages")
     keys = {"file", "sha256", "storage", "model", "config", "info"}
-    if not isinstance(stages, dict) or not set(stages) <= set(STAGES):
-        raise ValueError(f"{path} lists unknown stages; there are {sorted(STAGES)}")
+    known = {*STAGES, *RAW_STAGES}
+    if not isinstance(stages, dict) or not set(stages) <= known:
+        raise ValueError(f"{path} lists unknown stages; there are {sorted(known)}")
     for stage, entry in stages.items():
         if not isinstance(entry, dict) or not keys <= set(entry):
             raise ValueError(f"{path}: stage {stage} lacks some of {sorted(keys)}")
@@ -183,6 +186,8 @@ def load_stage(folder: str | os.PathLike[str], stage: str) -> Any:
 
     Raises ValueError if the stage is missing, damaged, or of another shape than its description.
     """
+    if stage in RAW_STAGES:
+        raise ValueError(f"{stage=} is no model: training STAR starts from it (config.warm_start)")
     description = read(folder)
     if stage not in description["stages"]:
         present = sorted(description["stages"]) or "no stage"
@@ -194,6 +199,24 @@ def load_stage(folder: str | os.PathLike[str], stage: str) -> Any:
         except ValueError as error:
             raise ValueError(f"bundle {folder}: {error}") from error
     return module
+
+
+def load_arrays(folder: str | os.PathLike[str], stage: str) -> dict[str, np.ndarray]:
+    """The arrays of a stage of `RAW_STAGES`, by name, as they are stored.
+
+    Raises ValueError if the stage is missing or damaged, or holds values that are not finite.
+    """
+    if stage not in RAW_STAGES:
+        raise ValueError(f"{stage=} must be one of {sorted(RAW_STAGES)}: others are models")
+    description = read(folder)
+    if stage not in description["stages"]:
+        present = sorted(description["stages"]) or "no stage"
+        raise ValueError(f"bundle {folder} has no {stage} (it has {present}): convert one")
+    arrays = _read_arrays(Path(folder), stage, description)
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise ValueError(f"bundle: {stage} {name} holds values that are not finite")
+    return arrays
 
 
 def copy(
@@ -232,6 +255,49 @@ def weights_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 def _empty() -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "tokenizer": None, "stages": {}}
+
+
+def _storable(stage: str, named: Mapping[str, Any], storage: str) -> dict[str, np.ndarray]:
+    """Arrays as a file holds them: floats, which must be finite, as `storage`; integers as is."""
+    arrays = {}
+    for name, array in named.items():
+        array = np.asarray(array)
+        if jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 too
+            if not np.isfinite(array).all():
+                raise ValueError(f"{stage} holds values that are not finite: {name}")
+            with np.errstate(over="ignore"):  # told by name
+                array = array.astype(storage)
+            if not np.isfinite(array).all():
+                raise ValueError(f"{stage}: {name} does not fit into {storage=}")
+        elif not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{stage}: {name} has type {array.dtype}")
+        arrays[name] = np.ascontiguousarray(array)
+    return arrays
+
+
+def _put_stage(
+    folder: Path,
+    description: dict[str, Any],
+    stage: str,
+    arrays: dict[str, np.ndarray],
+    storage: str,
+    config: Mapping[str, Any],
+    info: Mapping[str, Any],
+) -> None:
+    """Replaces a stage's file and its entry in `description`, which is still to be written."""
+    data = safetensors.numpy.save(arrays)
+    description["stages"][stage] = {
+        "file": f"{stage}.safetensors",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "num_parameters": sum(array.size for array in arrays.values()),
+        "storage": storage,
+        "model": config["model"],
+        "config": config,
+        "info": info,
+    }
+    description["packages"] = versions()
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"{stage}.safetensors", data)
 
 
 def _write_description(folder: Path, description: dict[str, Any]) -> None:
