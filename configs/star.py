@@ -6,7 +6,11 @@
 `tiny` runs on two CPU cores in under ten minutes, after configs/vqvae.py:tiny, and leaves a whole
 model in runs/star/bundle. `small` is for one GPU, `base` for one to four, `paper` for sixteen
 (paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also
-build on VQ-16 instead of UniTok: `base,vq16`.
+build on VQ-16 instead of UniTok (`base,vq16`), and take the features of FLAN-T5 XL, computed
+beforehand with a bundle that has it as its stage `text`:
+
+    fourdstar prepare --text_features --data data/base --bundle runs/vqvae/bundle \\
+        --out data/base_text
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +28,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.steps = 100_000
     config.batch_size = 64  # objects
     config.data = ConfigDict(dict(dir=f"data/{argument.replace(',', '_')}_tokens", timesteps=8))
+    config.data.text_features = placeholder(str)  # a folder, for text_encoder="t5"; None: words
     config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
 
     config.model = model(scale, tokenizer or "unitok")
@@ -63,8 +68,10 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.schedule.learning_rate = 5e-4
         case "base":
             config.batch_size = 32
+            config.data.text_features = "data/base_text"
         case "paper":
             config.data.timesteps = 24
+            config.data.text_features = "data/paper_text"
             config.loss.num_groups = 6
     return config
 

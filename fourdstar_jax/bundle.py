@@ -1,9 +1,9 @@
 """Model bundles: a folder with `model.json` and one safetensors file a stage.
 
 A bundle is all that generation needs, and all that a later stage needs of an earlier one. The
-stages are `tokenizer`, `vqvae` and `star`; a bundle grows with them. Only JSON and safetensors are
-read, never a pickle. A stage of `RAW_STAGES` has no module of ours: `trunk` holds released weights
-that STAR's training may start from (`config.warm_start`), by names of their own.
+stages are `tokenizer`, `vqvae` and `star`, and `text` where STAR takes features of T5; a bundle
+grows with them. Only JSON and safetensors are
+read, never a pickle.
 
 `model.json`:
 
@@ -18,12 +18,13 @@ that STAR's training may start from (`config.warm_start`), by names of their own
 Tensors are named by their place in the module, `blocks/0/attention/qkv/kernel`.
 """
 
+import concurrent.futures
 import hashlib
 import importlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ STAGES = {
     "tokenizer": ("fourdstar_jax.tokenizer", "make"),  # of the family that the arguments name
     "vqvae": ("fourdstar_jax.vqvae.model", "VQVAE4D"),
     "star": ("fourdstar_jax.star.model", "STAR"),
+    "text": ("fourdstar_jax.text.t5", "T5Encoder"),
 }
-RAW_STAGES = ("trunk",)  # arrays alone: `save_arrays`, `load_arrays`
+# weights of others that a stage can start from, and that are no stage of the model
+RAW_STAGES = ("trunk",)  # star's, from LlamaGen or MVAR: `star.warm_start`
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
 MAX_JSON = 16 << 20  # bytes
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
@@ -109,47 +112,62 @@ def save_stage(
     interrupted, the bundle is the old one, the new one, or one whose hash does not fit, which
     loading refuses. Replacing the tokenizer drops the stages trained on another one.
     """
-    if stage not in STAGES:
-        raise ValueError(f"{stage=} must be one of {sorted(STAGES)}")
+    save_arrays(folder, stage, named_arrays(model), config, storage=storage, **info)
+
+
+def save_arrays(
+    folder: str | os.PathLike[str],
+    stage: str,
+    named: Mapping[str, Any],
+    config: Any,
+    *,
+    storage: str = "float32",
+    **info: Any,
+) -> None:
+    """`save_stage` of arrays by name, where there is no module (yet)."""
+    if stage not in (*STAGES, *RAW_STAGES):
+        raise ValueError(f"{stage=} must be one of {sorted((*STAGES, *RAW_STAGES))}")
     if storage not in ("float32", "float16"):
         raise ValueError(f"{storage=} must be 'float32' or 'float16'")
     folder = Path(folder)
     description = read(folder) if (folder / FILE).exists() else _empty()
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # pyright: ignore
 
-    arrays = _storable(stage, named_arrays(model), storage)
-    _put_stage(folder, description, stage, arrays, storage, config, info)
+    arrays = {}
+    for name, array in named.items():
+        array = np.asarray(array)
+        if array.dtype == np.float32:
+            if not np.isfinite(array).all():
+                raise ValueError(f"{stage} holds values that are not finite: {name}")
+            array = array.astype(storage)
+            if not np.isfinite(array).all():
+                raise ValueError(f"{stage}: {name} does not fit into {storage=}")
+        elif not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{stage}: {name} has type {array.dtype}")
+        arrays[name] = np.ascontiguousarray(array)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stage}.safetensors"
+    aside = _aside(path)
+    safetensors.numpy.save_file(arrays, aside)
+    description["stages"][stage] = {
+        "file": path.name,
+        "sha256": file_sha256(aside),
+        "num_parameters": sum(array.size for array in arrays.values()),
+        "storage": storage,
+        "model": config["model"],
+        "config": config,
+        "info": info,
+    }
+    description["packages"] = versions()
+
+    aside.replace(path)
     if stage == "tokenizer":
         # the spec of the weights as stored, which is what everybody will load
-        spec = _build(stage, description, arrays).spec.to_dict()
+        spec = _build(stage, description, set(arrays), arrays.__getitem__).spec.to_dict()
         if description["tokenizer"] not in (None, spec):
             for later in ("vqvae", "star"):
                 description["stages"].pop(later, None)
         description["tokenizer"] = spec
-    _write_description(folder, description)
-
-
-def save_arrays(
-    folder: str | os.PathLike[str],
-    stage: str,
-    arrays: Mapping[str, Any],
-    *,
-    model: Mapping[str, Any],
-    storage: str = "float32",
-    **info: Any,
-) -> None:
-    """Adds or replaces a stage of `RAW_STAGES`: arrays by name, floats of any size or integers.
-
-    `model` holds the sizes of what they are of, anything JSON can hold; otherwise as `save_stage`.
-    """
-    if stage not in RAW_STAGES:
-        raise ValueError(f"{stage=} must be one of {sorted(RAW_STAGES)}")
-    if storage not in ("float32", "float16"):
-        raise ValueError(f"{storage=} must be 'float32' or 'float16'")
-    folder = Path(folder)
-    description = read(folder) if (folder / FILE).exists() else _empty()
-    stored = _storable(stage, arrays, storage)
-    _put_stage(folder, description, stage, stored, storage, {"model": dict(model)}, info)
     _write_description(folder, description)
 
 
@@ -170,9 +188,8 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} has version {description.get('version')}; {VERSION} is read")
     stages = description.get("stages")
     keys = {"file", "sha256", "storage", "model", "config", "info"}
-    known = {*STAGES, *RAW_STAGES}
-    if not isinstance(stages, dict) or not set(stages) <= known:
-        raise ValueError(f"{path} lists unknown stages; there are {sorted(known)}")
+    if not isinstance(stages, dict) or not set(stages) <= {*STAGES, *RAW_STAGES}:
+        raise ValueError(f"{path} lists unknown stages; there are {sorted(STAGES)}")
     for stage, entry in stages.items():
         if not isinstance(entry, dict) or not keys <= set(entry):
             raise ValueError(f"{path}: stage {stage} lacks some of {sorted(keys)}")
@@ -187,36 +204,44 @@ def load_stage(folder: str | os.PathLike[str], stage: str) -> Any:
     Raises ValueError if the stage is missing, damaged, or of another shape than its description.
     """
     if stage in RAW_STAGES:
-        raise ValueError(f"{stage=} is no model: training STAR starts from it (config.warm_start)")
+        raise ValueError(f"{stage} is no stage to run: star starts from it (config.warm_start)")
     description = read(folder)
-    if stage not in description["stages"]:
-        present = sorted(description["stages"]) or "no stage"
-        raise ValueError(f"bundle {folder} has no {stage} yet (it has {present}): train that stage")
-    module = _build(stage, description, _read_arrays(Path(folder), stage, description))
-    if stage == "tokenizer":
+    _check_stage(folder, stage, description)
+    # The file is hashed in a thread, while its tensors go to the device one after another: no more
+    # than the mapped file, the module and a tensor are in memory.
+    path = _check_file(Path(folder), stage)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sha256 = pool.submit(file_sha256, path)
         try:
-            TokenizerSpec.from_dict(description["tokenizer"] or {}).check(module.spec)
-        except ValueError as error:
+            with safetensors.safe_open(path, "numpy") as file:
+                module = _build(stage, description, set(file.keys()), file.get_tensor)
+            if stage == "tokenizer":
+                TokenizerSpec.from_dict(description["tokenizer"] or {}).check(module.spec)
+        except (ValueError, safetensors.SafetensorError) as error:
+            _check_sha256(path, sha256.result(), description["stages"][stage])  # the likelier cause
+            if isinstance(error, safetensors.SafetensorError):
+                raise ValueError(f"{path} is not a safetensors file: {error}") from error
             raise ValueError(f"bundle {folder}: {error}") from error
+        _check_sha256(path, sha256.result(), description["stages"][stage])
     return module
 
 
 def load_arrays(folder: str | os.PathLike[str], stage: str) -> dict[str, np.ndarray]:
-    """The arrays of a stage of `RAW_STAGES`, by name, as they are stored.
-
-    Raises ValueError if the stage is missing or damaged, or holds values that are not finite.
-    """
-    if stage not in RAW_STAGES:
-        raise ValueError(f"{stage=} must be one of {sorted(RAW_STAGES)}: others are models")
+    """One stage's arrays by name, as stored. Raises ValueError if it is missing or damaged."""
     description = read(folder)
+    _check_stage(folder, stage, description)
+    path = _check_file(Path(folder), stage)
+    _check_sha256(path, file_sha256(path), description["stages"][stage])
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _check_stage(folder: Any, stage: str, description: dict) -> None:
     if stage not in description["stages"]:
         present = sorted(description["stages"]) or "no stage"
-        raise ValueError(f"bundle {folder} has no {stage} (it has {present}): convert one")
-    arrays = _read_arrays(Path(folder), stage, description)
-    for name, array in arrays.items():
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            raise ValueError(f"bundle: {stage} {name} holds values that are not finite")
-    return arrays
+        raise ValueError(f"bundle {folder} has no {stage} yet (it has {present}): train that stage")
 
 
 def copy(
@@ -257,97 +282,72 @@ def _empty() -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "tokenizer": None, "stages": {}}
 
 
-def _storable(stage: str, named: Mapping[str, Any], storage: str) -> dict[str, np.ndarray]:
-    """Arrays as a file holds them: floats, which must be finite, as `storage`; integers as is."""
-    arrays = {}
-    for name, array in named.items():
-        array = np.asarray(array)
-        if jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 too
-            if not np.isfinite(array).all():
-                raise ValueError(f"{stage} holds values that are not finite: {name}")
-            with np.errstate(over="ignore"):  # told by name
-                array = array.astype(storage)
-            if not np.isfinite(array).all():
-                raise ValueError(f"{stage}: {name} does not fit into {storage=}")
-        elif not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"{stage}: {name} has type {array.dtype}")
-        arrays[name] = np.ascontiguousarray(array)
-    return arrays
-
-
-def _put_stage(
-    folder: Path,
-    description: dict[str, Any],
-    stage: str,
-    arrays: dict[str, np.ndarray],
-    storage: str,
-    config: Mapping[str, Any],
-    info: Mapping[str, Any],
-) -> None:
-    """Replaces a stage's file and its entry in `description`, which is still to be written."""
-    data = safetensors.numpy.save(arrays)
-    description["stages"][stage] = {
-        "file": f"{stage}.safetensors",
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "num_parameters": sum(array.size for array in arrays.values()),
-        "storage": storage,
-        "model": config["model"],
-        "config": config,
-        "info": info,
-    }
-    description["packages"] = versions()
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{stage}.safetensors", data)
-
-
 def _write_description(folder: Path, description: dict[str, Any]) -> None:
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     _replace(folder / FILE, text.encode())
 
 
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, which is read a piece at a time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
 def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    aside = _aside(path)
     aside.write_bytes(data)
     aside.replace(path)
 
 
-def _read_arrays(folder: Path, stage: str, description: dict) -> dict[str, np.ndarray]:
+def _check_file(folder: Path, stage: str) -> Path:
+    """A stage's file. Raises ValueError if it is missing or its header is out of all proportion."""
     path = folder / f"{stage}.safetensors"
     if not path.is_file():
         raise ValueError(f"bundle {folder} lacks {path.name}")
     with path.open("rb") as file:
         if int.from_bytes(file.read(8), "little") > MAX_HEADER:
             raise ValueError(f"{path} has a header above {MAX_HEADER} bytes")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != description["stages"][stage]["sha256"]:
+    return path
+
+
+def _check_sha256(path: Path, sha256: str, entry: dict) -> None:
+    if sha256 != entry["sha256"]:
         raise ValueError(f"{path} is not the file that {FILE} describes (its SHA-256 differs)")
-    try:
-        return safetensors.numpy.load(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _build(stage: str, description: dict, arrays: dict[str, np.ndarray]) -> Any:
-    """The stage's module, never initialised: its shapes alone, filled with `arrays`."""
+def shapes(stage: str, model_config: Mapping[str, Any]) -> Any:
+    """A stage's module, never initialised: `jax.ShapeDtypeStruct` in place of its arrays.
+
+    `model_config` holds the constructor's arguments. Raises ValueError for those it does not take.
+    """
     module_name, maker = STAGES[stage]
     make = getattr(importlib.import_module(module_name), maker)
-    arguments = module_arguments(description["stages"][stage]["model"])
+    arguments = module_arguments(model_config)
     with sharding.use_mesh(devices=jax.devices()[:1]):
         try:
-            model = jax.eval_shape(
+            return jax.eval_shape(
                 lambda key: sharding.build(make, key, **arguments), jax.random.key(0)
             )
         except TypeError as error:
             raise ValueError(f"bundle: {stage} of this version differs: {error}") from error
+
+
+def _build(stage: str, description: dict, names: set[str], get: Callable[[str], np.ndarray]) -> Any:
+    """The stage's module, filled with the arrays of these names that `get` returns."""
+    model = shapes(stage, description["stages"][stage]["model"])
     wanted = named_arrays(model)
-    if differing := sorted(set(wanted) ^ set(arrays)):
+    if differing := sorted(set(wanted) ^ names):
         raise ValueError(
-            f"bundle of another shape: {stage} has {len(set(wanted) - set(arrays))} tensors "
-            f"missing and {len(set(arrays) - set(wanted))} too many, {differing[0]} among them"
+            f"bundle of another shape: {stage} has {len(set(wanted) - names)} tensors "
+            f"missing and {len(names - set(wanted))} too many, {differing[0]} among them"
         )
     filled = []
     for name, target in wanted.items():
-        array = arrays[name]
+        array = get(name)
         if array.shape != target.shape:
             raise ValueError(
                 f"bundle of another shape: {stage} {name} is {array.shape}, not {target.shape}"

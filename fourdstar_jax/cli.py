@@ -15,7 +15,6 @@ import fourdstar_jax
 # The model that comes with the package, and the demo's video beside it.
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 NOT_YET = {
-    "convert": "turn released PyTorch weights into a bundle",
     "view": "show a result in the browser",
     "export": "write a result in other splat formats",
 }
@@ -153,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = add(
-        "prepare", _prepare, "render animated GLB files into a dataset, or a dataset into tokens"
+        "prepare",
+        _prepare,
+        "render animated GLB files into a dataset, or encode a dataset: tokens, text features",
     )
     command.add_argument("--assets", type=Path, metavar="DIR", help="folder of GLB files")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
@@ -179,8 +180,21 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="encode the dataset --data with the tokenizer --bundle",
     )
-    command.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode (--tokens)")
-    command.add_argument("--bundle", type=Path, metavar="DIR", help="has the tokenizer (--tokens)")
+    command.add_argument(
+        "--text_features",
+        "--text-features",
+        action="store_true",
+        help="encode the captions of the dataset --data with the text encoder of --bundle",
+    )
+    command.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode")
+    command.add_argument("--bundle", type=Path, metavar="DIR", help="has the encoder")
+    command.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16"],
+        default="bfloat16",
+        help="in which text features are kept",
+    )
+    command.add_argument("--batch", type=int, default=8, help="captions at once (--text_features)")
 
     command = add(
         "evaluate", _evaluate, "measure a bundle on the unseen clips of a dataset, with intervals"
@@ -189,6 +203,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split", default="unseen_clip", help="unseen_clip or unseen_object")
     command.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
     _model_flag(command)
+
+    command = add(
+        "convert",
+        _convert,
+        "turn released PyTorch weights into a bundle, or a bundle's back",
+        description="Turn a released file into a stage of a bundle: unitok and vq16 into its "
+        "tokenizer, t5 into its text encoder, llamagen and mvar into weights that star can start "
+        "from. Nothing in the file is run, PyTorch is not needed, and every tensor is accounted "
+        "for. --reverse writes a stage as safetensors with the original's names.",
+    )
+    command.add_argument("kind", choices=["unitok", "vq16", "t5", "llamagen", "mvar"])
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help=".pth .pt .bin .safetensors .index.json; or BUNDLE"
+    )
+    command.add_argument("out", type=Path, metavar="OUT", help="bundle; or FILE.safetensors")
+    command.add_argument("--reverse", action="store_true", help="from the bundle FILE to OUT")
+    command.add_argument("--storage", choices=["float32", "float16"], default="float32")
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the arithmetic; bfloat16 is made for GPUs and TPUs",
+    )
 
     command = add("inspect", _inspect, "tell what a model bundle holds")
     command.add_argument("bundle", type=Path, nargs="?", default=BUNDLED_MODEL)
@@ -366,6 +403,8 @@ def read_config(config: str, overrides: list[str]) -> Any:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    if arguments.tokens and arguments.text_features:
+        raise ValueError("give --tokens or --text_features, not both")
     if arguments.tokens:
         if arguments.data is None or arguments.bundle is None:
             raise ValueError("--tokens needs --data DIR and --bundle DIR")
@@ -373,6 +412,20 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
         tokens.prepare_tokens(
             arguments.data, arguments.bundle, arguments.out, overwrite=arguments.overwrite
+        )
+        return
+    if arguments.text_features:
+        if arguments.data is None or arguments.bundle is None:
+            raise ValueError("--text_features needs --data DIR and --bundle DIR")
+        from fourdstar_jax.train import text
+
+        text.prepare_features(
+            arguments.data,
+            arguments.bundle,
+            arguments.out,
+            dtype=arguments.dtype,
+            batch=arguments.batch,
+            overwrite=arguments.overwrite,
         )
         return
     if arguments.assets is None:
@@ -411,6 +464,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.out.write_text(text + "\n")
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from fourdstar_jax.convert import command
+
+    if arguments.reverse:
+        shapes = command.reverse(arguments.kind, arguments.file, arguments.out)
+        print(f"{len(shapes)} tensors with {arguments.kind}'s names: {arguments.out}")
+        return
+    info = command.convert(
+        arguments.kind,
+        arguments.file,
+        arguments.out,
+        storage=arguments.storage,
+        dtype=arguments.dtype,
+    )
+    skipped = f", {info['not_needed']} not needed" if info["not_needed"] else ""
+    print(f"{info['tensors']} tensors{skipped}: {arguments.out}")
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from fourdstar_jax import bundle
 
@@ -421,7 +492,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for stage in bundle.STAGES:
         entry = description["stages"].get(stage)
         if entry is None:
-            print(f"  {stage}: not there yet")
+            if stage != "text" or _takes_text_features(description):
+                print(f"  {stage}: not there yet")
             continue
         print(f"  {stage}: {entry['num_parameters']:,} numbers as {entry['storage']}")
         print(f"    sha256 {entry['sha256']}")
@@ -429,6 +501,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
             print(f"    {name}: {str(value)[:200]}")
     packages = description.get("packages", {})
     print("  written by " + ", ".join(f"{k} {v}" for k, v in packages.items()))
+
+
+def _takes_text_features(description: dict[str, Any]) -> bool:
+    star = description["stages"].get("star", {})
+    return star.get("model", {}).get("text_encoder") == "t5"
 
 
 def _bench_rasterize(arguments: argparse.Namespace) -> None:

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from fourdstar_jax import bundle, geometry
 from fourdstar_jax.data import video as video_input
+from fourdstar_jax.data.features import stored
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.star.model import Condition
+from fourdstar_jax.text import t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.text.words import WordTokenizer
 from fourdstar_jax.types import Cameras, Gaussians
@@ -64,7 +66,7 @@ def load(folder: str | os.PathLike[str]) -> "Model":
 
 
 class Model:
-    """The three stages of a bundle, loaded as they are needed, and what they are called with."""
+    """The stages of a bundle, loaded as they are needed, and what they are called with."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
@@ -102,6 +104,49 @@ class Model:
         if not isinstance(words, dict):
             raise ValueError(f"bundle {self.folder}: star.info.words, the vocabulary, is missing")
         return WordTokenizer.from_dict(words)
+
+    @property
+    def text_encoder(self) -> str:
+        """What STAR takes its text from: "words", a table of its own, or "t5", the stage `text`."""
+        self._info("star")  # says so if there is none
+        return self.description["stages"]["star"]["model"].get("text_encoder", "words")
+
+    @functools.cached_property
+    def text(self) -> Any:
+        """The text encoder; ValueError without one, or with another than STAR was trained on."""
+        if "text" not in self.description["stages"]:
+            raise ValueError(
+                f"bundle {self.folder} has no text stage, the T5 encoder that its star takes text "
+                "features of: add that stage to generate"
+            )
+        wanted = self._info("star").get("text", {}).get("encoder_sha256")
+        found = self.description["stages"]["text"]["sha256"]
+        if wanted not in (None, found):
+            raise ValueError(
+                f"bundle {self.folder}: its star was trained on features of the text encoder "
+                f"{wanted[:16]}, its text stage is {found[:16]}"
+            )
+        return bundle.load_stage(self.folder, "text")
+
+    def encode_text(
+        self, prompt: str
+    ) -> tuple[Int[np.ndarray, " L"], Shaped[np.ndarray, "L C"] | None]:
+        """Ids and, of a STAR with text_encoder="t5", features, rounded as in its training."""
+        if self.text_encoder == "words":
+            return self.words([prompt])[0], None
+        arguments = self.description["stages"]["star"]["model"]
+        ids, mask = t5.tokenize([prompt], arguments["text_length"])
+        features = np.asarray(_encode_text(self.text, ids, mask))
+        if features.shape[-1] != arguments["text_dim"]:
+            raise ValueError(
+                f"bundle {self.folder}: its text stage is {features.shape[-1]} wide, its star "
+                f"takes {arguments['text_dim']}"
+            )
+        dtype = self._info("star").get("text", {}).get("dtype")
+        features = np.where(mask[..., None], features, 0)
+        if dtype is not None:
+            features = stored(features, dtype, [prompt])
+        return ids[0], features[0]
 
     def cameras(self, size: int) -> Cameras:
         """The rig `[V, ...]` with intrinsics for images of `size` pixels a side."""
@@ -162,13 +207,15 @@ class Model:
 
         star, count = self.star, len(images)
         prompt = text if text is not None else NEUTRAL_PROMPT
+        text_ids, text_features = self.encode_text(prompt)
         cameras = self.cameras(self.resolution)
         video_tokens = _encode(self.tokenizer, jnp.asarray(images))  # [T, n, K]
         condition = Condition(
-            text_ids=jnp.asarray(self.words([prompt])),
+            text_ids=jnp.asarray(text_ids)[None],
             video_tokens=video_tokens[None],
             times=jnp.arange(count, dtype=jnp.float32)[None],
             cameras=Cameras(*(jnp.asarray(x)[None] for x in cameras)),
+            text_features=None if text_features is None else jnp.asarray(text_features)[None],
         )
         if top_k is None:
             top_k = self._info("star").get("top_k")
@@ -193,7 +240,9 @@ class Model:
             "prompt": prompt,
             "input": info,
             "sampling": {"temperature": temperature, "top_k": top_k, "cfg": cfg},
-            **self._provenance(("tokenizer", "vqvae", "star")),
+            **self._provenance(
+                ("tokenizer", "vqvae", "star", *(["text"] if self.text_encoder == "t5" else []))
+            ),
         }
         return self._object(tokens, meta)
 
@@ -267,6 +316,11 @@ class Model:
             "versions": bundle.versions(),
             "device": jax.devices()[0].platform,
         }
+
+
+@jax.jit
+def _encode_text(encoder: Any, ids, mask) -> Float[Array, "B L C"]:
+    return encoder(ids, mask)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Layers that two models or more use: linear maps with named axes, attention, feed-forwards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +33,18 @@ def linear(
         bias_init=nnx.with_partitioning(nnx.initializers.zeros, axes[1:]),
         rngs=rngs,
     )
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, rngs: nnx.Rngs) -> Any:
+    """One module whose parameters have a leading axis of `number` layers, for `lax.scan`."""
+    layers = jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), number))
+
+    def annotate(x):
+        if isinstance(x, nnx.Variable) and (axes := x.get_metadata().get("out_sharding")):
+            return x.copy(out_sharding=("layers", *axes))
+        return x
+
+    return jax.tree.map(annotate, layers, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 class SwiGLU(nnx.Module):

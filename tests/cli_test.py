@@ -259,6 +259,7 @@ def test_inspect(capsys, tiny_bundle, tmp_path):
     assert code == 0
     for words in ("tokenizer", "vqvae", "star", "vocab_size 5", "max_timesteps", "jax"):
         assert words in out
+    assert "not there yet" not in out  # its star has words and needs no text encoder
     code, _, lines = run(capsys, "inspect", tmp_path)
     assert code == 2 and len(lines) == 1
 

@@ -9,11 +9,13 @@ A batch is a dict of numpy arrays (float32 unless it says otherwise):
     depth         [B, T, V, h, w, 1]  camera z (where the dataset has it)
     times         [B, T]  frames since the window's first
     text_ids      [B, L] int32          clip  [B] int32, the clip's number in the dataset
+    text_features [B, L, C]  with a text encoder that has features
 """
 
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from fourdstar_jax.data import splits, transforms
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.text.words import WordTokenizer
 
+# a caption to ids [L] and features [L, C], such as `features.TextFeatures`
+Features = Callable[[str], tuple[np.ndarray, np.ndarray]]
 RADIUS, FOV_DEG = 1.5, 49.1  # of every camera: L4GM's and LGM's rig
 
 
@@ -99,7 +103,7 @@ class ClipSource:
             return self._cache[i]
         record = self._source[i]
         text = ("object_id", "clip_id", "asset_sha256", "clip_name", "split", "licence")
-        out: dict[str, Any] = {k: _text(record[k]) for k in (*text, "appearance", "motion")}
+        out: dict[str, Any] = {k: as_text(record[k]) for k in (*text, "appearance", "motion")}
         clip_index = int(record["clip_index"])
         splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
         s = self.manifest["settings"]
@@ -130,7 +134,8 @@ class ClipSource:
         self._source = open_split(self.data_dir, self.split)
 
 
-def _text(value) -> str:
+def as_text(value: bytes | str) -> str:
+    """A record's text."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -147,11 +152,21 @@ class Windows:
         random: bool,
         rig_roll: bool,
         neutral_prompt: float,
+        features: Features | None = None,
     ):
         if timesteps < 1:
             raise ValueError(f"{timesteps=} must be positive")
         self.words, self.timesteps, self.random = words, timesteps, random
         self.rig_roll, self.neutral_prompt = rig_roll, neutral_prompt
+        self.features = features
+
+    def text(self, clip: dict[str, Any], neutral: bool) -> dict[str, np.ndarray]:
+        """What an example says of its text."""
+        text = NEUTRAL_PROMPT if neutral else caption(clip["appearance"], clip["motion"])
+        if self.features is None:
+            return {"text_ids": self.words([text])[0]}
+        ids, features = self.features(text)
+        return {"text_ids": ids, "text_features": features}
 
     def draw(
         self, num_frames: int, num_views: int, rng: np.random.Generator
@@ -167,7 +182,6 @@ class Windows:
     def __call__(self, clip: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         V = clip["rig_rgba"].shape[1]
         frames, view, neutral = self.draw(len(clip["frame_times"]), V, rng)
-        text = NEUTRAL_PROMPT if neutral else caption(clip["appearance"], clip["motion"])
         others = clip.get("extra_viewmats", np.zeros((0, 4, 4), np.float32))
         viewmats, extra_viewmats = clip["rig_viewmats"], others
         if view:
@@ -179,8 +193,8 @@ class Windows:
             "viewmats": viewmats,
             "Ks": np.roll(clip["rig_Ks"], -view, axis=0),
             "times": np.arange(self.timesteps, dtype=np.float32),
-            "text_ids": self.words([text])[0],
             "clip": np.int32(clip["index"]),
+            **self.text(clip, neutral),
         }
         if "extra_rgba" in clip:
             extra_images, extra_masks = transforms.on_white(clip["extra_rgba"][frames])
@@ -208,6 +222,7 @@ def make_loader(
     neutral_prompt: float | None = None,
     words: WordTokenizer | None = None,
     max_len: int = 12,
+    features: Features | None = None,
     worker_count: int = 0,
     cache_bytes: int = 2 << 30,
 ):
@@ -223,6 +238,7 @@ def make_loader(
         change parts of it.
       words: tokenizer of a model that exists; by default that of the training captions, with
         captions cut to `max_len` pieces.
+      features: of a caption, ids [L] and features [L, C] in place of the words' ids.
       worker_count: processes that read; 0 reads in threads of this one.
       cache_bytes: decoded clips kept in memory, a process.
     """
@@ -239,6 +255,7 @@ def make_loader(
             random,
             random if rig_roll is None else rig_roll,
             neutral_prompt,
+            features,
         ),
         batch_size=batch_size,
         seed=seed,

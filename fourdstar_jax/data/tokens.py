@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Float
 
 from fourdstar_jax.data import pipeline, splits, transforms
-from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.text.words import WordTokenizer
 
 _TEXT = ("clip_id", "object_id", "asset_sha256", "split", "appearance", "motion")
@@ -234,12 +233,14 @@ def make_loader(
     neutral_prompt: float | None = None,
     words: WordTokenizer | None = None,
     max_len: int = 12,
+    features: pipeline.Features | None = None,
     worker_count: int = 0,
 ):
     """Like `pipeline.make_loader`, over tokens: `tokens` [B, T, V, n, K] int32 in place of images.
 
-    Batches also hold `viewmats`, `Ks`, `times`, `text_ids` and `clip`. With the same seed they are
-    the same clips, windows, rolls and prompts as those of the images.
+    Batches also hold `viewmats`, `Ks`, `times`, `text_ids`, `clip` and, with `features`,
+    `text_features`. With the same seed they are the same clips, windows, rolls and prompts as those
+    of the images.
     """
     if not isinstance(folder, TokenFolder):
         folder = TokenFolder(folder)
@@ -255,6 +256,7 @@ def make_loader(
             random,
             random if rig_roll is None else rig_roll,
             neutral_prompt,
+            features,
         ),
         batch_size=batch_size,
         seed=seed,
@@ -271,14 +273,13 @@ class _TokenWindows(pipeline.Windows):
         viewmats = clip["viewmats"]
         if view:
             viewmats, _ = transforms.input_view_to_front(viewmats, viewmats[:0], view)
-        text = NEUTRAL_PROMPT if neutral else caption(clip["appearance"], clip["motion"])
         return {
             "tokens": np.roll(clip["tokens"][frames], -view, axis=1).astype(np.int32),
             "viewmats": viewmats,
             "Ks": np.roll(clip["Ks"], -view, axis=0),
             "times": np.arange(self.timesteps, dtype=np.float32),
-            "text_ids": self.words([text])[0],
             "clip": np.int32(clip["index"]),
+            **self.text(clip, neutral),
         }
 
 

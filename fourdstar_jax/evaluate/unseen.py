@@ -6,6 +6,7 @@ object's container and swapped captions. Every difference is a mean over clips w
 interval; clips are seen from their first frame.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,25 @@ def evaluate(
 
 def _load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
     """A split's first windows, one array an entry, with their tokens `[clips, T, V, n, K]`."""
-    words = model.words if "star" in model.description["stages"] else None
+    encoder = model.text_encoder if "star" in model.description["stages"] else None
+
+    def features(text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids, features = model.encode_text(text)
+        assert features is not None
+        return ids, features
+
     loader = pipeline.make_loader(
         data_dir,
         split,
         batch_size=BATCH,
         timesteps=model.max_timesteps,
         train=False,
-        words=words,
+        words=model.words if encoder == "words" else None,
+        features=functools.cache(features) if encoder == "t5" else None,
     )
     encode = jax.jit(lambda tokenizer, images: tokenizer.encode(2 * images - 1))
-    wanted = ("images", "masks", "viewmats", "Ks", "times", "text_ids", "clip")
+    wanted = ["images", "masks", "viewmats", "Ks", "times", "text_ids", "clip"]
+    wanted += ["text_features"] if encoder == "t5" else []
     parts = []
     for batch in loader:
         tokens = encode(model.tokenizer, batch["images"])
@@ -129,8 +138,11 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
         per_clip = []
         for start in range(0, count, BATCH):
             own = np.arange(start, min(start + BATCH, count))
+            text = other[own] if swap == "text" else own
+            features = clips["text_features"][text] if "text_features" in clips else None
             condition = Condition(
-                text_ids=clips["text_ids"][other[own] if swap == "text" else own],
+                text_ids=clips["text_ids"][text],
+                text_features=features,
                 video_tokens=clips["tokens"][other[own] if swap == "video" else own][:, :, 0],
                 times=clips["times"][own],
                 cameras=Cameras(clips["viewmats"][own], clips["Ks"][own]),

@@ -7,7 +7,6 @@ prefix to all groups. Decoding runs the same layers with the prefix and the grou
 Blocks are Llama's (RMSNorm, SwiGLU, no biases) as in LlamaGen.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -192,18 +191,6 @@ class Layer(nnx.Module):
         return self.finish(x, y, None), cache
 
 
-def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, rngs: nnx.Rngs) -> Any:
-    """One module whose parameters have a leading axis of `number` layers, for `lax.scan`."""
-    layers = jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), number))
-
-    def annotate(x):
-        if isinstance(x, nnx.Variable) and (axes := x.get_metadata().get("out_sharding")):
-            return x.copy(out_sharding=("layers", *axes))
-        return x
-
-    return jax.tree.map(annotate, layers, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
 class Transformer(nnx.Module):
     """The layers, stacked and scanned over (a program of one layer compiles), and the last norm."""
 
@@ -222,7 +209,7 @@ class Transformer(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.layers = stack_layers(
+        self.layers = nn.stack_layers(
             lambda rngs: Layer(
                 dim, num_heads, hidden_dim, num_kv_heads=num_kv_heads, dropout=dropout,
                 init=init, dtype=dtype, rngs=rngs,

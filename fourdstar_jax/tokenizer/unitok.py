@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.nn.initializers import Initializer
@@ -287,7 +288,7 @@ class InvMbConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         y = gelu(self.conv1_1x1(self.pre_norm(x)))
-        if self.up is not None:
+        if self.up is not None and self.shortcut is not None:
             short, y = upsampled_conv(self.shortcut, x), upsampled_conv(self.up, y)
         else:
             short = x if self.shortcut is None else self.shortcut(x)

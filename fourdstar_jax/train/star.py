@@ -10,7 +10,9 @@ from flax import nnx
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import tokens
+from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.star.model import STAR, Condition
+from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -25,6 +27,7 @@ def condition_of(batch: dict) -> Condition:
         video_tokens=batch["tokens"][:, :, 0],
         times=batch["times"],
         cameras=Cameras(batch["viewmats"], batch["Ks"]),
+        text_features=batch.get("text_features"),
     )
 
 
@@ -56,6 +59,40 @@ def eval_step(graphdef, state, batch):
     return model.loss(groups_of(batch), condition_of(batch), train=False)[1]
 
 
+def text_features(config: Any, folder: tokens.TokenFolder) -> TextFeatures | None:
+    """The features of `config.data.text_features`, which text_encoder="t5" needs; else None.
+
+    Raises ValueError if a caption of the tokens has none, or the text encoder of `config.bundle` is
+    another one than theirs.
+    """
+    path, encoder = config.data.text_features, config.model.text_encoder
+    if encoder != "t5":
+        if path is not None:
+            raise ValueError(f"config.data.text_features={path!r}, but text_encoder={encoder!r}")
+        return None
+    if path is None:
+        raise ValueError(
+            "text_encoder='t5' needs config.data.text_features, a folder made by "
+            "`fourdstar prepare --text_features`"
+        )
+    features = TextFeatures(path)
+    captions = [NEUTRAL_PROMPT, *folder.content["train_captions"]]
+    if "unseen_clip" in folder.splits:
+        clips = tokens.TokenSource(folder, "unseen_clip")
+        captions += [
+            caption(c["appearance"], c["motion"]) for c in map(clips._read, range(len(clips)))
+        ]
+    features.check(captions, config.model.text_length, config.model.text_dim)
+    own = bundle.weights_sha256(config.bundle).get("text")
+    theirs = features.provenance["encoder_sha256"]
+    if own not in (None, theirs):
+        raise ValueError(
+            f"text_features={path!r} are of the text encoder {theirs[:16]}; bundle "
+            f"{config.bundle} has {own[:16]}"
+        )
+    return features
+
+
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/star.py) and leaves `<workdir>/bundle`.
 
@@ -67,10 +104,16 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     folder = tokens.TokenFolder(config.data.dir)
     folder.spec.check(bundle.spec(config.bundle))
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
+        features = text_features(config, folder)
         words = folder.word_tokenizer(config.model.text_length)
-        config.model.text_vocab = words.vocab_size
+        if features is None:
+            config.model.text_vocab = words.vocab_size
         loader = functools.partial(
-            tokens.make_loader, folder, words=words, timesteps=config.data.timesteps
+            tokens.make_loader,
+            folder,
+            words=words,
+            features=features,
+            timesteps=config.data.timesteps,
         )
         batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
         held_out = ()  # a dataset of one's own objects has no unseen clips
@@ -112,14 +155,18 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         writer.close()
         model = nnx.merge(graphdef, state.params, state.rest)
     if jax.process_index() == 0:
-        bundle.copy(config.bundle, f"{workdir}/bundle", stages=("tokenizer", "vqvae"))
+        stages = ["tokenizer", "vqvae"]
+        if features is not None and "text" in bundle.weights_sha256(config.bundle):
+            stages.append("text")
+        bundle.copy(config.bundle, f"{workdir}/bundle", stages=stages)
+        text = {"words": words.to_dict()} if features is None else {"text": features.provenance}
         bundle.save_stage(
             f"{workdir}/bundle",
             "star",
             model,
             config,
             storage=config.storage,
-            words=words.to_dict(),
             top_k=config.top_k,
+            **text,
             **folder.hashes,
         )

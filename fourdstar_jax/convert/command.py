@@ -1,0 +1,182 @@
+"""`fourdstar convert`: a released PyTorch file to a bundle of ours, and a bundle of ours back.
+
+Going there, names and shapes are checked strictly both ways: every tensor of theirs must be asked
+for or known not to be needed, and every tensor of ours must come from one. The bundle's stage
+tells where it is from (`info.converted`): the source's SHA-256 and the version of the map.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fourdstar_jax import bundle
+from fourdstar_jax.convert import rules, torch_file
+
+# kind of file -> stage of the bundle that it becomes
+KINDS = {
+    "unitok": "tokenizer",
+    "vq16": "tokenizer",
+    "t5": "text",
+    "llamagen": "trunk",
+    "mvar": "trunk",
+}
+MAX_INDEX = 16 << 20  # bytes, of the list of a model's shards
+
+
+def key_map(kind: str) -> Any:
+    """The module with a kind's names. Raises ValueError for an unknown kind."""
+    if kind not in KINDS:
+        raise ValueError(f"{kind=} must be one of {sorted(KINDS)}")
+    return importlib.import_module(f"fourdstar_jax.convert.{kind}")
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tree of a .pth, .pt, .bin or .safetensors file, or of shards by their .index.json.
+
+    Arrays are views of the mapped files where the format allows. Raises ValueError with the file
+    and the reason for what is none of these; nothing in a file is ever run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > bundle.MAX_HEADER:
+                raise ValueError(f"{path}: its header is above {bundle.MAX_HEADER} bytes")
+        try:
+            return dict(safetensors.numpy.load_file(path))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    tree = torch_file.read(path)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds a {type(tree).__name__}, not a dict")
+    return tree
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_INDEX:
+        raise ValueError(f"{path}: larger than {MAX_INDEX} bytes")
+    try:
+        names = json.loads(path.read_text())["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a list of shards: {error}") from error
+    tree = {}
+    for name in sorted({str(name) for name in names}):
+        if Path(name).name != name or name.endswith(".index.json"):
+            raise ValueError(f"{path}: names the file {name!r}, which is not one beside it")
+        tree |= read(path.parent / name)
+    return tree
+
+
+def convert(
+    kind: str,
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    storage: str = "float32",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Writes a released file as a stage of a bundle; returns what the stage's `info` says of it.
+
+    Args:
+      kind: "unitok", "vq16", "t5", "llamagen" or "mvar".
+      source: the released file (see `read`).
+      folder: the bundle, new or with other stages already.
+      storage: of the bundle's floats, float32 or float16.
+      dtype: of the arithmetic when the stage is loaded, float32 or bfloat16.
+
+    Raises ValueError that lists every missing, unknown or misshapen tensor by name.
+    """
+    names = key_map(kind)
+    stage = KINDS[kind]
+    state = _tensors(source, names.find(read(source)))
+    arguments = {**names.arguments(state), "dtype": dtype}
+    shapes = _shapes(names, stage, arguments)
+    table = names.rules(shapes)
+    if wrong := rules.check(state, rules.their_shapes(table, shapes), names.IGNORED):
+        raise ValueError(f"{source}: not the {kind} that is known here: " + "; ".join(wrong))
+    try:
+        arrays = rules.forward(table, state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    used = {name for rule in table for name in rule.theirs}
+    info = {
+        "kind": kind,
+        "key_map": names.VERSION,
+        "source": Path(source).name,
+        "source_sha256": bundle.file_sha256(source),
+        "tensors": len(used),
+        "not_needed": len(state) - len(used & set(state)),
+    }
+    config = {"model": arguments}
+    bundle.save_arrays(folder, stage, _float32(arrays), config, storage=storage, converted=info)
+    return info
+
+
+def reverse(
+    kind: str, folder: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> dict[str, tuple[int, ...]]:
+    """Writes a bundle's stage as a safetensors file with the original's names; returns the shapes.
+
+    PyTorch's users load it with `model.load_state_dict(safetensors.torch.load_file(out))`; what the
+    original has besides (UniTok's CLIP side, T5's decoder) is not in it: `strict=False`. Raises
+    ValueError if the bundle's stage is not of this kind, or `out` is not named .safetensors.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: the way back writes .safetensors, which PyTorch's users can load")
+    names = key_map(kind)
+    stage = KINDS[kind]
+    arrays = bundle.load_arrays(folder, stage)
+    arguments = bundle.read(folder)["stages"][stage]["model"]
+    shapes = {name: array.shape for name, array in arrays.items()}
+    try:
+        if wanted := set(_shapes(names, stage, arguments)) ^ set(shapes):
+            raise ValueError(f"{sorted(wanted)[0]} is in one of them only")
+        state = rules.backward(names.rules(shapes), _float32(arrays))
+        if again := names.arguments(state):
+            differing = [k for k in again if _plain(arguments.get(k, again[k])) != _plain(again[k])]
+            differing = [k for k in differing if k not in ("resolution", "dtype")]
+            if differing:
+                raise ValueError(f"{differing[0]} is {arguments[differing[0]]!r}")
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: its {stage} is not of the {kind} kind: {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    safetensors.numpy.save_file(contiguous, out, metadata={"format": "pt", "kind": kind})
+    return {name: array.shape for name, array in contiguous.items()}
+
+
+def _tensors(source: Any, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if wrong := [name for name, value in state.items() if not isinstance(value, np.ndarray)]:
+        raise ValueError(f"{source}: {wrong[0]} is no tensor")
+    return dict(state)
+
+
+def _shapes(names: Any, stage: str, arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of our arrays: of the stage's module, or as the key map says."""
+    if hasattr(names, "shapes"):
+        return names.shapes(arguments)
+    model = bundle.shapes(stage, arguments)
+    return {name: tuple(x.shape) for name, x in bundle.named_arrays(model).items()}
+
+
+def _float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Floats of every width as float32; integers as they are."""
+    return {
+        name: x if np.issubdtype(x.dtype, np.integer) else np.asarray(x, np.float32)
+        for name, x in arrays.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value

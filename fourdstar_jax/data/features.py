@@ -1,0 +1,252 @@
+"""A folder of text features: every caption of a dataset seen through a frozen text encoder.
+
+Layout of the folder (nothing in it is ever unpickled):
+
+    manifest.json            schema, the encoder (hash of its weights, arguments), length L, dim C,
+                             dtype, the dataset's hashes, count, files with their hashes, and the
+                             row of each caption by the SHA-256 of its `normal` form
+    rows_00000.safetensors   up to 256 rows: `features` [R, L, C], zero where there is no token;
+                             `ids` [R, L] int32, padded with 0; `num_tokens` [R] int32
+    rows_00001.safetensors ...
+
+FLAN-T5 XL's 120 x 2048 features in bfloat16 take 0.5 MB a caption. They are read row by row.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Int32
+
+from fourdstar_jax.data import pipeline
+from fourdstar_jax.text import t5
+from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
+
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+ROWS_A_FILE = 256
+
+
+def normal(text: str) -> str:
+    """The form in which captions are tokenised, and under which features are kept."""
+    return text.lower().strip()
+
+
+def key_of(text: str) -> str:
+    """SHA-256 of a caption's normal form."""
+    return hashlib.sha256(normal(text).encode()).hexdigest()
+
+
+def captions_of(data_dir: str | Path) -> list[str]:
+    """The captions of all clips of a dataset, all splits, and the neutral prompt; each once."""
+    import tensorflow_datasets as tfds
+
+    manifest = pipeline.read_manifest(data_dir)
+    builder: Any = tfds.builder_from_directory(str(data_dir))
+    names = ("appearance", "motion")  # the images stay packed
+    fields: Any = tfds.features.FeaturesDict({name: tfds.features.Text() for name in names})
+    found = {normal(NEUTRAL_PROMPT)}
+    for split in manifest["splits"]:
+        packed = builder.as_data_source(split).data_source
+        for i in range(len(packed)):
+            record = fields.deserialize_example_np(packed[i])
+            appearance, motion = (pipeline.as_text(record[k]) for k in names)
+            found.add(normal(caption(appearance, motion)))
+    return sorted(found)
+
+
+def write(
+    data_dir: str | Path,
+    out_dir: str | Path,
+    encode: Callable[[np.ndarray, np.ndarray], Any],
+    *,
+    encoder: Mapping[str, Any],
+    length: int = t5.LENGTH,
+    dtype: str = "bfloat16",
+    batch: int = 8,
+    overwrite: bool = False,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Encodes every caption of a dataset; returns the manifest's content.
+
+    Args:
+      encode: ids [batch, length] and mask to features [batch, length, C]; the last batch is filled
+        up, so one compiled shape serves all.
+      encoder: what the manifest says of the encoder; `sha256` is its weights'.
+
+    Raises ValueError when `out_dir` holds something (unless `overwrite`), for features that are not
+    finite or do not fit `dtype`, with the caption, and for another dtype than bfloat16 or float16.
+    """
+    from safetensors.numpy import save
+
+    out_dir = Path(out_dir)
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype=} must be one of {sorted(DTYPES)}")
+    if batch < 1:
+        raise ValueError(f"{batch=} must be positive")
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
+        raise ValueError(f"out_dir={str(out_dir)!r} is not empty (overwrite replaces it)")
+    texts = captions_of(data_dir)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
+    try:
+        files, dim = [], 0
+        for start in range(0, len(texts), ROWS_A_FILE):
+            part = texts[start : start + ROWS_A_FILE]
+            ids, mask = t5.tokenize(part, length)
+            features = _encode(part, ids, mask, encode, batch, dtype)
+            dim = features.shape[-1]
+            arrays = {"features": features, "ids": ids, "num_tokens": mask.sum(1, dtype=np.int32)}
+            data = save(arrays)
+            name = f"rows_{len(files):05d}.safetensors"
+            (partial / name).write_bytes(data)
+            files.append({"file": name, "sha256": hashlib.sha256(data).hexdigest()})
+            log(f"{start + len(part)} of {len(texts)} captions")
+        content = {
+            "schema": 1,
+            "encoder": dict(encoder),
+            "length": length,
+            "dim": dim,
+            "dtype": dtype,
+            "data": pipeline.provenance(data_dir),
+            "count": len(texts),
+            "rows_a_file": ROWS_A_FILE,
+            "files": files,
+            "rows": {key_of(text): row for row, text in enumerate(texts)},
+        }
+        (partial / "manifest.json").write_text(json.dumps(content, indent=1) + "\n")
+        pipeline.rename_into_place(partial, out_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return content
+
+
+def stored(features: np.ndarray, dtype: str, texts: Iterable[str]) -> np.ndarray:
+    """Features [B, L, C] in a storage dtype; ValueError names a caption whose do not fit."""
+    with np.errstate(over="ignore"):
+        out = np.asarray(features, np.float32).astype(DTYPES[dtype])
+    for text, row, before in zip(texts, out, features, strict=True):
+        if not np.isfinite(row.astype(np.float32)).all():
+            why = f"do not fit {dtype}" if np.isfinite(before).all() else "are not finite"
+            raise ValueError(f"the features of {text!r} {why}")
+    return out
+
+
+def _encode(texts, ids, mask, encode, batch: int, dtype: str) -> np.ndarray:
+    out = []
+    for lo in range(0, len(texts), batch):
+        count = len(texts[lo : lo + batch])
+        filled = [np.zeros((batch, ids.shape[1]), x.dtype) for x in (ids, mask)]
+        for whole, x in zip(filled, (ids, mask), strict=True):
+            whole[:count] = x[lo : lo + count]
+        features = np.asarray(encode(*filled), np.float32)[:count]
+        features = np.where(mask[lo : lo + count, :, None], features, 0)
+        out.append(stored(features, dtype, texts[lo : lo + count]))
+    return np.concatenate(out)
+
+
+class TextFeatures:
+    """A folder of text features, opened: called with a caption it gives ids and features.
+
+    Raises ValueError for a folder that is none, and when a file is read whose hash differs from
+    the manifest's.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+        path = self.path / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"text_features={str(folder)!r} has no manifest.json: not features")
+        try:
+            self.content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(self.content, dict) or self.content.get("schema") != 1:
+            raise ValueError(f"{path} is not a manifest of text features of schema 1")
+        keys = ("encoder", "length", "dim", "dtype", "data", "rows_a_file", "files", "rows")
+        if missing := [key for key in keys if key not in self.content]:
+            raise ValueError(f"{path} lacks {missing}")
+        if self.content["dtype"] not in DTYPES:
+            raise ValueError(f"{path} has dtype {self.content['dtype']!r}, not {sorted(DTYPES)}")
+        self._open()
+
+    def _open(self) -> None:
+        # one for each folder and process, as they hold what they have read
+        self._file = functools.lru_cache(maxsize=None)(self._read_file)
+        self._row = functools.lru_cache(maxsize=512)(self._read_row)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a caption, padding included."""
+        return self.content["length"]
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return self.content["dim"]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a model trained on the features says of them."""
+        return {
+            "encoder_sha256": self.content["encoder"]["sha256"],
+            "length": self.length,
+            "dim": self.dim,
+            "dtype": self.content["dtype"],
+        }
+
+    def check(self, texts: Iterable[str], length: int, dim: int) -> None:
+        """Raises ValueError unless all these captions have features of this shape."""
+        if (self.length, self.dim) != (length, dim):
+            raise ValueError(
+                f"text_features={str(self.path)!r} are [{self.length}, {self.dim}]; the model "
+                f"takes text_length={length}, text_dim={dim}"
+            )
+        for text in texts:
+            self.row_of(text)
+
+    def row_of(self, text: str) -> int:
+        """The row of a caption; ValueError, with the caption, if it has none."""
+        row = self.content["rows"].get(key_of(text))
+        if row is None:
+            raise ValueError(f"text_features={str(self.path)!r} has no features of {text!r}")
+        return row
+
+    def __call__(self, text: str) -> tuple[Int32[np.ndarray, " L"], np.ndarray]:
+        """Ids [L] and features [L, C], in the dtype they are kept in."""
+        return self._row(self.row_of(text))
+
+    def _read_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        file, place = divmod(row, self.content["rows_a_file"])
+        opened = self._file(file)
+        shape = opened.get_slice("features").get_shape()
+        if shape[1:] != [self.length, self.dim] or place >= shape[0]:
+            raise ValueError(f"{self.path}: file {file} holds {shape}, not what manifest.json says")
+        return opened.get_slice("ids")[place], opened.get_slice("features")[place]
+
+    def _read_file(self, number: int) -> Any:
+        import safetensors
+
+        entry = self.content["files"][number]
+        path = self.path / f"rows_{number:05d}.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{self.path} lacks {path.name}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            raise ValueError(f"{path} is not the file that manifest.json describes (SHA-256)")
+        return safetensors.safe_open(path, "numpy")
+
+    def __getstate__(self) -> dict:  # for worker processes, which open the files themselves
+        return {"path": self.path, "content": self.content}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
