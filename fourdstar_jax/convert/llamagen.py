@@ -1,6 +1,6 @@
 """LlamaGen's autoregressive models (FoundationVision/LlamaGen) to arrays named as STAR's layers.
 
-No module of ours is LlamaGen: `star.warm_start` takes of these arrays what STAR has a place for, and
+No module of ours is LlamaGen: `star.warm_start` takes of these arrays what STAR has a place for;
 the others keep their plain names, so that the way back is complete. Our arrays, i counting layers:
 
     layers/i/{attention_norm,ffn_norm}/scale   [D]
