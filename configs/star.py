@@ -30,6 +30,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.data = ConfigDict(dict(dir=f"data/{argument.replace(',', '_')}_tokens", timesteps=8))
     config.data.text_features = placeholder(str)  # a folder, for text_encoder="t5"; None: words
     config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
+    # a folder made by `fourdstar convert llamagen` or `mvar`, whose layers a new run starts from
+    config.warm_start = placeholder(str)
 
     config.model = model(scale, tokenizer or "unitok")
     config.loss = ConfigDict(

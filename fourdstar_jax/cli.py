@@ -489,10 +489,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(f"bundle {arguments.bundle}")
     if description["tokenizer"]:
         print("  tokens: " + ", ".join(f"{k} {v}" for k, v in description["tokenizer"].items()))
-    for stage in bundle.STAGES:
+    for stage in (*bundle.STAGES, *bundle.RAW_STAGES):
         entry = description["stages"].get(stage)
         if entry is None:
-            if stage != "text" or _takes_text_features(description):
+            if stage not in ("text", *bundle.RAW_STAGES) or (
+                stage == "text" and _takes_text_features(description)
+            ):
                 print(f"  {stage}: not there yet")
             continue
         print(f"  {stage}: {entry['num_parameters']:,} numbers as {entry['storage']}")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import tokens
 from fourdstar_jax.data.features import TextFeatures
+from fourdstar_jax.star import warm_start
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.train import optim
@@ -18,6 +20,8 @@ from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.metrics import Mean, MetricWriter
 from fourdstar_jax.types import Cameras
+
+WARM_START = "warm_start.txt"  # in the workdir: what a warm start took and left
 
 
 def condition_of(batch: dict) -> Condition:
@@ -93,12 +97,36 @@ def text_features(config: Any, folder: tokens.TokenFolder) -> TextFeatures | Non
     return features
 
 
+def start_warm(
+    graphdef: nnx.GraphDef,
+    state: train_state.TrainState,
+    folder: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+) -> train_state.TrainState:
+    """A new state with what fits of the weights in bundle `folder` (see `star.warm_start`).
+
+    The report is printed and written to `<workdir>/warm_start.txt`.
+    """
+    arrays = bundle.load_arrays(folder, "trunk")
+    entry = bundle.read(folder)["stages"]["trunk"]
+    model = nnx.merge(graphdef, state.params, state.rest)
+    model, report = warm_start.load(model, arrays, entry["model"])
+    if jax.process_index() == 0:
+        lines = [*report.lines(), f"  from {folder}, sha256 {entry['sha256']}"]
+        print("warm start: " + "\n".join(lines), flush=True)
+        path = Path(workdir) / WARM_START
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    return state._replace(params=nnx.split(model, nnx.Param, ...)[1])
+
+
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/star.py) and leaves `<workdir>/bundle`.
 
     The bundle takes over the stages of `config.bundle`, whose tokenizer must be the one that made
     the tokens. Restarts from the newest checkpoint in `workdir`, with the batches it would have
-    seen. Raises FloatingPointError when the loss is not finite.
+    seen. A run that starts at step 0 begins with the weights of `config.warm_start`, if given.
+    Raises FloatingPointError when the loss is not finite.
     """
     key = jax.random.key(config.seed)
     folder = tokens.TokenFolder(config.data.dir)
@@ -126,6 +154,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         arguments["codebooks"] = jnp.asarray(folder.codebooks)
         graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
+        if config.warm_start is not None and checkpoints.latest_step() is None:
+            state = start_warm(graphdef, state, config.warm_start, workdir)
         state, batches = checkpoints.restore(state, batches)
 
         step_fn = jax.jit(
@@ -159,7 +189,12 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         if features is not None and "text" in bundle.weights_sha256(config.bundle):
             stages.append("text")
         bundle.copy(config.bundle, f"{workdir}/bundle", stages=stages)
-        text = {"words": words.to_dict()} if features is None else {"text": features.provenance}
+        info: dict[str, Any] = {"words": words.to_dict()}
+        if features is not None:
+            info = {"text": features.provenance}
+        report = Path(workdir) / WARM_START
+        if config.warm_start is not None and report.is_file():
+            info["warm_start"] = report.read_text().splitlines()[0]  # the counts
         bundle.save_stage(
             f"{workdir}/bundle",
             "star",
@@ -167,6 +202,6 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             config,
             storage=config.storage,
             top_k=config.top_k,
-            **text,
+            **info,
             **folder.hashes,
         )
