@@ -123,9 +123,26 @@ def _parser() -> argparse.ArgumentParser:
     _output_flags(command)
 
     command = add(
-        "reconstruct", _reconstruct, "encode and decode a clip of a dataset, beside the truth"
+        "reconstruct",
+        _reconstruct,
+        "encode and decode a clip of a dataset, or pictures and videos, beside the truth",
+        description="Encode and decode a clip of a dataset (--data) into a moving 3D object, or "
+        "with --tokenizer pictures and videos (--input) by the bundle's 2D tokenizer alone.",
     )
-    command.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared dataset")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset")
+    source.add_argument("--input", type=Path, metavar="PATH", help="folder of pictures and videos")
+    command.add_argument(
+        "--tokenizer", choices=["unitok", "vq16"], help="of the bundle, which must have this one"
+    )
+    command.add_argument(
+        "--fit",
+        choices=["none", "crop", "object"],
+        default="none",
+        help="pictures to squares: pad, take the middle, or cut the object out (--input)",
+    )
+    command.add_argument("--fps", type=float, default=8.0, help="sampling of videos (--input)")
+    command.add_argument("--batch", type=int, default=16, help="pictures at a time (--input)")
     command.add_argument("--split", default="unseen_clip", help="train, unseen_clip, unseen_object")
     command.add_argument("--clip", type=int, default=0, metavar="N", help="which clip of the split")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
@@ -318,7 +335,40 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"{len(object4d.gaussians.means)} timesteps of 3D Gaussians: {arguments.out}")
 
 
+def _reconstruct_pictures(arguments: argparse.Namespace) -> None:
+    if arguments.tokenizer is None:
+        raise ValueError("--input needs --tokenizer unitok or vq16")
+    if arguments.batch < 1:
+        raise ValueError(f"--batch {arguments.batch} must be positive")
+    from fourdstar_jax import bundle, export
+    from fourdstar_jax.export import pictures
+
+    spec = bundle.spec(arguments.model)
+    if spec.name != arguments.tokenizer:
+        raise ValueError(
+            f"the tokenizer of {arguments.model} is {spec.name}, not {arguments.tokenizer}: "
+            f"`fourdstar convert {arguments.tokenizer} FILE BUNDLE` makes one, for --model BUNDLE"
+        )
+    with export.output_folder(arguments.out, overwrite=arguments.overwrite) as folder:
+        tokenizer = bundle.load_stage(arguments.model, "tokenizer")
+        _say_device()
+        result = pictures.reconstruct(
+            tokenizer,
+            arguments.input,
+            folder,
+            fit=arguments.fit,
+            fps=arguments.fps,
+            batch_size=arguments.batch,
+        )
+    line = f"{len(result['files'])} files, mean PSNR {result['mean_psnr']:.2f} dB"
+    print(f"{line}: {arguments.out}")
+
+
 def _reconstruct(arguments: argparse.Namespace) -> None:
+    if arguments.input is not None:
+        return _reconstruct_pictures(arguments)
+    if arguments.tokenizer is not None:
+        raise ValueError("--tokenizer goes with --input: --data needs the whole bundle")
     if not 16 <= arguments.size <= 2048:
         raise ValueError(f"--size {arguments.size} must be from 16 to 2048")
     import numpy as np

@@ -124,7 +124,7 @@ def record(model: Any, images: Any) -> dict[str, np.ndarray]:
     backbone = "encoder.patch_embed.backbone"
     names = [f"{backbone}.stem", f"{backbone}.pool", "encoder.norm", "quant_proj"]
     names += ["post_quant_proj", "decoder.norm", "decoder.up_conv1", "decoder.up_conv4"]
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         parent, _, last = name.rpartition(".")
         if last.isdigit() and parent.startswith(
             (f"{backbone}.stages.", "encoder.blocks", "decoder.blocks", "decoder.up_conv")
