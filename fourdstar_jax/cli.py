@@ -558,24 +558,21 @@ def _bench_rasterize(arguments: argparse.Namespace) -> None:
 
 
 def _bench_tokenizer(arguments: argparse.Namespace) -> None:
-    load = None
     if arguments.bundle is not None:
         if not arguments.bundle.exists():
             raise ValueError(f"model bundle {arguments.bundle} does not exist")
         for name in ("size", "dtype"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} is what --bundle says: give one of the two")
-
-        def load():
-            from fourdstar_jax import bundle
-
-            return bundle.load_stage(arguments.bundle, "tokenizer")
-
+    from fourdstar_jax import bundle
     from fourdstar_jax.tokenizer import bench
+
+    def load():
+        return bundle.load_stage(arguments.bundle, "tokenizer")
 
     bench.run(
         size=arguments.size or "released",
-        load=load,
+        load=None if arguments.bundle is None else load,
         batch=arguments.batch,
         dtype=arguments.dtype or "bfloat16",
         repeats=arguments.repeats,
