@@ -130,7 +130,7 @@ def _fused(epsilons, interpret, x, y, bias, pairs):
 
 
 def _norms(epsilons, pairs):
-    return tuple(Norm(*pair, eps) for pair, eps in zip(pairs, epsilons, strict=True))
+    return tuple(Norm(a, b, epsilon) for (a, b), epsilon in zip(pairs, epsilons, strict=True))
 
 
 def _forward(epsilons, interpret, x, y, bias, pairs):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from fourdstar_jax import sharding
 from fourdstar_jax.kernels import layer_norm as L
-from fourdstar_jax.kernels.layer_norm import Norm, add_layer_norm
+from fourdstar_jax.kernels.layer_norm import add_layer_norm
 
 EPSILONS = (1e-6, 1e-5)
 BF16 = 2.0**-8  # half a unit in the last place of one
@@ -165,4 +165,4 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="must be 1 or 2"):
         add_layer_norm(x, None, [])
     with pytest.raises(ValueError, match="y is None"):
-        add_layer_norm(x, None, [Norm(*pairs[0], 1e-6)], bias=bias)
+        add_layer_norm(x, None, norms_of(pairs), bias=bias)
