@@ -248,11 +248,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path, nargs="?", default=BUNDLED_MODEL)
 
     command = add("bench", None, "measure the speed of an operation")
+    operations = command.add_subparsers(metavar="OPERATION", required=True)
     command = add(
         "rasterize",
         _bench_rasterize,
         "time the rasterizer on random scenes, forward and backward",
-        to=command.add_subparsers(metavar="OPERATION", required=True),
+        to=operations,
     )
     command.add_argument(
         "scenes", nargs="*", default=["tiny"], metavar="SCENE", help="tiny small16k S A B C D E F H"
@@ -270,6 +271,36 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--table", type=Path, metavar="FILE", help="measure nothing, print results as Markdown"
     )
+
+    command = add(
+        "tokenizer",
+        _bench_tokenizer,
+        "time UniTok on random images, images to tokens and back",
+        to=operations,
+    )
+    command.add_argument(
+        "--size", choices=["released", "tiny"], help="of random weights; default released"
+    )
+    command.add_argument("--bundle", type=Path, metavar="DIR", help="its tokenizer instead")
+    command.add_argument("--batch", type=int, default=64, metavar="N", help="images; default 64")
+    command.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="default bfloat16, or as in the bundle"
+    )
+    command.add_argument(
+        "--against", type=Path, metavar="DIR", help="a checkout of the original UniTok, timed too"
+    )
+    command.add_argument(
+        "--python", type=Path, metavar="FILE", help="that runs the original; default this one"
+    )
+    command.add_argument(
+        "--layouts",
+        nargs="+",
+        metavar="NAME",
+        help="of the original's arrays, the fastest is reported; default contiguous channels_last",
+    )
+    command.add_argument("--repeats", type=int, default=20, metavar="N", help="calls; default 20")
+    command.add_argument("--json", type=Path, metavar="FILE", help="the results as JSON")
+    command.add_argument("--commit", help="of the code, for the results; default git's")
 
     add("doctor", _doctor, "tell versions, devices and what is missing")
 
@@ -573,6 +604,33 @@ def _bench_rasterize(arguments: argparse.Namespace) -> None:
         implementations=arguments.implementations,
         repeats=arguments.repeats,
         against=arguments.against,
+        json_file=arguments.json,
+        commit=arguments.commit,
+    )
+
+
+def _bench_tokenizer(arguments: argparse.Namespace) -> None:
+    if arguments.bundle is not None:
+        if not arguments.bundle.exists():
+            raise ValueError(f"model bundle {arguments.bundle} does not exist")
+        for name in ("size", "dtype"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} is what --bundle says: give one of the two")
+    from fourdstar_jax import bundle
+    from fourdstar_jax.tokenizer import bench
+
+    def load():
+        return bundle.load_stage(arguments.bundle, "tokenizer")
+
+    bench.run(
+        size=arguments.size or "released",
+        load=None if arguments.bundle is None else load,
+        batch=arguments.batch,
+        dtype=arguments.dtype or "bfloat16",
+        repeats=arguments.repeats,
+        against=arguments.against,
+        python=arguments.python,
+        layouts=arguments.layouts,
         json_file=arguments.json,
         commit=arguments.commit,
     )
