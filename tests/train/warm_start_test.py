@@ -1,9 +1,7 @@
 """STAR's trainer started from a trunk: the file's weights are where it begins, once."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -58,11 +56,7 @@ def save_trunk(folder):
 
 
 def config_of(token_dir, source, warm_start, steps=2):
-    file = Path(__file__).parents[2] / "configs" / "star.py"
-    spec = importlib.util.spec_from_file_location("star_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("tiny")
+    config = cli.read_config("configs/star.py:tiny", [])
     config.model.update(
         num_codebooks=2, vocab_size=5, code_dim=6, image_size=16, patch=8, dim=16, num_layers=2,
         num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,
@@ -75,7 +69,7 @@ def config_of(token_dir, source, warm_start, steps=2):
     config.storage = "float32"
     config.bundle = str(source)
     config.warm_start = None if warm_start is None else str(warm_start)
-    return config.lock()
+    return config
 
 
 def test_a_run_starts_warm_once(token_dir, tiny_bundle, tmp_path, one_device, capsys):
