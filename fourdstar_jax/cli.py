@@ -123,9 +123,26 @@ def _parser() -> argparse.ArgumentParser:
     _output_flags(command)
 
     command = add(
-        "reconstruct", _reconstruct, "encode and decode a clip of a dataset, beside the truth"
+        "reconstruct",
+        _reconstruct,
+        "encode and decode a clip of a dataset, or pictures and videos, beside the truth",
+        description="Encode and decode a clip of a dataset (--data) into a moving 3D object, or "
+        "with --tokenizer pictures and videos (--input) by the bundle's 2D tokenizer alone.",
     )
-    command.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared dataset")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset")
+    source.add_argument("--input", type=Path, metavar="PATH", help="folder of pictures and videos")
+    command.add_argument(
+        "--tokenizer", choices=["unitok", "vq16"], help="of the bundle, which must have this one"
+    )
+    command.add_argument(
+        "--fit",
+        choices=["none", "crop", "object"],
+        default="none",
+        help="pictures to squares: pad, take the middle, or cut the object out (--input)",
+    )
+    command.add_argument("--fps", type=float, default=8.0, help="sampling of videos (--input)")
+    command.add_argument("--batch", type=int, default=16, help="pictures at a time (--input)")
     command.add_argument("--split", default="unseen_clip", help="train, unseen_clip, unseen_object")
     command.add_argument("--clip", type=int, default=0, metavar="N", help="which clip of the split")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
@@ -231,11 +248,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path, nargs="?", default=BUNDLED_MODEL)
 
     command = add("bench", None, "measure the speed of an operation")
+    operations = command.add_subparsers(metavar="OPERATION", required=True)
     command = add(
         "rasterize",
         _bench_rasterize,
         "time the rasterizer on random scenes, forward and backward",
-        to=command.add_subparsers(metavar="OPERATION", required=True),
+        to=operations,
     )
     command.add_argument(
         "scenes", nargs="*", default=["tiny"], metavar="SCENE", help="tiny small16k S A B C D E F H"
@@ -253,6 +271,36 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--table", type=Path, metavar="FILE", help="measure nothing, print results as Markdown"
     )
+
+    command = add(
+        "tokenizer",
+        _bench_tokenizer,
+        "time UniTok on random images, images to tokens and back",
+        to=operations,
+    )
+    command.add_argument(
+        "--size", choices=["released", "tiny"], help="of random weights; default released"
+    )
+    command.add_argument("--bundle", type=Path, metavar="DIR", help="its tokenizer instead")
+    command.add_argument("--batch", type=int, default=64, metavar="N", help="images; default 64")
+    command.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="default bfloat16, or as in the bundle"
+    )
+    command.add_argument(
+        "--against", type=Path, metavar="DIR", help="a checkout of the original UniTok, timed too"
+    )
+    command.add_argument(
+        "--python", type=Path, metavar="FILE", help="that runs the original; default this one"
+    )
+    command.add_argument(
+        "--layouts",
+        nargs="+",
+        metavar="NAME",
+        help="of the original's arrays, the fastest is reported; default contiguous channels_last",
+    )
+    command.add_argument("--repeats", type=int, default=20, metavar="N", help="calls; default 20")
+    command.add_argument("--json", type=Path, metavar="FILE", help="the results as JSON")
+    command.add_argument("--commit", help="of the code, for the results; default git's")
 
     add("doctor", _doctor, "tell versions, devices and what is missing")
 
@@ -318,7 +366,40 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"{len(object4d.gaussians.means)} timesteps of 3D Gaussians: {arguments.out}")
 
 
+def _reconstruct_pictures(arguments: argparse.Namespace) -> None:
+    if arguments.tokenizer is None:
+        raise ValueError("--input needs --tokenizer unitok or vq16")
+    if arguments.batch < 1:
+        raise ValueError(f"--batch {arguments.batch} must be positive")
+    from fourdstar_jax import bundle, export
+    from fourdstar_jax.export import pictures
+
+    spec = bundle.spec(arguments.model)
+    if spec.name != arguments.tokenizer:
+        raise ValueError(
+            f"the tokenizer of {arguments.model} is {spec.name}, not {arguments.tokenizer}: "
+            f"`fourdstar convert {arguments.tokenizer} FILE BUNDLE` makes one, for --model BUNDLE"
+        )
+    with export.output_folder(arguments.out, overwrite=arguments.overwrite) as folder:
+        tokenizer = bundle.load_stage(arguments.model, "tokenizer")
+        _say_device()
+        result = pictures.reconstruct(
+            tokenizer,
+            arguments.input,
+            folder,
+            fit=arguments.fit,
+            fps=arguments.fps,
+            batch_size=arguments.batch,
+        )
+    line = f"{len(result['files'])} files, mean PSNR {result['mean_psnr']:.2f} dB"
+    print(f"{line}: {arguments.out}")
+
+
 def _reconstruct(arguments: argparse.Namespace) -> None:
+    if arguments.input is not None:
+        return _reconstruct_pictures(arguments)
+    if arguments.tokenizer is not None:
+        raise ValueError("--tokenizer goes with --input: --data needs the whole bundle")
     if not 16 <= arguments.size <= 2048:
         raise ValueError(f"--size {arguments.size} must be from 16 to 2048")
     import numpy as np
@@ -522,6 +603,33 @@ def _bench_rasterize(arguments: argparse.Namespace) -> None:
         implementations=arguments.implementations,
         repeats=arguments.repeats,
         against=arguments.against,
+        json_file=arguments.json,
+        commit=arguments.commit,
+    )
+
+
+def _bench_tokenizer(arguments: argparse.Namespace) -> None:
+    if arguments.bundle is not None:
+        if not arguments.bundle.exists():
+            raise ValueError(f"model bundle {arguments.bundle} does not exist")
+        for name in ("size", "dtype"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} is what --bundle says: give one of the two")
+    from fourdstar_jax import bundle
+    from fourdstar_jax.tokenizer import bench
+
+    def load():
+        return bundle.load_stage(arguments.bundle, "tokenizer")
+
+    bench.run(
+        size=arguments.size or "released",
+        load=None if arguments.bundle is None else load,
+        batch=arguments.batch,
+        dtype=arguments.dtype or "bfloat16",
+        repeats=arguments.repeats,
+        against=arguments.against,
+        python=arguments.python,
+        layouts=arguments.layouts,
         json_file=arguments.json,
         commit=arguments.commit,
     )

@@ -47,6 +47,26 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, rngs: nnx.
     return jax.tree.map(annotate, layers, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def cast_weights(model: Any) -> Any:
+    """The copy of a model whose bfloat16 layers hold bfloat16 weights, for inference.
+
+    Half the memory and no conversion at each call, with the same numbers: `nnx.Linear` and
+    `nnx.Conv` of `dtype` bfloat16 round their kernels and biases at every use anyway. (A layer that
+    first sums its float32 weights, as `unitok.upsampled_conv`, then sums rounded ones.) Float32
+    layers, norms and all else stay as they are.
+    """
+
+    def is_layer(x):
+        return isinstance(x, nnx.Linear | nnx.Conv)
+
+    def cast(x):
+        if is_layer(x) and x.dtype == jnp.bfloat16:
+            return jax.tree.map(lambda w: w.astype(jnp.bfloat16), x)
+        return x
+
+    return jax.tree.map(cast, model, is_leaf=is_layer)
+
+
 class SwiGLU(nnx.Module):
     """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202), as in Llama."""
 

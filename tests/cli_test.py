@@ -277,6 +277,21 @@ def test_bench_rasterize(capsys, tmp_path):
     assert code == 0 and "| tiny: 4 x 1,024 Gaussians" in out and "commit abc" in out
 
 
+def test_bench_tokenizer(capsys, tmp_path, tiny_bundle):
+    file = tmp_path / "new" / "results.json"
+    flags = ("--batch", 2, "--repeats", 1, "--json", file, "--commit", "abc")
+    tiny = ("--size", "tiny", "--dtype", "float32")
+    code, out, _ = run(capsys, "bench", "tokenizer", *tiny, *flags)
+    assert code == 0 and "encode  ours" in out and "decode  ours" in out
+    results = json.loads(file.read_text())
+    assert results["commit"] == "abc" and results["weights"] == "random"
+    assert (results["size"], results["dtype"], results["batch"]) == ("tiny", "float32", 2)
+    code, out, _ = run(capsys, "bench", "tokenizer", "--bundle", tiny_bundle, *flags)
+    assert code == 0 and "bundle weights" in out
+    results = json.loads(file.read_text())
+    assert (results["weights"], results["size"]) == ("bundle", "other")
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -286,6 +301,15 @@ def test_bench_rasterize(capsys, tmp_path):
         (["bench", "rasterize", "--implementations", "fast"], "'fast'"),
         (["bench", "rasterize", "--repeats", "0"], "repeats=0"),
         (["bench", "rasterize", "--table", "nowhere.json"], "does not exist"),
+        (["bench", "tokenizer", "--size", "large"], "'large'"),
+        (["bench", "tokenizer", "--dtype", "int8"], "'int8'"),
+        (["bench", "tokenizer", "--batch", "0"], "batch=0"),
+        (["bench", "tokenizer", "--repeats", "0"], "repeats=0"),
+        (["bench", "tokenizer", "--bundle", "nowhere"], "nowhere does not exist"),
+        (["bench", "tokenizer", "--bundle", ".", "--size", "tiny"], "--size"),
+        (["bench", "tokenizer", "--bundle", ".", "--dtype", "float32"], "--dtype"),
+        (["bench", "tokenizer", "--against", "nowhere"], "no checkout of UniTok"),
+        (["bench", "tokenizer", "--size", "tiny", "--against", "."], "size='tiny'"),
     ],
 )
 def test_wrong_benchmarks(capsys, argv, words):

@@ -39,7 +39,7 @@ def find(tree: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
     trainer = tree.get("trainer", {})
     if isinstance(trainer, Mapping) and isinstance(trainer.get("unitok"), Mapping):
         return trainer["unitok"]
-    raise ValueError(f"no trainer.unitok in the file, which has {sorted(map(str, tree))}")
+    raise ValueError(f"no trainer.unitok in the file: {sorted(map(str, tree))[:5]}")
 
 
 def arguments(state: Mapping[str, np.ndarray]) -> dict[str, Any]:

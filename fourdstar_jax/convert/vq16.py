@@ -17,12 +17,14 @@ _CODEBOOK = "quantize.embedding.weight"
 def find(tree: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
     """The state dict in a file's tree: the averaged weights if they are there, as LlamaGen does.
 
-    Raises ValueError for a tree without one.
+    A file of safetensors is one itself. Raises ValueError for a tree without one.
     """
+    if _CODEBOOK in tree:
+        return tree
     for key in ("ema", "model", "state_dict"):
         if key in tree:
             return tree[key]
-    raise ValueError(f"no ema, model or state_dict in the file, which has {sorted(tree)}")
+    raise ValueError(f"no ema, model or state_dict in the file: {sorted(tree)[:5]}")
 
 
 def arguments(state: Mapping[str, np.ndarray]) -> dict[str, Any]:

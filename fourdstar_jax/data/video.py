@@ -19,6 +19,7 @@ from PIL import Image
 
 MAX_FRAMES = 10_000
 MAX_PIXELS = 64_000_000
+CROP = 1.125  # UniTok resizes a photograph's short side to so many times the middle square
 MIN_SIDE = 16
 FPS = 8.0
 
@@ -47,7 +48,9 @@ def read_video(
     as it lasts; a picture gives one frame. A folder's pictures, in natural order (2 before 10),
     are `folder_fps` a second. Transparent pixels become white. With `fit="object"` the object is
     cut out by the bounding box over the whole clip and scaled as in training; `fit="none"` only
-    pads to a square and resizes. Values are in [0, 1]; the second result tells what was read.
+    pads to a square and resizes; `fit="crop"` takes the middle square and resizes it bilinearly, as
+    UniTok and LlamaGen evaluate photographs. Values are in [0, 1]; the second result tells what was
+    read.
 
     Decoding happens in a process of its own with limits on time and memory, and opens no network
     connection. Raises ValueError, in one line, for anything that cannot be used.
@@ -112,8 +115,8 @@ def frame_object(
     a plain one that is not white is replaced by white, one that is not plain stays as it is and
     the whole picture counts as the object.
     """
-    if fit not in ("object", "none"):
-        raise ValueError(f"{fit=} must be 'object' or 'none'")
+    if fit not in ("object", "none", "crop"):
+        raise ValueError(f"{fit=} must be 'object', 'none' or 'crop'")
     if frames.shape[-1] not in (3, 4):
         raise ValueError(f"frames have {frames.shape[-1]} channels; 3 or 4 are needed")
     if frames.shape[-1] == 4 and frames[..., 3].min() < 255:
@@ -122,10 +125,10 @@ def frame_object(
         mask, background = frames[..., 3] > 127, "transparent"
     else:
         images, mask, background = _on_white(frames[..., :3])
-    if not mask.any():
+    if not mask.any() and fit == "object":
         raise ValueError("no object to be seen: every frame is nothing but background")
     height, width = mask.shape[1:]
-    left, top, side = 0.0, 0.0, float(max(width, height))
+    side = min(width, height) / CROP if fit == "crop" else float(max(width, height))
     if fit == "object" and background != "not plain":
         columns, rows = _extent(mask.any(axis=0), axis=0), _extent(mask.any(axis=0), axis=1)
         side = max(columns[1] - columns[0], rows[1] - rows[0]) / OCCUPANCY
@@ -133,7 +136,8 @@ def frame_object(
     else:
         left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, side)
-    squares = np.stack([_crop(image, box, resolution) for image in images])
+    resample = Image.Resampling.BILINEAR if fit == "crop" else Image.Resampling.BICUBIC
+    squares = np.stack([_crop(image, box, resolution, resample) for image in images])
     info: dict[str, Any] = {
         "background": background,
         "source_size": [width, height],
@@ -168,14 +172,15 @@ def _extent(mask: Bool[np.ndarray, "h w"], axis: int) -> tuple[float, float]:
 
 
 def _crop(
-    image: UInt8[np.ndarray, "h w 3"], box: tuple[float, float, float], resolution: int
+    image: UInt8[np.ndarray, "h w 3"],
+    box: tuple[float, float, float],
+    resolution: int,
+    resample: Image.Resampling,
 ) -> UInt8[np.ndarray, "r r 3"]:
     """The square (left, top, side), white outside the picture, resized with antialiasing."""
     left, top, side = box
     pad = math.ceil(max(0.0, -left, -top, left + side - image.shape[1], top + side - len(image)))
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), constant_values=255)
     region = (left + pad, top + pad, left + pad + side, top + pad + side)
-    picture = Image.fromarray(padded).resize(
-        (resolution, resolution), Image.Resampling.BICUBIC, box=region
-    )
+    picture = Image.fromarray(padded).resize((resolution, resolution), resample, box=region)
     return np.asarray(picture)

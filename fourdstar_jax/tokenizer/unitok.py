@@ -19,6 +19,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from fourdstar_jax import sharding
+from fourdstar_jax.kernels.layer_norm import Norm, add_layer_norm
 from fourdstar_jax.nn import Dtype, linear
 from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.tokenizer.base import TokenizerSpec, weights_sha256
@@ -149,27 +150,58 @@ class GeGluMlp(nnx.Module):
         self.w2 = linear(hidden_dim, dout, ("mlp", "embed"), **kw)
 
     def __call__(self, x: Float[Array, "*b n din"]) -> Float[Array, "*b n dout"]:
-        x = self.norm(x)
-        return self.w2(nnx.gelu(self.w0(x), approximate=True) * self.w1(x))
+        return apart_sum(self.normalized(self.norm(x)))
+
+    def normalized(self, x: Float[Array, "*b n din"]) -> "Apart":
+        """The output for an input that has been through `norm`."""
+        x = nnx.gelu(self.w0(x), approximate=True) * self.w1(x)
+        return Apart(x @ self.w2.kernel[...].astype(x.dtype), bias_of(self.w2))
+
+
+class Apart(NamedTuple):
+    """A layer's output that has not had its bias yet: whoever adds more adds both in one pass."""
+
+    product: Float[Array, "*b n D"]
+    bias: Float[Array, " D"]
+
+
+def apart_sum(x: Apart) -> Float[Array, "*b n D"]:
+    return x.product + x.bias.astype(x.product.dtype)
+
+
+def bias_of(layer: nnx.Linear) -> Float[Array, " D"]:
+    return layer.bias[...]  # pyright: ignore[reportOptionalSubscript]
+
+
+def add_norms(
+    x: Float[Array, "b n D"], y: Apart | None, *layers: nnx.LayerNorm
+) -> tuple[Float[Array, "b n D"], Float[Array, "b n D"]]:
+    """`x + y`, and what the LayerNorms one after the other make of it."""
+    norms = [Norm(n.scale[...], n.bias[...], n.epsilon) for n in layers]  # pyright: ignore
+    product, bias = (None, None) if y is None else y
+    return add_layer_norm(x, product, norms, bias=bias, dtype=layers[0].dtype)
 
 
 def self_attention(
     x: Float[Array, "b n D"],
     kernel: Float[Array, "D D3"],
-    bias: Float[Array, " D3"],
+    biases: Sequence[Float[Array, " D2"] | None],
     num_heads: int,
     dtype: Dtype,
 ) -> Float[Array, "b n {num_heads} Dh"]:
     """Full attention of a fused projection laid out (q|k|v, head, channel).
 
     The three products are taken one by one: cutting their joint result up again would copy it. In
-    half precision on a GPU the attention is cuDNN's.
+    half precision on a GPU the attention is cuDNN's. `biases` are of q, k and v.
     """
-    kernels, biases = jnp.split(kernel.astype(dtype), 3, 1), jnp.split(bias.astype(dtype), 3)
-    q, k, v = (
-        (x.astype(dtype) @ w + b).reshape(*x.shape[:2], num_heads, -1)
-        for w, b in zip(kernels, biases, strict=True)
-    )
+
+    def project(w, b):
+        y = x.astype(dtype) @ w
+        y = y if b is None else y + b.astype(dtype)
+        return y.reshape(*x.shape[:2], num_heads, -1)
+
+    kernels = jnp.split(kernel.astype(dtype), 3, 1)
+    q, k, v = (project(w, b) for w, b in zip(kernels, biases, strict=True))
     fused = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and jax.default_backend() == "gpu"
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
 
@@ -184,9 +216,23 @@ class SelfAttention(nnx.Module):
         self.num_heads, self.dtype = num_heads, dtype
 
     def __call__(self, x: Float[Array, "b n D"]) -> Float[Array, "b n D"]:
-        kernel, bias = self.qkv.kernel[...], self.qkv.bias[...]  # pyright: ignore
-        y = self_attention(x, kernel, bias, self.num_heads, self.dtype)
-        return self.proj(y.reshape(x.shape))
+        return apart_sum(self.apart(x))
+
+    def apart(self, x: Float[Array, "b n D"]) -> Apart:
+        """The output, its bias not yet added.
+
+        In bfloat16 two passes over memory are saved: the keys' bias adds a constant to all scores
+        of a query, which changes no softmax, and the values' bias goes through the attention as it
+        is, for weights sum to one, so the projection adds it up with its own.
+        """
+        kernel, biases = self.qkv.kernel[...], jnp.split(bias_of(self.qkv), 3)
+        proj, bias = self.proj.kernel[...], bias_of(self.proj)
+        if self.dtype == jnp.bfloat16:
+            wide = proj.astype(jnp.float32)
+            bias = bias.astype(jnp.float32) + jnp.sum(biases[2][:, None] * wide, 0)
+            biases = (biases[0], None, None)
+        y = self_attention(x, kernel, biases, self.num_heads, self.dtype)
+        return Apart(y.reshape(x.shape) @ proj.astype(y.dtype), bias)
 
 
 class Block(nnx.Module):
@@ -202,8 +248,27 @@ class Block(nnx.Module):
         self.mlp = GeGluMlp(dim, hidden_dim, dim, **kw)
 
     def __call__(self, x: Float[Array, "b n D"]) -> Float[Array, "b n D"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x, y = self.apart(x, None)
+        return x + apart_sum(y)
+
+    def apart(
+        self, x: Float[Array, "b n D"], y: Apart | None
+    ) -> tuple[Float[Array, "b n D"], Apart]:
+        """The block of `x + y`, as such a sum, too: the next block's first norm adds it up."""
+        x, z = add_norms(x, y, self.norm1)
+        x, z = add_norms(x, self.attn.apart(z), self.norm2, self.mlp.norm)
+        return x, self.mlp.normalized(z)
+
+
+def run_blocks(
+    blocks: Sequence[Block], norm: nnx.LayerNorm, x: Float[Array, "b n D"]
+) -> Float[Array, "b n D"]:
+    """All blocks, and the LayerNorm behind them."""
+    y = None
+    for block in blocks:
+        x, y = block.apart(x, y)
+        x = sharding.constrain(x, "batch", None, None)
+    return add_norms(x, y, norm)[1]
 
 
 class ProjectionAttention(nnx.Module):
@@ -223,8 +288,8 @@ class ProjectionAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n din"]) -> Float[Array, "b n dout"]:
         q_bias, v_bias = self.q_bias[...], self.v_bias[...]
-        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
-        y = self_attention(x, self.qkv.kernel[...], bias, self.num_heads, self.dtype)
+        biases = (q_bias, jnp.zeros_like(q_bias), v_bias)
+        y = self_attention(x, self.qkv.kernel[...], biases, self.num_heads, self.dtype)
         y = jnp.mean(y, axis=-2) if self.average else y.reshape(*y.shape[:2], -1)
         return self.proj(y)
 
@@ -507,9 +572,7 @@ class Encoder(nnx.Module):
         x = x.reshape(x.shape[0], -1, x.shape[-1])  # [b, n, D]
         if self.pos_embed is not None:
             x = x + self.pos_embed[...].astype(x.dtype)
-        for block in self.blocks:
-            x = sharding.constrain(block(x), "batch", None, None)
-        return self.norm(x)
+        return run_blocks(self.blocks, self.norm, x)
 
 
 class Decoder(nnx.Module):
@@ -537,10 +600,9 @@ class Decoder(nnx.Module):
     def __call__(self, x: Float[Array, "b n D"]) -> Float[Array, "b h w 3"]:
         if self.pos_embed is not None:
             x = x + self.pos_embed[...].astype(x.dtype)
-        for block in self.blocks:
-            x = sharding.constrain(block(x), "batch", None, None)
+        x = run_blocks(self.blocks, self.norm, x)
         grid = math.isqrt(x.shape[1])
-        return self.tail(self.norm(x).reshape(x.shape[0], grid, grid, -1))
+        return self.tail(x.reshape(x.shape[0], grid, grid, -1))
 
 
 def learned_embedding(grid: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:

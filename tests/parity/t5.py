@@ -4,8 +4,8 @@
     python tests/parity/t5.py original --out DIR --layers 1 --width xl
     python tests/parity/t5.py compare DIR           # ours, through convert/t5.py
 
-`original` writes DIR/weights.bin (the state dict as torch saves it, aliases of the table included),
-the same as weights.safetensors, and activations.safetensors: input and output of every block and
+`original` writes DIR/weights.bin (the state dict as torch saves it, aliases of the table included)
+and activations.safetensors: input and output of every block and
 sublayer for padded captions, the position bias, buckets of distances, and `error/<block>`, by how
 much the original's own float32 differs from its float64. `--small` is what tests/parity/fixtures/t5
 was made with; its weights are half-precision numbers.
@@ -13,13 +13,12 @@ was made with; its weights are half-precision numbers.
 
 import argparse
 import gzip
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from common import Row, relative_l2
+from common import BLOCK_LIMIT, END_TO_END_LIMIT, Row, load, relative_l2
 
 CAPTIONS = [
     "generate object of the following video",
@@ -34,7 +33,6 @@ WIDTHS = {
     "xl": dict(d_model=2048, num_heads=32, d_kv=64, d_ff=5120, vocab_size=32128),
 }
 LENGTH, SMALL_LENGTH = 120, 14
-BLOCK_LIMIT, END_TO_END_LIMIT = 1e-5, 5e-5
 DISTANCES = np.arange(-200, 201)
 
 
@@ -133,8 +131,6 @@ def original(out: Path, *, width: str, layers: int) -> None:
             state["shared.weight"] = table
         out.mkdir(parents=True, exist_ok=True)
         torch.save(state, out / "weights.bin")
-        arrays = {n: x.numpy() for n, x in state.items() if "embed" not in n}
-        safetensors.numpy.save_file(arrays, out / "weights.safetensors")
 
         # the same calls in float64
         model.double()
@@ -160,38 +156,6 @@ def original(out: Path, *, width: str, layers: int) -> None:
     print(f"{out}: standard deviations {scale}")
 
 
-def load(folder: Path):
-    """Our encoder with the folder's weights, by way of the converter's rules."""
-    import jax
-    import jax.numpy as jnp
-    import safetensors.numpy
-
-    from fourdstar_jax import bundle, sharding
-    from fourdstar_jax.convert import rules
-    from fourdstar_jax.convert import t5 as convert
-    from fourdstar_jax.text.t5 import T5Encoder
-
-    reader = "fourdstar_jax.convert.torch_file"
-    if (folder / "weights.bin").is_file() and importlib.util.find_spec(reader):
-        tree = importlib.import_module(reader).read(folder / "weights.bin")
-    else:
-        tree = safetensors.numpy.load_file(folder / "weights.safetensors")
-    state = convert.find(tree)
-    arguments = convert.arguments(state)
-    with sharding.use_mesh(devices=jax.devices()[:1]):
-        shaped = jax.eval_shape(
-            lambda key: sharding.build(T5Encoder, key, **arguments), jax.random.key(0)
-        )
-    shapes = {name: tuple(x.shape) for name, x in bundle.named_arrays(shaped).items()}
-    ours = convert.rules(shapes)
-    problems = rules.check(state, rules.their_shapes(ours, shapes), convert.IGNORED)
-    if problems:
-        raise ValueError(f"{folder}: {problems}")
-    arrays = rules.forward(ours, state)
-    leaves = [jnp.asarray(arrays[name], jnp.float32) for name in shapes]
-    return jax.tree.unflatten(jax.tree.structure(shaped), leaves)
-
-
 def compare(folder: str | Path) -> list[Row]:
     """A row for every block, sublayer and the whole encoder, each fed with the original's input."""
     import jax
@@ -201,7 +165,8 @@ def compare(folder: str | Path) -> list[Row]:
     from fourdstar_jax.text import t5
 
     folder = Path(folder)
-    encoder = load(folder)
+    file = folder / "weights.bin"
+    encoder = load("t5", file if file.exists() else folder / "weights.safetensors")
     with safetensors.safe_open(folder / "activations.safetensors", "numpy") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}
         about = json.loads(file.metadata()["about"])

@@ -17,14 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import safetensors
 import safetensors.numpy
-from common import Row, relative_l2
+from common import BLOCK_LIMIT, END_TO_END_LIMIT, TIE, Row, picture, relative_l2
 
-BLOCK_LIMIT, END_TO_END_LIMIT = 1e-5, 5e-5  # relative L2, float32
-# A margin between the two nearest codes below this is a tie: rounding decides.
-TIE = 1e-5
 SEED = 0
 
 
@@ -97,17 +95,6 @@ def original(source: Path, out: Path, small: bool) -> None:
     safetensors.numpy.save_file(arrays, out / "activations.safetensors", metadata=facts)
     for key, value in facts.items():
         print(f"{key}: {value}")
-
-
-def picture(rng: np.random.Generator, batch: int, size: int) -> np.ndarray:
-    """Waves of a few directions and noise, in [-1, 1], [batch, size, size, 3]."""
-    y, x = np.mgrid[:size, :size] / size
-    out = 0.15 * rng.normal(size=(batch, size, size, 3))
-    for image in out:
-        for _ in range(8):
-            u, v, phase = rng.normal(0, 6, 2).tolist() + [rng.uniform(0, 2 * np.pi)]
-            image += np.sin(u * x + v * y + phase)[..., None] * rng.normal(0, 0.3, 3)
-    return np.clip(out, -1, 1).astype(np.float32)
 
 
 def random_weight(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -213,32 +200,10 @@ def compare(folder: Path) -> list[Row]:
 
 
 def load(folder: Path, resolution: int) -> Any:
-    """Our tokenizer with the weights of `original`, by way of the package's conversion."""
-    import jax
-
-    from fourdstar_jax import bundle, sharding, tokenizer
-    from fourdstar_jax.convert import rules
-    from fourdstar_jax.convert import vq16 as convert
-
-    if (folder / "weights.pth").exists():
-        from fourdstar_jax.convert import torch_file
-
-        tree = torch_file.read(folder / "weights.pth")
-    else:
-        tree = {"model": safetensors.numpy.load_file(folder / "weights.safetensors")}
-    state = convert.find(tree)
-    arguments = {**convert.arguments(state), "resolution": resolution}
-    model = jax.eval_shape(
-        lambda key: sharding.build(tokenizer.make, key, **arguments), jax.random.key(0)
-    )
-    targets = bundle.named_arrays(model)
-    shapes = {name: x.shape for name, x in targets.items()}
-    table = convert.rules(shapes)
-    if wrong := rules.check(state, rules.their_shapes(table, shapes), convert.IGNORED):
-        raise ValueError("\n".join(wrong))
-    arrays = rules.forward(table, state)
-    leaves = [jax.numpy.asarray(arrays[name], x.dtype) for name, x in targets.items()]
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+    """Our tokenizer with the weights that `original` saved."""
+    file = folder / "weights.pth"
+    file = file if file.exists() else folder / "weights.safetensors"
+    return common.load("vq16", file, resolution=resolution)
 
 
 def main(arguments: list[str]) -> int:
@@ -255,11 +220,7 @@ def main(arguments: list[str]) -> int:
         return 0
     with safetensors.safe_open(parsed.folder / "activations.safetensors", "np") as file:
         print("the original, float32 against float64:", file.metadata()["float32 against float64"])
-    rows = compare(parsed.folder)
-    for row in rows:
-        mark = "" if row.relative_l2 <= row.limit else "  ABOVE ITS LIMIT"
-        print(f"{row.block:32} {row.relative_l2:.1e}  (limit {row.limit:.0e}){mark}")
-    return int(any(not row.relative_l2 <= row.limit for row in rows))
+    return common.print_rows(compare(parsed.folder))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Pictures and videos through an image tokenizer and back: the paper's 2D baselines."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from fourdstar_jax.data import video
+from fourdstar_jax.evaluate import metrics
+from fourdstar_jax.export.folder import MANIFEST
+from fourdstar_jax.export.video import write_video
+
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+VIDEOS = {".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi"}
+
+
+def files(source: str | os.PathLike[str]) -> list[Path]:
+    """The pictures and videos of a folder in order of name, or the one file that `source` is.
+
+    Raises ValueError if there is none.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
+    found = sorted(source.iterdir()) if source.is_dir() else [source]
+    found = [path for path in found if path.suffix.lower() in IMAGES | VIDEOS]
+    if not found:
+        raise ValueError(
+            f"{source} holds no picture or video ({' '.join(sorted(IMAGES | VIDEOS))})"
+        )
+    return found
+
+
+def reconstruct(
+    tokenizer: Any,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    fit: str = "none",
+    fps: float = video.FPS,
+    max_frames: int = 10_000,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Encodes and decodes every file; writes what comes back and `manifest.json`, and returns that.
+
+    Args:
+      tokenizer: behind `tokenizer.base.Tokenizer`.
+      source: a picture, a video or a folder of them.
+      out: an existing folder. A picture becomes `<name>.png`, a video `<name>.mp4`, on the left
+        what the tokenizer saw, on the right what it made of it; `tokens/<name>.npy` holds the
+        tokens [frames, n, K], int32.
+      fit: how files become squares (see `data.video.read_video`).
+      fps: at which videos are sampled.
+      batch_size: images at a time; one shape is compiled.
+
+    Raises ValueError, in one line, for files that cannot be used.
+    """
+    out = Path(out)
+    (out / "tokens").mkdir(exist_ok=True)
+    spec = tokenizer.spec
+    encode = jax.jit(lambda tokenizer, images: tokenizer.encode(images))
+    decode = jax.jit(lambda tokenizer, tokens: tokenizer.decode(tokens))
+    results, names = [], set()
+    for path in files(source):
+        images, _ = video.read_video(
+            path, resolution=spec.resolution, timesteps=max_frames, fps=fps, fit=fit,
+            max_frames=max_frames,
+        )  # fmt: skip
+        tokens, again = [], []
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            filled = np.zeros((batch_size, *part.shape[1:]), np.float32)
+            filled[: len(part)] = part
+            ids = encode(tokenizer, 2 * filled - 1)
+            tokens.append(np.asarray(ids)[: len(part)])
+            again.append(np.asarray(decode(tokenizer, ids))[: len(part)] / 2 + 0.5)
+        tokens, again = np.concatenate(tokens), np.concatenate(again)
+        name = path.stem if path.stem not in names else path.name.replace(".", "_")
+        names.add(name)
+        pairs = np.concatenate([images, again], axis=2)
+        if path.suffix.lower() in VIDEOS and len(pairs) > 1:
+            write_video(out / f"{name}.mp4", pairs, fps=fps)
+        else:
+            Image.fromarray(np.rint(255 * pairs[0]).astype(np.uint8)).save(out / f"{name}.png")
+        np.save(out / "tokens" / f"{name}.npy", tokens.astype(np.int32), allow_pickle=False)
+        results.append(
+            {
+                "file": path.name,
+                "frames": len(images),
+                "psnr": metrics.psnr(again, images),
+                "l1": float(np.mean(np.abs(again - images))),
+            }
+        )
+    content = {
+        "tokenizer": spec.to_dict(),
+        "fit": fit,
+        "files": results,
+        "mean_psnr": float(np.mean([result["psnr"] for result in results])),
+        "mean_l1": float(np.mean([result["l1"] for result in results])),
+    }
+    (out / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    return content
