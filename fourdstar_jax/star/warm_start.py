@@ -228,19 +228,20 @@ def _notes(model: STAR, family: str) -> list[str]:
 
 
 def _compact(names: Sequence[str]) -> str:
-    """Names without `/kernel` and `/scale`; layers with the same ones together."""
+    """Names without `/kernel` and `/scale`; alike layers together, and crowds as their number."""
     layers: dict[str, list[int]] = {}
-    others = []
+    parts: dict[str, list[str]] = {}
     for name in names:
         short = re.sub(r"/(kernel|scale|embedding)$", "", name)
         if found := re.fullmatch(r"layers/(\d+)/(.+)", short):
             layers.setdefault(found[2], []).append(int(found[1]))
         else:
-            others.append(short)
+            parts.setdefault(short.split("/")[0], []).append(short)
     ranges: dict[str, list[str]] = {}
     for part, numbers in layers.items():
         ranges.setdefault(_ranges(sorted(numbers)), []).append(part)
-    groups = [f"layers {where}: {' '.join(parts)}" for where, parts in ranges.items()]
+    groups = [f"layers {where}: {' '.join(same)}" for where, same in ranges.items()]
+    others = [f"{part} ({len(x)})" if len(x) > 3 else " ".join(x) for part, x in parts.items()]
     return "; ".join([*groups, *([" ".join(others)] if others else [])])
 
 

@@ -149,7 +149,9 @@ def test_the_report_is_short_and_names_what_no_shape_tells(model):
 
     other = build(prefix="bidirectional", rope="axial", dim=16, head_dim=8, num_heads=2)
     arguments = MVAR | dict(dim=16)
-    notes = warm_start.load(other, arrays_of(arguments), arguments)[1].notes
+    report = warm_start.load(other, arrays_of(arguments), arguments)[1]
+    assert any("condition_layers (6) image_warp (14): " in line for line in report.lines())
+    notes = report.notes
     assert any("prefix='causal'" in note for note in notes)
     assert any("AdaLN" in note for note in notes) and any("'axial'" in note for note in notes)
 
