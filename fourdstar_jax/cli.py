@@ -573,9 +573,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for stage in (*bundle.STAGES, *bundle.RAW_STAGES):
         entry = description["stages"].get(stage)
         if entry is None:
-            if stage not in ("text", *bundle.RAW_STAGES) or (
-                stage == "text" and _takes_text_features(description)
-            ):
+            needed = stage != "text" or _takes_text_features(description)
+            if needed and stage not in bundle.RAW_STAGES:
                 print(f"  {stage}: not there yet")
             continue
         print(f"  {stage}: {entry['num_parameters']:,} numbers as {entry['storage']}")

@@ -31,7 +31,9 @@ def find(tree: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
     MVAR's scripts drop the first seven characters of every name unseen. Raises ValueError for a
     tree without a state dict.
     """
-    return {name.removeprefix(PREFIX): array for name, array in llamagen.find(tree).items()}
+    bare = f"{PREFIX}tok_embeddings.weight" in tree
+    state = tree if bare else llamagen.find(tree)
+    return {name.removeprefix(PREFIX): array for name, array in state.items()}
 
 
 def arguments(state: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -86,22 +86,12 @@ def load(
     Raises ValueError if the file lacks an array that its sizes say it has.
     """
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    ours = {n.removesuffix("/value"): leaf for n, (_, leaf) in zip(names, leaves, strict=True)}
-
-    number = arguments["num_layers"]
-    trunk = {f"trunk/layers/{x}": [f"layers/{i}/{x}" for i in range(number)] for x in LAYER}
-    trunk["trunk/norm/scale"] = ["norm/scale"]
-    if lacking := [n for group in trunk.values() for n in group if n not in arrays]:
-        raise ValueError(f"the trunk to start from lacks {lacking[0]}, and {len(lacking)} in all")
-    text = {name: [name] for name in TEXT if name in arrays}
-
-    reasons: dict[str, str] = _trunk_reasons(model, trunk, arrays, arguments, ours)
-    takes_trunk = not reasons
-    reasons |= _text_reasons(model, text, arrays, ours)
+    ours = _by_name(params)
+    reasons = misfits(model, arrays, arguments)
     sources = {
-        target: group for target, group in (trunk | text).items() if not set(group) & set(reasons)
+        target: group
+        for target, group in (_trunk(arguments) | _text(arrays)).items()
+        if not set(group) & set(reasons)
     }
     loaded = [name for group in sources.values() for name in group]
     for name in set(arrays) - set(loaded) - set(reasons):
@@ -118,9 +108,42 @@ def load(
         loaded=loaded,
         skipped=[(name, reasons[name]) for name in arrays if name in reasons],
         fresh=[name for name in ours if name not in sources],
-        notes=_notes(model, arguments["family"]) if takes_trunk else [],
+        notes=_notes(model, arguments["family"]) if "norm/scale" in loaded else [],
     )
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, filled), rest), report
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(params), filled), rest), report
+
+
+def misfits(
+    model: STAR, arrays: Mapping[str, np.ndarray], arguments: Mapping[str, Any]
+) -> dict[str, str]:
+    """Why arrays of the file that STAR has a place for do not fit it, by name; arguments as `load`.
+
+    Only shapes are read, of the model too.
+    """
+    trunk, text = _trunk(arguments), _text(arrays)
+    if lacking := [n for group in trunk.values() for n in group if n not in arrays]:
+        raise ValueError(f"the trunk to start from lacks {lacking[0]}, and {len(lacking)} in all")
+    ours = _by_name(nnx.state(model, nnx.Param))
+    reasons = _trunk_reasons(model, trunk, arrays, arguments, ours)
+    return reasons | _text_reasons(model, text, arrays, ours)
+
+
+def _trunk(arguments: Mapping[str, Any]) -> dict[str, list[str]]:
+    """STAR's parameters of the trunk, and which of the file's arrays they are made of."""
+    number = range(arguments["num_layers"])
+    trunk = {f"trunk/layers/{x}": [f"layers/{i}/{x}" for i in number] for x in LAYER}
+    return trunk | {"trunk/norm/scale": ["norm/scale"]}
+
+
+def _text(arrays: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
+    """The same for the text MLP, which models of classes do not have."""
+    return {name: [name] for name in TEXT if name in arrays}
+
+
+def _by_name(params: nnx.State) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {n.removesuffix("/value"): leaf for n, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def _trunk_reasons(
@@ -128,7 +151,7 @@ def _trunk_reasons(
     trunk: Mapping[str, Sequence[str]],
     arrays: Mapping[str, np.ndarray],
     arguments: Mapping[str, Any],
-    ours: Mapping[str, jax.Array],
+    ours: Mapping[str, Any],
 ) -> dict[str, str]:
     """Why the trunk's arrays cannot be taken, by name; nothing if they can."""
     everything = [name for group in trunk.values() for name in group]
@@ -158,7 +181,7 @@ def _text_reasons(
     model: STAR,
     text: Mapping[str, Sequence[str]],
     arrays: Mapping[str, np.ndarray],
-    ours: Mapping[str, jax.Array],
+    ours: Mapping[str, Any],
 ) -> dict[str, str]:
     """Why the text MLP's arrays cannot be taken, by name; nothing if they can."""
     encoder = model.text.encoder
@@ -205,19 +228,20 @@ def _notes(model: STAR, family: str) -> list[str]:
 
 
 def _compact(names: Sequence[str]) -> str:
-    """Names without `/kernel` and `/scale`; layers with the same ones together."""
+    """Names without `/kernel` and `/scale`; alike layers together, and crowds as their number."""
     layers: dict[str, list[int]] = {}
-    others = []
+    parts: dict[str, list[str]] = {}
     for name in names:
         short = re.sub(r"/(kernel|scale|embedding)$", "", name)
         if found := re.fullmatch(r"layers/(\d+)/(.+)", short):
             layers.setdefault(found[2], []).append(int(found[1]))
         else:
-            others.append(short)
+            parts.setdefault(short.split("/")[0], []).append(short)
     ranges: dict[str, list[str]] = {}
     for part, numbers in layers.items():
         ranges.setdefault(_ranges(sorted(numbers)), []).append(part)
-    groups = [f"layers {where}: {' '.join(parts)}" for where, parts in ranges.items()]
+    groups = [f"layers {where}: {' '.join(same)}" for where, same in ranges.items()]
+    others = [f"{part} ({len(x)})" if len(x) > 3 else " ".join(x) for part, x in parts.items()]
     return "; ".join([*groups, *([" ".join(others)] if others else [])])
 
 

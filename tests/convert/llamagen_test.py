@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from fourdstar_jax.convert import llamagen, rules
+from fourdstar_jax import bundle
+from fourdstar_jax.convert import command, llamagen, rules
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trunks_xl.json"
 NUM_LAYERS = 36
@@ -134,3 +136,19 @@ def test_models_of_classes_have_a_table_instead_of_a_text_mlp():
     shapes = llamagen.shapes(arguments)
     wanted = rules.their_shapes(llamagen.rules(shapes), shapes)
     assert rules.check(state, wanted, llamagen.IGNORED) == []
+
+
+def test_a_file_becomes_a_bundle_and_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setitem(llamagen.NUM_HEADS, 6, 3)
+    _, state = tiny(TINY)
+    state = {name: x.astype(np.float32) for name, x in state.items()}
+    safetensors.numpy.save_file(state, tmp_path / "given.safetensors")
+    info = command.convert("llamagen", tmp_path / "given.safetensors", tmp_path / "bundle")
+    assert info["tensors"] == len(state) and info["not_needed"] == 0
+    arguments = bundle.read(tmp_path / "bundle")["stages"]["trunk"]["model"]
+    assert arguments == TINY | {"family": "llamagen", "dtype": "float32"}
+    command.reverse("llamagen", tmp_path / "bundle", tmp_path / "back.safetensors")
+    back = safetensors.numpy.load_file(tmp_path / "back.safetensors")
+    assert set(back) == set(state)
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)

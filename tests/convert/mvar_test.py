@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from fourdstar_jax.convert import mvar, rules
+from fourdstar_jax import bundle
+from fourdstar_jax.convert import command, llamagen, mvar, rules
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trunks_xl.json"
 NUM_LAYERS = 36
@@ -107,3 +109,21 @@ def test_other_state_dicts_are_refused():
     state = released("llamagen_t2i_xl")
     with pytest.raises(ValueError, match=r"not the state dict of an MVAR.*cam_patchify"):
         mvar.arguments(state)
+
+
+def test_a_file_becomes_a_bundle_and_comes_back(tmp_path, monkeypatch, tiny):
+    monkeypatch.setitem(llamagen.NUM_HEADS, 6, 3)
+    _, state = tiny
+    state = {name: x.astype(np.float32) for name, x in state.items()}
+    safetensors.numpy.save_file(
+        {f"module.{name}": x for name, x in state.items()}, tmp_path / "given.safetensors"
+    )
+    info = command.convert("mvar", tmp_path / "given.safetensors", tmp_path / "bundle")
+    assert info["tensors"] == len(state) and info["not_needed"] == 0
+    arguments = bundle.read(tmp_path / "bundle")["stages"]["trunk"]["model"]
+    assert arguments == TINY | {"family": "mvar", "dtype": "float32"}
+    command.reverse("mvar", tmp_path / "bundle", tmp_path / "back.safetensors")
+    back = safetensors.numpy.load_file(tmp_path / "back.safetensors")
+    assert set(back) == set(state)
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)

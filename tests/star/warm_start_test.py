@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fourdstar_jax import sharding
+from fourdstar_jax import bundle, cli, sharding
 from fourdstar_jax.convert import llamagen, mvar
 from fourdstar_jax.star import warm_start
 from fourdstar_jax.star.model import STAR
@@ -149,7 +149,9 @@ def test_the_report_is_short_and_names_what_no_shape_tells(model):
 
     other = build(prefix="bidirectional", rope="axial", dim=16, head_dim=8, num_heads=2)
     arguments = MVAR | dict(dim=16)
-    notes = warm_start.load(other, arrays_of(arguments), arguments)[1].notes
+    report = warm_start.load(other, arrays_of(arguments), arguments)[1]
+    assert any("condition_layers (6) image_warp (14): " in line for line in report.lines())
+    notes = report.notes
     assert any("prefix='causal'" in note for note in notes)
     assert any("AdaLN" in note for note in notes) and any("'axial'" in note for note in notes)
 
@@ -224,3 +226,19 @@ def test_arrays_stay_where_they_are_on_the_mesh_and_half_precision_widens():
         down = warm.text.mlp.down.kernel[...]
         assert down.addressable_shards[0].data.shape == (6, 6)
         np.testing.assert_array_equal(down, arrays["text/mlp/down/kernel"].astype(np.float32))
+
+
+@pytest.mark.parametrize("scale, width, layers", [("base", 1024, 24), ("paper", 1280, 36)])
+def test_the_large_scales_have_llamagens_sizes(scale, width, layers):
+    """Base takes LlamaGen's L whole, paper its XL: by shapes alone."""
+    config = cli.read_config(f"configs/star.py:{scale}", [])
+    arguments = bundle.module_arguments(config.model.to_dict())
+    model = jax.eval_shape(functools.partial(sharding.build, STAR, **arguments), jax.random.key(0))
+    heads = llamagen.NUM_HEADS[width]
+    sizes = dict(dim=width, num_layers=layers, num_heads=heads, num_kv_heads=heads)
+    sizes |= dict(hidden_dim=model.trunk.layers.ffn.up.kernel.shape[-1], text_length=120)
+    sizes |= dict(text_dim=2048, vocab_size=16384)
+    assert sizes["hidden_dim"] == -(-(8 * width // 3) // 256) * 256  # as LlamaGen rounds it
+    nothing = np.zeros((), np.float32)
+    arrays = {n: np.broadcast_to(nothing, x) for n, x in llamagen.shapes(sizes).items()}
+    assert warm_start.misfits(model, arrays, sizes) == {}

@@ -1,0 +1,117 @@
+"""STAR's trainer started from a trunk: the file's weights are where it begins, once."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from fourdstar_jax import bundle, cli
+from fourdstar_jax.convert import llamagen
+from fourdstar_jax.data import prepare
+from fourdstar_jax.train import star, tokens
+
+pytestmark = pytest.mark.ci
+
+SIZES = dict(
+    family="llamagen", dim=16, num_layers=2, num_heads=2, num_kv_heads=2, hidden_dim=32,
+    text_length=5, text_dim=6, vocab_size=11,
+)  # fmt: skip
+# Two steps at a learning rate of 1e-9 leave weights of size one where they were.
+ATOL = 1e-6
+
+
+@pytest.fixture(scope="module")
+def token_dir(objects_dir, tiny_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("warm")
+    prepare.prepare(
+        objects_dir,
+        folder / "data",
+        image_size=16,
+        views=2,
+        extra_views=1,
+        max_frames=3,
+        workers=0,
+        log=lambda line: None,
+    )
+    tokens.prepare_tokens(folder / "data", tiny_bundle, folder / "tokens")
+    return folder / "tokens"
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: devices)
+
+
+def save_trunk(folder):
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.normal(0, 0.1, shape).astype(np.float32) + name.endswith("scale")
+        for name, shape in llamagen.shapes(SIZES).items()
+    }
+    bundle.save_arrays(folder, "trunk", arrays, {"model": SIZES}, converted={"kind": "llamagen"})
+    return arrays
+
+
+def config_of(token_dir, source, warm_start, steps=2):
+    config = cli.read_config("configs/star.py:tiny", [])
+    config.model.update(
+        num_codebooks=2, vocab_size=5, code_dim=6, image_size=16, patch=8, dim=16, num_layers=2,
+        num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,
+        container_neighbors=2, text_length=5, text_dim=6,
+    )  # fmt: skip
+    config.data.update(dir=str(token_dir), timesteps=2)
+    config.mesh.data = 1
+    config.update(batch_size=2, steps=steps, log_every=1, checkpoint_every=2, eval_every=2)
+    config.schedule.update(learning_rate=1e-9, warmup_steps=1)
+    config.storage = "float32"
+    config.bundle = str(source)
+    config.warm_start = None if warm_start is None else str(warm_start)
+    return config
+
+
+def test_a_run_starts_warm_once(token_dir, tiny_bundle, tmp_path, one_device, capsys):
+    arrays = save_trunk(tmp_path / "trunk")
+    workdir = tmp_path / "star"
+    star.train(config_of(token_dir, tiny_bundle, tmp_path / "trunk"), workdir)
+    report = (workdir / "warm_start.txt").read_text()
+    assert report.startswith("loaded 19 arrays of the file, skipped 5; ")
+    assert "layers 0-1: attention_norm q k v out" in report
+    assert bundle.weights_sha256(tmp_path / "trunk")["trunk"] in report
+    assert report in capsys.readouterr().out
+
+    def check(steps):
+        rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["train/loss"] for row in rows if "train/loss" in row]
+        assert len(losses) == steps and np.isfinite(losses).all()
+        trained = bundle.load_arrays(workdir / "bundle", "star")
+        for name in ("q/kernel", "ffn/down/kernel", "ffn_norm/scale"):
+            expected = np.stack([arrays[f"layers/{i}/{name}"] for i in range(2)])
+            np.testing.assert_allclose(trained[f"trunk/layers/{name}"], expected, atol=ATOL)
+        np.testing.assert_allclose(trained["trunk/norm/scale"], arrays["norm/scale"], atol=ATOL)
+        info = bundle.read(workdir / "bundle")["stages"]["star"]["info"]
+        assert info["warm_start"] == report.splitlines()[0]
+
+    check(2)
+    shutil.rmtree(tmp_path / "trunk")  # a run that goes on does not look for it
+    star.train(config_of(token_dir, tiny_bundle, tmp_path / "trunk", steps=4), workdir)
+    assert "warm start" not in capsys.readouterr().out
+    check(4)
+
+
+def test_a_folder_without_a_trunk_is_refused(token_dir, tiny_bundle, tmp_path, one_device):
+    config = config_of(token_dir, tiny_bundle, tiny_bundle)
+    with pytest.raises(ValueError, match="has no trunk"):
+        star.train(config, tmp_path)
+
+
+def test_a_trunk_is_no_model_but_can_be_inspected(tmp_path, capsys):
+    save_trunk(tmp_path)
+    with pytest.raises(ValueError, match="warm_start"):
+        bundle.load_stage(tmp_path, "trunk")
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    number = sum(int(np.prod(shape)) for shape in llamagen.shapes(SIZES).values())
+    assert f"trunk: {number:,} numbers as float32" in shown and "llamagen" in shown
