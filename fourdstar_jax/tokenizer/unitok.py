@@ -191,22 +191,18 @@ def self_attention(
 ) -> Float[Array, "b n {num_heads} Dh"]:
     """Full attention of a fused projection laid out (q|k|v, head, channel).
 
-    The three products are taken one by one: cutting their joint result up again would copy it, so
-    on a GPU the compiler is kept from joining them. There, in half precision, the attention is
-    cuDNN's. `biases` are of q, k and v.
+    The three products are taken one by one: cutting their joint result up again would copy it. In
+    half precision on a GPU the attention is cuDNN's. `biases` are of q, k and v.
     """
-    gpu = jax.default_backend() == "gpu"
-    x = x.astype(dtype)
 
     def project(w, b):
-        # Products of one array are merged into one; those of a barrier's copies are not.
-        y = (jax.lax.optimization_barrier(x) if gpu else x) @ w
+        y = x.astype(dtype) @ w
         y = y if b is None else y + b.astype(dtype)
         return y.reshape(*x.shape[:2], num_heads, -1)
 
     kernels = jnp.split(kernel.astype(dtype), 3, 1)
     q, k, v = (project(w, b) for w, b in zip(kernels, biases, strict=True))
-    fused = gpu and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
+    fused = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and jax.default_backend() == "gpu"
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else None)
 
 
