@@ -50,6 +50,7 @@ STAGES = {
 # weights of others that a stage can start from, and that are no stage of the model
 RAW_STAGES = ("trunk",)  # star's, from LlamaGen or MVAR: `star.warm_start`
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
+READERS = 4  # threads that copy tensors: new memory comes faster to several
 MAX_JSON = 16 << 20  # bytes
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
 
@@ -164,6 +165,8 @@ def save_arrays(
     if stage == "tokenizer":
         # the spec of the weights as stored, which is what everybody will load
         spec = _build(stage, description, set(arrays), arrays.__getitem__).spec.to_dict()
+        entry = description["stages"][stage]
+        entry["hashed"] = {"file": entry["sha256"], "weights": spec["weights_sha256"]}
         if description["tokenizer"] not in (None, spec):
             for later in ("vqvae", "star"):
                 description["stages"].pop(later, None)
@@ -216,7 +219,10 @@ def load_stage(folder: str | os.PathLike[str], stage: str) -> Any:
             with safetensors.safe_open(path, "numpy") as file:
                 module = _build(stage, description, set(file.keys()), file.get_tensor)
             if stage == "tokenizer":
-                TokenizerSpec.from_dict(description["tokenizer"] or {}).check(module.spec)
+                hashed = description["stages"][stage].get("hashed", {})
+                known = hashed.get("file") == sha256.result()  # then its weights were hashed before
+                spec = module.described(hashed.get("weights")) if known else module.spec
+                TokenizerSpec.from_dict(description["tokenizer"] or {}).check(spec)
         except (ValueError, safetensors.SafetensorError) as error:
             _check_sha256(path, sha256.result(), description["stages"][stage])  # the likelier cause
             if isinstance(error, safetensors.SafetensorError):
@@ -345,8 +351,9 @@ def _build(stage: str, description: dict, names: set[str], get: Callable[[str], 
             f"bundle of another shape: {stage} has {len(set(wanted) - names)} tensors "
             f"missing and {len(names - set(wanted))} too many, {differing[0]} among them"
         )
-    filled = []
-    for name, target in wanted.items():
+
+    def fill(item: tuple[str, Any]) -> jax.Array:
+        name, target = item
         array = get(name)
         if array.shape != target.shape:
             raise ValueError(
@@ -356,5 +363,8 @@ def _build(stage: str, description: dict, names: set[str], get: Callable[[str], 
             raise ValueError(f"bundle: {stage} {name} is {array.dtype}, not {target.dtype}")
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise ValueError(f"bundle: {stage} {name} holds values that are not finite")
-        filled.append(jnp.asarray(array, target.dtype))
+        return jnp.asarray(array, target.dtype)
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        filled = list(pool.map(fill, wanted.items()))
     return jax.tree.unflatten(jax.tree.structure(model), filled)

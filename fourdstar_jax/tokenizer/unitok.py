@@ -734,6 +734,10 @@ class UniTok(nnx.Module):
     @property
     def spec(self) -> TokenizerSpec:
         """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
+        return self.described(weights_sha256(self))
+
+    def described(self, weights_sha256: str) -> TokenizerSpec:
+        """The spec, for weights whose hash is known."""
         num_codebooks, vocab_size, width = self.quantizer.codebooks[...].shape
         return TokenizerSpec(
             name="unitok",
@@ -742,7 +746,7 @@ class UniTok(nnx.Module):
             num_codebooks=num_codebooks,
             vocab_size=vocab_size,
             code_dim=num_codebooks * width,
-            weights_sha256=weights_sha256(self),
+            weights_sha256=weights_sha256,
         )
 
     def __call__(self, images: Float[Array, "*b h w 3"]) -> Reconstruction:

@@ -280,6 +280,10 @@ class VQ16(nnx.Module):
     @property
     def spec(self) -> TokenizerSpec:
         """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
+        return self.described(weights_sha256(self))
+
+    def described(self, weights_sha256: str) -> TokenizerSpec:
+        """The spec, for weights whose hash is known."""
         _, vocab_size, code_dim = self.quantizer.codebooks[...].shape
         return TokenizerSpec(
             name="vq16",
@@ -288,5 +292,5 @@ class VQ16(nnx.Module):
             num_codebooks=1,
             vocab_size=vocab_size,
             code_dim=code_dim,
-            weights_sha256=weights_sha256(self),
+            weights_sha256=weights_sha256,
         )
