@@ -2,8 +2,7 @@
 
 A bundle is all that generation needs, and all that a later stage needs of an earlier one. The
 stages are `tokenizer`, `vqvae` and `star`, and `text` where STAR takes features of T5; a bundle
-grows with them. Only JSON and safetensors are
-read, never a pickle.
+grows with them. Only JSON and safetensors are read, never a pickle.
 
 `model.json`:
 
@@ -12,7 +11,8 @@ read, never a pickle.
     stages.<stage>       file, sha256, num_parameters, storage (type of the stored floats),
                          model (the constructor's arguments), config (the whole resolved
                          configuration of its training), info (whatever its trainer adds: rig,
-                         words, hashes of split and data, final metrics)
+                         words, hashes of split and data, final metrics), hashed (the tokenizer's:
+                         SHA-256 of its file and of the weights in it)
     packages             versions that wrote it
 
 Tensors are named by their place in the module, `blocks/0/attention/qkv/kernel`.
@@ -192,7 +192,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     stages = description.get("stages")
     keys = {"file", "sha256", "storage", "model", "config", "info"}
     if not isinstance(stages, dict) or not set(stages) <= {*STAGES, *RAW_STAGES}:
-        raise ValueError(f"{path} lists unknown stages; there are {sorted(STAGES)}")
+        raise ValueError(f"{path} lists unknown stages; there are {sorted((*STAGES, *RAW_STAGES))}")
     for stage, entry in stages.items():
         if not isinstance(entry, dict) or not keys <= set(entry):
             raise ValueError(f"{path}: stage {stage} lacks some of {sorted(keys)}")

@@ -47,7 +47,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
+        return {name: x for shard in _shards(path) for name, x in read(shard).items()}
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             if int.from_bytes(file.read(8), "little") > bundle.MAX_HEADER:
@@ -62,19 +62,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return tree
 
 
-def _read_shards(path: Path) -> dict[str, Any]:
+def _shards(path: Path) -> list[Path]:
+    """The files that an index names, all beside it."""
     if path.stat().st_size > MAX_INDEX:
         raise ValueError(f"{path}: larger than {MAX_INDEX} bytes")
     try:
         names = json.loads(path.read_text())["weight_map"].values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of shards: {error}") from error
-    tree = {}
-    for name in sorted({str(name) for name in names}):
-        if Path(name).name != name or name.endswith(".index.json"):
-            raise ValueError(f"{path}: names the file {name!r}, which is not one beside it")
-        tree |= read(path.parent / name)
-    return tree
+    shards = [path.parent / name for name in sorted({str(name) for name in names})]
+    for shard in shards:
+        if shard.parent != path.parent or shard.name.endswith(".index.json"):
+            raise ValueError(f"{path}: names the file {str(shard)!r}, which is not one beside it")
+    return shards
 
 
 def convert(
@@ -108,12 +108,14 @@ def convert(
         arrays = rules.forward(table, state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    shards = _shards(Path(source)) if str(source).endswith(".index.json") else []
     used = {name for rule in table for name in rule.theirs}
     info = {
         "kind": kind,
         "key_map": names.VERSION,
         "source": Path(source).name,
         "source_sha256": bundle.file_sha256(source),
+        "shards_sha256": {shard.name: bundle.file_sha256(shard) for shard in shards},
         "tensors": len(used),
         "not_needed": len(state) - len(used & set(state)),
     }

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
+from fourdstar_jax.bundle import file_sha256
 from fourdstar_jax.export import video
-from fourdstar_jax.export.folder import MANIFEST, file_sha256, output_folder
+from fourdstar_jax.export.folder import MANIFEST, output_folder
 from fourdstar_jax.export.ply import read_ply, write_ply
 from fourdstar_jax.export.splats import read_splats, write_splats
 from fourdstar_jax.generate import Object4D

@@ -1,7 +1,6 @@
 """Output folders that are there whole or not at all."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,8 +41,3 @@ def output_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
