@@ -228,8 +228,12 @@ class SelfAttention(nnx.Module):
         kernel, biases = self.qkv.kernel[...], jnp.split(bias_of(self.qkv), 3)
         proj, bias = self.proj.kernel[...], bias_of(self.proj)
         if self.dtype == jnp.bfloat16:
-            wide = proj.astype(jnp.float32)
-            bias = bias.astype(jnp.float32) + jnp.sum(biases[2][:, None] * wide, 0)
+            # Of rounded weights, as the products are: then `nn.cast_weights` changes nothing.
+            wide, value, bias = (
+                jax.lax.reduce_precision(w.astype(jnp.float32), 8, 7)
+                for w in (proj, biases[2], bias)
+            )
+            bias = bias + jnp.sum(value[:, None] * wide, 0)
             biases = (biases[0], None, None)
         y = self_attention(x, kernel, biases, self.num_heads, self.dtype)
         return Apart(y.reshape(x.shape) @ proj.astype(y.dtype), bias)
