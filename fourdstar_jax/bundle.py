@@ -50,7 +50,10 @@ STAGES = {
 # weights of others that a stage can start from, and that are no stage of the model
 RAW_STAGES = ("trunk",)  # star's, from LlamaGen or MVAR: `star.warm_start`
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
-READERS = 4  # threads that copy tensors: new memory comes faster to several
+# of safetensors, what `save_arrays` writes and more
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
+TYPES |= {"I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
+READERS = 2  # threads that copy tensors: new memory comes faster to two
 MAX_JSON = 16 << 20  # bytes
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
 
@@ -216,8 +219,8 @@ def load_stage(folder: str | os.PathLike[str], stage: str) -> Any:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         sha256 = pool.submit(file_sha256, path)
         try:
-            with safetensors.safe_open(path, "numpy") as file:
-                module = _build(stage, description, set(file.keys()), file.get_tensor)
+            arrays = _mapped(path)
+            module = _build(stage, description, set(arrays), arrays.__getitem__)
             if stage == "tokenizer":
                 hashed = description["stages"][stage].get("hashed", {})
                 known = hashed.get("file") == sha256.result()  # then its weights were hashed before
@@ -318,6 +321,24 @@ def _check_file(folder: Path, stage: str) -> Path:
         if int.from_bytes(file.read(8), "little") > MAX_HEADER:
             raise ValueError(f"{path} has a header above {MAX_HEADER} bytes")
     return path
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """A safetensors file's arrays as read-only views of the mapped file: nothing is copied."""
+    with safetensors.safe_open(path, "numpy") as file:  # checks the header and every place in it
+        names = file.keys()
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    arrays = {}
+    for name in names:
+        entry = header[name]
+        if entry["dtype"] not in TYPES:
+            raise ValueError(f"{path}: {name} has type {entry['dtype']}")
+        low, high = entry["data_offsets"]
+        values = data[start + low : start + high].view(TYPES[entry["dtype"]])
+        arrays[name] = values.reshape(entry["shape"])
+    return arrays
 
 
 def _check_sha256(path: Path, sha256: str, entry: dict) -> None:
