@@ -98,16 +98,19 @@ def convert(
     """
     names = key_map(kind)
     stage = KINDS[kind]
-    state = _tensors(source, names.find(read(source)))
-    arguments = {**names.arguments(state), "dtype": dtype}
-    shapes = _shapes(names, stage, arguments)
-    table = names.rules(shapes)
-    if wrong := rules.check(state, rules.their_shapes(table, shapes), names.IGNORED):
-        raise ValueError(f"{source}: not the {kind} that is known here: " + "; ".join(wrong))
+    tree = read(source)
     try:
+        state = _tensors(names.find(tree))
+        arguments = {**names.arguments(state), "dtype": dtype}
+        shapes = _shapes(names, stage, arguments)
+        table = names.rules(shapes)
+        if wrong := rules.check(state, rules.their_shapes(table, shapes), names.IGNORED):
+            raise ValueError(f"not the {kind} that is known here: " + "; ".join(wrong))
         arrays = rules.forward(table, state)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        # the sizes are read off the file's own shapes, which may make no sense at all
+        why = error if isinstance(error, ValueError) else f"no {kind}: {error!r}"
+        raise ValueError(f"{source}: {why}") from error
     shards = _shards(Path(source)) if str(source).endswith(".index.json") else []
     used = {name for rule in table for name in rule.theirs}
     info = {
@@ -158,9 +161,11 @@ def reverse(
     return {name: array.shape for name, array in contiguous.items()}
 
 
-def _tensors(source: Any, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _tensors(state: Any) -> dict[str, np.ndarray]:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"a {type(state).__name__} where the state dict should be")
     if wrong := [name for name, value in state.items() if not isinstance(value, np.ndarray)]:
-        raise ValueError(f"{source}: {wrong[0]} is no tensor")
+        raise ValueError(f"{wrong[0]} is no tensor")
     return dict(state)
 
 

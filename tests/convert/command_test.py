@@ -110,7 +110,27 @@ def test_another_kind_of_file_is_told(kind, source, why, tmp_path, capsys):
     arguments = ["convert", kind, str(SOURCES[source]), str(tmp_path / "b")]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert why in error and len(error.splitlines()) == 1
+    assert why in error and str(SOURCES[source]) in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("encoder.norm.weight", np.float32(1)),  # no axis to count
+        ("encoder.norm.weight", np.ones(3, np.float32)),  # no head of 64 fits
+        ("quantizer.codebooks.0.codebook.weight", np.ones(3, np.float32)),
+        ("encoder.blocks.0.mlp.w0.weight", np.ones((0, 0), np.float32)),
+    ],
+)
+def test_sizes_that_make_no_sense_are_told_in_a_line(name, value, tmp_path, capsys):
+    state = {n: np.ascontiguousarray(x) for n, x in state_of("unitok").items()}
+    state[name] = np.asarray(value)
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(state, path)
+    assert cli.main(["convert", "unitok", str(path), str(tmp_path / "b")]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "b").exists()
 
 
 def test_hostile_and_damaged_files_are_told_in_a_line(tmp_path, capsys):

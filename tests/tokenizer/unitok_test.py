@@ -371,3 +371,35 @@ def test_half_precision_block(monkeypatch, dtype):
         a, b = (np.asarray(v, np.float32) for v in (a, b))
         assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
     layer_norm._launch.clear_cache()
+
+
+def test_gelu_in_bfloat16_is_the_exact_one_but_for_rounding():
+    x = jnp.linspace(-8, 8, 20001).astype(jnp.bfloat16)
+    exact = jax.nn.gelu(x.astype(jnp.float32), approximate=False)
+    error = jnp.abs(unitok.gelu(x).astype(jnp.float32) - exact)
+    assert unitok.gelu(x).dtype == jnp.bfloat16
+    # half a bfloat16 step of the result, and the polynomial's own error
+    assert jnp.all(error <= 2.0**-8 * jnp.abs(exact) + 7e-5)
+    tanh = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
+    assert jnp.abs(tanh - exact).max() > 4e-4  # the other form would be told
+
+
+def test_upsampled_conv_is_the_convolution_of_the_large_picture():
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        layer = unitok.conv(5, 7, 3, bias=range(7), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(2), (2, 3, 4, 5))
+
+    def direct(layer, x):
+        return jnp.sum(jnp.sin(layer(unitok.upsample(x))))
+
+    def ours(layer, x):
+        return jnp.sum(jnp.sin(unitok.upsampled_conv(layer, x)))
+
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(
+            unitok.upsampled_conv(layer, x), layer(unitok.upsample(x)), atol=2e-6
+        )
+        wanted = jax.grad(direct, argnums=(0, 1))(layer, x)
+        found = jax.grad(ours, argnums=(0, 1))(layer, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
