@@ -132,17 +132,25 @@ def reverse(
 ) -> dict[str, tuple[int, ...]]:
     """Writes a bundle's stage as a safetensors file with the original's names; returns the shapes.
 
-    PyTorch's users load it with `model.load_state_dict(safetensors.torch.load_file(out))`; what the
-    original has besides (UniTok's CLIP side, T5's decoder) is not in it: `strict=False`. Raises
-    ValueError if the bundle's stage is not of this kind, or `out` is not named .safetensors.
+    PyTorch's users load it with `model.load_state_dict(safetensors.torch.load_file(out))`; what
+    the original has besides (UniTok's CLIP side, T5's decoder) is not in it: `strict=False`. Of a
+    bundle with a STAR that was trained here, "llamagen" writes its layers, last norm and, with T5,
+    its text MLP; its tokens, head and positions are not LlamaGen's, and no RoPE goes with the
+    layers. Raises ValueError if the bundle's stage is not of this kind, or `out` is not named
+    .safetensors.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the way back writes .safetensors, which PyTorch's users can load")
     names = key_map(kind)
     stage = KINDS[kind]
+    stages = bundle.read(folder)["stages"]
+    if kind == "llamagen" and stage not in stages and "star" in stages:
+        arrays = _trunk_of_star(bundle.load_arrays(folder, "star"))
+        shapes = {name: array.shape for name, array in arrays.items()}
+        return _write(out, kind, rules.backward(names.rules(shapes), _float32(arrays)))
     arrays = bundle.load_arrays(folder, stage)
-    arguments = bundle.read(folder)["stages"][stage]["model"]
+    arguments = stages[stage]["model"]
     shapes = {name: array.shape for name, array in arrays.items()}
     try:
         if wanted := set(_shapes(names, stage, arguments)) ^ set(shapes):
@@ -155,6 +163,22 @@ def reverse(
                 raise ValueError(f"{differing[0]} is {arguments[differing[0]]!r}")
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder}: its {stage} is not of the {kind} kind: {error}") from error
+    return _write(out, kind, state)
+
+
+def _trunk_of_star(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What LlamaGen has a name for of STAR's arrays, a layer at a time."""
+    stacked = "trunk/layers/"
+    found = {"norm/scale": arrays["trunk/norm/scale"]}
+    for name, array in arrays.items():
+        if name.startswith(stacked):
+            found |= {f"layers/{i}/{name[len(stacked) :]}": x for i, x in enumerate(array)}
+    if "text/table" not in arrays:  # it reads T5's features, as LlamaGen's does
+        found |= {name: x for name, x in arrays.items() if name.startswith("text/mlp/")}
+    return found
+
+
+def _write(out: Path, kind: str, state: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     out.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(array) for name, array in state.items()}
     safetensors.numpy.save_file(contiguous, out, metadata={"format": "pt", "kind": kind})

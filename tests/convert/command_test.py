@@ -152,6 +152,20 @@ def test_reverse_wants_the_same_kind(tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_layers_of_a_star_trained_here_go_to_llamagens_names(tmp_path):
+    arguments = ["convert", "llamagen", str(cli.BUNDLED_MODEL), str(tmp_path / "s.safetensors")]
+    assert cli.main([*arguments, "--reverse"]) == 0
+    back = safetensors.numpy.load_file(tmp_path / "s.safetensors")
+    ours = bundle.named_arrays(bundle.load_stage(cli.BUNDLED_MODEL, "star"))
+    layers, dim, _ = ours["trunk/layers/q/kernel"].shape
+    assert len(back) == 1 + 7 * layers  # the last norm; q, k, v in one, out, three, two norms
+    fused = back["layers.1.attention.wqkv.weight"]
+    np.testing.assert_array_equal(fused[dim : 2 * dim], ours["trunk/layers/k/kernel"][1].T)
+    gate = back[f"layers.{layers - 1}.feed_forward.w1.weight"]
+    np.testing.assert_array_equal(gate, ours["trunk/layers/ffn/gate/kernel"][-1].T)
+    np.testing.assert_array_equal(back["norm.weight"], ours["trunk/norm/scale"])
+
+
 def test_another_stage_of_the_bundle_stays(tmp_path):
     command.convert("unitok", UNITOK, tmp_path / "b")
     command.convert("t5", SOURCES["t5"], tmp_path / "b")
