@@ -10,7 +10,7 @@ VQ-16: there is nothing to train, and the config says its sizes.
 
 from ml_collections import ConfigDict
 
-from fourdstar_jax.tokenizer import RELEASED
+from fourdstar_jax.tokenizer import RELEASED, UNITOK
 
 
 def get_config(argument: str = "small") -> ConfigDict:
@@ -110,24 +110,6 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                 )
             )
         case "base" | "paper":  # UniTok as released (arXiv:2502.20321)
-            return ConfigDict(
-                dict(
-                    resolution=256,
-                    stem="hybrid",
-                    stem_channels=(160, 160, 320),
-                    stem_depths=(2, 4),
-                    dim=1024,
-                    num_blocks=31,
-                    num_decoder_blocks=31,
-                    num_heads=16,
-                    hidden_dim=2048,
-                    tail="hybrid",
-                    tail_channels=(320, 320, 160),
-                    tail_depths=(4, 2),
-                    **RELEASED["unitok"],
-                    learned_positions=False,
-                    dtype="bfloat16",
-                )
-            )
+            return ConfigDict(dict(UNITOK, dtype="bfloat16"))
         case _:
             raise ValueError(f"{scale=} must be tiny, small, base or paper")

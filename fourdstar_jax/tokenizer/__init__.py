@@ -9,6 +9,24 @@ RELEASED = {
     "vq16": {"num_codebooks": 1, "vocab_size": 16384, "code_dim": 8},  # arXiv:2406.06525
 }
 
+# Arguments of the released `unitok.UniTok`; `convert.unitok` finds the same in its file.
+UNITOK: dict[str, Any] = dict(
+    resolution=256,
+    stem="hybrid",
+    stem_channels=(160, 160, 320),
+    stem_depths=(2, 4),
+    dim=1024,
+    num_blocks=31,
+    num_decoder_blocks=31,
+    num_heads=16,
+    hidden_dim=2048,
+    tail="hybrid",
+    tail_channels=(320, 320, 160),
+    tail_depths=(4, 2),
+    learned_positions=False,
+    **RELEASED["unitok"],
+)
+
 
 def make(family: str = "unitok", **arguments: Any) -> Any:
     """A tokenizer, behind `base.Tokenizer`, from the arguments of its family's constructor.

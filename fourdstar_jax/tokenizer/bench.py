@@ -31,27 +31,12 @@ import numpy as np
 from fourdstar_jax import sharding
 from fourdstar_jax.kernels.rasterize.bench import describe
 from fourdstar_jax.nn import cast_weights
-from fourdstar_jax.tokenizer import RELEASED, bench_original
+from fourdstar_jax.tokenizer import UNITOK, bench_original
 from fourdstar_jax.tokenizer.unitok import UniTok
 
 # Arguments of `UniTok`.
 SIZES: dict[str, dict[str, Any]] = {
-    "released": dict(
-        resolution=256,
-        stem="hybrid",
-        stem_channels=(160, 160, 320),
-        stem_depths=(2, 4),
-        dim=1024,
-        num_blocks=31,
-        num_decoder_blocks=31,
-        num_heads=16,
-        hidden_dim=2048,
-        tail="hybrid",
-        tail_channels=(320, 320, 160),
-        tail_depths=(4, 2),
-        learned_positions=False,
-        **RELEASED["unitok"],
-    ),
+    "released": UNITOK,
     "tiny": dict(
         resolution=32,
         stem="hybrid",
