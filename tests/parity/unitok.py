@@ -68,10 +68,10 @@ def build(source: Path, small: bool) -> Any:
     def vit():
         if not small:
             return importlib.import_module("timm").create_model("vitamin_large", **options)
-        stages = vitamin.VitCfg(embed_dim=(16, 24, 64), depths=(1, 2, 1), stem_width=8)
+        stages = vitamin.VitCfg(embed_dim=(8, 12, 64), depths=(1, 2, 1), stem_width=8)
         return vitamin._create_vision_transformer_hybrid(
             "vitamin_base", backbone=vitamin.MbConvStages(cfg=stages),
-            embed_dim=64, depth=1, num_heads=1, mlp_ratio=2.0, **options,
+            embed_dim=64, depth=1, num_heads=1, mlp_ratio=1.0, **options,
         )  # fmt: skip
 
     model = torch.nn.Module()
@@ -88,10 +88,10 @@ def build(source: Path, small: bool) -> Any:
         decoder.num_query, decoder.grad_ckpt = 0, False
         decoder.blocks, decoder.norm, decoder.norm_pre = blocks.blocks, blocks.norm, blocks.norm_pre
         block = vitamin.InvMbConvLNBlock
-        decoder.up_conv1 = vitamin.Upsample2d(dim, 24)
-        decoder.up_conv2 = torch.nn.Sequential(block(24, 24, stride=2), block(24, 24))
-        decoder.up_conv3 = torch.nn.Sequential(block(24, 16, stride=2))
-        decoder.up_conv4 = vitamin.InvStem(in_chs=16, out_chs=3)
+        decoder.up_conv1 = vitamin.Upsample2d(dim, 12)
+        decoder.up_conv2 = torch.nn.Sequential(block(12, 12, stride=2), block(12, 12))
+        decoder.up_conv3 = torch.nn.Sequential(block(12, 8, stride=2))
+        decoder.up_conv4 = vitamin.InvStem(in_chs=8, out_chs=3)
         model.decoder = decoder
     else:
         model.decoder = vitamin.ViTaminDecoder("vitamin_large", img_size=size)
