@@ -95,6 +95,7 @@ def test_stages_build_on_each_other_and_resume_exactly(data_dir, tmp_path, one_d
     assert np.isfinite(object4d.gaussians.means).all()
 
 
+@pytest.mark.slow  # tests/tokenizer/vq16_test.py takes each of its steps alone
 def test_stages_build_on_vq16(data_dir, tmp_path, one_device):
     """A bundle with LlamaGen's tokenizer, one code a token, instead of UniTok."""
     arguments = dict(
