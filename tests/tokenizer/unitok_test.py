@@ -10,7 +10,7 @@ from flax import nnx
 
 from fourdstar_jax import sharding
 from fourdstar_jax.kernels import layer_norm
-from fourdstar_jax.tokenizer import unitok
+from fourdstar_jax.tokenizer import UNITOK, unitok
 from fourdstar_jax.tokenizer.base import TokenizerSpec
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.tokenizer.quantize import CodeUsage
@@ -28,25 +28,6 @@ SMALLEST = dict(
     num_codebooks=3,
     vocab_size=11,
     code_dim=6,
-)
-# The released model (README of FoundationVision/UniTok), for its parameter counts.
-RELEASED = dict(
-    resolution=256,
-    stem="hybrid",
-    stem_channels=(160, 160, 320),
-    stem_depths=(2, 4),
-    dim=1024,
-    num_blocks=31,
-    num_decoder_blocks=31,
-    num_heads=16,
-    hidden_dim=2048,
-    tail="hybrid",
-    tail_channels=(320, 320, 160),
-    tail_depths=(4, 2),
-    num_codebooks=8,
-    vocab_size=4096,
-    code_dim=64,
-    learned_positions=False,
 )
 
 
@@ -138,7 +119,7 @@ def test_hybrid_layers_run_and_learn():
 
 def test_released_sizes():
     with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        model = jax.eval_shape(lambda: UniTok(**RELEASED, rngs=nnx.Rngs(0)))
+        model = jax.eval_shape(lambda: UniTok(**UNITOK, rngs=nnx.Rngs(0)))
 
     def count(module):
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
