@@ -1,7 +1,5 @@
 """Our T5 encoder on what transformers' gave for a small one (tests/parity/t5.py --small)."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +11,6 @@ from fourdstar_jax.convert import t5 as convert
 
 HERE = Path(__file__).parent
 FIXTURE = HERE / "fixtures" / "t5"
-
-
-@pytest.fixture(scope="module")
-def parity():
-    """The script beside this file, which imports `common` from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))
-        spec = importlib.util.spec_from_file_location("parity_t5", HERE / "t5.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-        sys.modules.pop("common", None)
-
-
-@pytest.fixture(scope="module")
-def rows(parity):
-    return {row.block: row for row in parity.compare(FIXTURE)}
 
 
 BLOCKS = ["tokens", "mask", "buckets", "position_bias", "embed", "final_norm", "end_to_end"]

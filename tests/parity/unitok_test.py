@@ -1,6 +1,5 @@
 """Our UniTok on what the original's code gave for a small one (tests/parity/unitok.py --small)."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -22,23 +21,6 @@ BLOCKS += ["post_quant_proj", "decoder.blocks.0", "decoder.norm", "decoder.up_co
 BLOCKS += ["decoder.up_conv2.0", "decoder.up_conv2.1", "decoder.up_conv3.0", "decoder.up_conv4"]
 WHOLE = ["encoder", "decoder", "images to tokens to images"]
 TOKENS = ["quantizer: wrong tokens", "images to tokens: wrong tokens"]
-
-
-@pytest.fixture(scope="module")
-def parity():
-    """The script beside this file, which imports `common` from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))
-        spec = importlib.util.spec_from_file_location("parity_unitok", HERE / "unitok.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-        sys.modules.pop("common", None)
-
-
-@pytest.fixture(scope="module")
-def rows(parity):
-    return {row.block: row for row in parity.compare(FIXTURE)}
 
 
 def test_no_block_is_left_out(rows):

@@ -1,7 +1,5 @@
 """Our VQ-16 on what LlamaGen's code gave for a small one (tests/parity/vq16.py --small)."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +22,6 @@ BLOCKS = [f"{half}.{name}" for half, names in HALVES.items() for name in names]
 BLOCKS += ["quant_conv", "quantize", "post_quant_conv"]
 WHOLE = ["encoder", "decoder", "images to tokens to images"]
 TOKENS = ["quantize: wrong tokens", "images to tokens: wrong tokens"]
-
-
-@pytest.fixture(scope="module")
-def parity():
-    """The script beside this file, which imports `common` from its own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))
-        spec = importlib.util.spec_from_file_location("parity_vq16", HERE / "vq16.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-        sys.modules.pop("common", None)
-
-
-@pytest.fixture(scope="module")
-def rows(parity):
-    return {row.block: row for row in parity.compare(FIXTURE)}
 
 
 def test_no_block_is_left_out(rows):
