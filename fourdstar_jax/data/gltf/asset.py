@@ -1,0 +1,268 @@
+"""An asset in memory and its vertices at any time: clips, node transforms, skins, morphs."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32, UInt8
+
+from fourdstar_jax.data.gltf.container import MalformedAsset
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One animation of a file."""
+
+    index: int
+    name: str
+    start_s: float  # first key of all channels
+    duration_s: float  # last key minus first
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A run of triangles that share a texture."""
+
+    first: int  # triangle
+    count: int
+    texture: int  # index into `Asset.textures`, -1 for none
+    alpha_cutoff: float  # fragments below it are not drawn
+
+
+class Posed(NamedTuple):
+    """Vertices at some times, world frame."""
+
+    positions: Float32[np.ndarray, "T P 3"]
+    normals: Float32[np.ndarray, "T P 3"] | None  # not unit length; zero where the file has none
+
+
+@dataclass
+class Node:
+    """A node of the file at rest."""
+
+    children: list[int]
+    mesh: int | None
+    skin: int | None
+    matrix: np.ndarray | None  # [4, 4]
+    translation: np.ndarray
+    rotation: np.ndarray  # xyzw, as in the file
+    scale: np.ndarray
+    weights: np.ndarray | None
+    name: str
+
+
+@dataclass
+class Channel:
+    """What a clip does to one property of a node."""
+
+    node: int
+    path: str
+    interpolation: str
+    times: np.ndarray  # [S] seconds
+    values: np.ndarray  # [S, C], or [S, 3, C] (in-tangent, value, out-tangent) for CUBICSPLINE
+
+
+@dataclass
+class Part:
+    """One primitive under one node: a range of the asset's vertices and what moves it."""
+
+    first: int
+    count: int
+    bones: np.ndarray  # [J] node of each bone; the node itself when the mesh has no skin
+    inverse_bind: np.ndarray  # [J, 4, 4]
+    joints: np.ndarray  # [P, S] into bones
+    weights: np.ndarray  # [P, S], sums to one
+    node: int
+    morph_positions: np.ndarray | None  # [M, P, 3]
+    morph_normals: np.ndarray | None
+    morph_weights: np.ndarray  # [M] at rest
+
+
+@dataclass
+class Asset:
+    """A GLB file in memory. Vertices of all primitives are concatenated."""
+
+    name: str
+    sha256: str
+    positions: Float32[np.ndarray, "P 3"]  # as in the file, before skin and node transforms
+    normals: Float32[np.ndarray, "P 3"]
+    uvs: Float32[np.ndarray, "P 2"]
+    colors: Float32[np.ndarray, "P 4"]  # vertex colour times base colour, linear RGBA
+    emission: Float32[np.ndarray, "P 3"]  # linear RGB
+    triangles: Int32[np.ndarray, "F 3"]
+    draws: list[Draw]
+    textures: list[UInt8[np.ndarray, "h w 4"]]  # sRGB, straight alpha, row 0 at v = 0
+    clips: list[Clip]
+    warnings: list[str]
+    _nodes: list[Node] = field(repr=False)
+    _order: list[tuple[int, int]] = field(repr=False)  # (node, parent or -1), parents first
+    _parts: list[Part] = field(repr=False)
+    _channels: list[list[Channel]] = field(repr=False)  # one list a clip
+    joint_names: frozenset[str] = frozenset()  # of the skins; moved nodes when there is no skin
+
+    def pose(
+        self,
+        clip: int | None,
+        times_s: Float[np.ndarray, " T"],
+        *,
+        normals: bool = True,
+    ) -> Posed:
+        """Vertices at `times_s` seconds after the clip's first key; None is the rest pose."""
+        times_s = np.asarray(times_s, np.float64)
+        if clip is not None and not 0 <= clip < len(self.clips):
+            raise ValueError(f"{clip=} is not one of the {len(self.clips)} clips of {self.name}")
+        channels = [] if clip is None else self._channels[clip]
+        start = 0.0 if clip is None else self.clips[clip].start_s
+        world, morphs = self._animate(channels, times_s + start)
+        T = len(times_s)
+        out = np.empty((T, len(self.positions), 3), np.float32)
+        out_normals = np.empty_like(out) if normals else None
+        for part in self._parts:
+            bones = (world[:, part.bones] @ part.inverse_bind).astype(np.float32)  # [T, J, 4, 4]
+            flat = np.moveaxis(bones[:, :, :3], 0, 1).reshape(len(part.bones), -1)  # [J, T*3*4]
+            weight = morphs.get(part.node, part.morph_weights[None])
+            step = max(64, (1 << 22) // max(1, flat.shape[1]))  # bounds the blend's memory
+            for lo in range(0, part.count, step):
+                hi = min(part.count, lo + step)
+                span = slice(part.first + lo, part.first + hi)
+                dense = np.zeros((hi - lo, len(part.bones)), np.float32)
+                rows = np.arange(hi - lo)
+                for s in range(part.joints.shape[1]):
+                    dense[rows, part.joints[lo:hi, s]] += part.weights[lo:hi, s]
+                blend = (dense @ flat).reshape(hi - lo, T, 3, 4)
+                rotate = blend[..., :3]
+
+                def morphed(base, deltas, lo=lo, hi=hi, weight=weight):
+                    if deltas is None:
+                        return base[None]
+                    return base + np.einsum("tm,mpk->tpk", weight, deltas[:, lo:hi])
+
+                points = morphed(self.positions[span], part.morph_positions)
+                moved = np.einsum("ptij,tpj->tpi", rotate, np.broadcast_to(points, (T, hi - lo, 3)))
+                out[:, span] = moved + np.moveaxis(blend[..., 3], 0, 1)
+                if out_normals is not None:
+                    n = morphed(self.normals[span], part.morph_normals)
+                    n = np.broadcast_to(n, (T, hi - lo, 3))
+                    out_normals[:, span] = np.einsum("ptij,tpj->tpi", rotate, n)
+        if not np.isfinite(out).all():
+            where = "the rest pose" if clip is None else f"clip {self.clips[clip].name!r}"
+            raise MalformedAsset(f"{where} has vertices that are not finite")
+        return Posed(out, out_normals)
+
+    def local_rotations(
+        self, clip: int, times_s: Float[np.ndarray, " T"]
+    ) -> Float[np.ndarray, "T J 4"]:
+        """Unit rotations xyzw of the joints against their parents, joints in order of name."""
+        times = np.asarray(times_s, np.float64) + self.clips[clip].start_s
+        names = sorted(self.joint_names)
+        rest = {node.name: node.rotation for node in self._nodes}
+        turns = np.stack([np.broadcast_to(rest[n], (len(times), 4)) for n in names], axis=1).copy()
+        for channel in self._channels[clip]:
+            name = self._nodes[channel.node].name
+            if channel.path == "rotation" and name in self.joint_names:
+                turns[:, names.index(name)] = sample(channel, times)
+        return turns / np.maximum(np.linalg.norm(turns, axis=-1, keepdims=True), 1e-12)
+
+    def _animate(self, channels: list[Channel], times: np.ndarray):
+        """World matrices [T, nodes, 4, 4] and the morph weights [T, M] of the nodes that have."""
+        T, count = len(times), len(self._nodes)
+        local = np.broadcast_to(np.eye(4), (T, count, 4, 4)).copy()
+        trs = {}
+        morphs = {}
+        for channel in channels:
+            value = sample(channel, times)
+            if channel.path == "weights":
+                morphs[channel.node] = value
+            else:
+                trs.setdefault(channel.node, {})[channel.path] = value
+        for i, node in enumerate(self._nodes):
+            if i in trs:
+                moved = trs[i]
+                local[:, i] = compose(
+                    moved.get("translation", node.translation),
+                    moved.get("rotation", node.rotation),
+                    moved.get("scale", node.scale),
+                    T,
+                )
+            elif node.matrix is not None:
+                local[:, i] = node.matrix
+        world = np.empty_like(local)
+        for i, parent in self._order:
+            world[:, i] = local[:, i] if parent < 0 else world[:, parent] @ local[:, i]
+        return world, morphs
+
+
+def compose(translation, rotation, scale, T: int) -> np.ndarray:
+    """Matrices [T, 4, 4] of translation * rotation * scale; rotation is xyzw of any length."""
+    q = np.broadcast_to(np.asarray(rotation, np.float64), (T, 4))
+    norm = np.linalg.norm(q, axis=-1, keepdims=True)
+    x, y, z, w = np.moveaxis(
+        np.where(norm > 1e-12, q / np.maximum(norm, 1e-12), [0, 0, 0, 1]), 1, 0
+    )
+    m = np.zeros((T, 4, 4))
+    m[:, 0, 0], m[:, 0, 1], m[:, 0, 2] = (
+        1 - 2 * (y * y + z * z),
+        2 * (x * y - w * z),
+        2 * (x * z + w * y),
+    )
+    m[:, 1, 0], m[:, 1, 1], m[:, 1, 2] = (
+        2 * (x * y + w * z),
+        1 - 2 * (x * x + z * z),
+        2 * (y * z - w * x),
+    )
+    m[:, 2, 0], m[:, 2, 1], m[:, 2, 2] = (
+        2 * (x * z - w * y),
+        2 * (y * z + w * x),
+        1 - 2 * (x * x + y * y),
+    )
+    m[:, :3, :3] *= np.broadcast_to(np.asarray(scale, np.float64), (T, 3))[:, None, :]
+    m[:, :3, 3] = translation
+    m[:, 3, 3] = 1
+    return m
+
+
+def sample(channel: Channel, times: np.ndarray) -> np.ndarray:
+    """A channel's values [T, C] at `times` seconds, held before the first and after the last key.
+
+    LINEAR is spherical for rotations; CUBICSPLINE is Hermite with tangents per second (appendix C).
+    """
+    keys, values = channel.times, channel.values
+    upper = np.clip(np.searchsorted(keys, times, side="right"), 1, max(1, len(keys) - 1))
+    lower = upper - 1
+    upper = np.minimum(upper, len(keys) - 1)
+    span = keys[upper] - keys[lower]
+    u = np.where(span > 0, (times - keys[lower]) / np.where(span > 0, span, 1), 0.0)
+    u = np.clip(u, 0, 1)[:, None]
+    match channel.interpolation:
+        case "STEP":
+            return values[np.where(times >= keys[upper], upper, lower)]
+        case "LINEAR":
+            a, b = values[lower], values[upper]
+            if channel.path != "rotation":
+                return a + u * (b - a)
+            return _slerp(a, b, u)
+        case _:
+            d = span[:, None]
+            a, out_tangent = values[lower, 1], values[lower, 2] * d
+            b, in_tangent = values[upper, 1], values[upper, 0] * d
+            u2, u3 = u * u, u * u * u
+            return (
+                (2 * u3 - 3 * u2 + 1) * a
+                + (u3 - 2 * u2 + u) * out_tangent
+                + (3 * u2 - 2 * u3) * b
+                + (u3 - u2) * in_tangent
+            )
+
+
+def _slerp(a: np.ndarray, b: np.ndarray, u: np.ndarray) -> np.ndarray:
+    a = a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
+    b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-12)
+    dot = (a * b).sum(-1, keepdims=True)
+    b = np.where(dot < 0, -b, b)  # the short way round
+    angle = np.arccos(np.clip(np.abs(dot), 0, 1))
+    sine = np.sin(angle)
+    near = sine < 1e-6
+    safe = np.where(near, 1, sine)
+    wa = np.where(near, 1 - u, np.sin((1 - u) * angle) / safe)
+    wb = np.where(near, u, np.sin(u * angle) / safe)
+    return wa * a + wb * b
