@@ -19,14 +19,14 @@ Tensors are named by their place in the module, `blocks/0/attention/qkv/kernel`.
 """
 
 import concurrent.futures
+import dataclasses
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,21 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax import sharding
-from fourdstar_jax.tokenizer.base import TokenizerSpec
+from fourdstar_jax import sharding, tokenizer
+from fourdstar_jax.star.model import STAR
+from fourdstar_jax.text.t5 import T5Encoder
+from fourdstar_jax.tokenizer.base import Tokenizer, TokenizerSpec
+from fourdstar_jax.vqvae.model import VQVAE4D
 
 FORMAT = "fourdstar_jax bundle"
 VERSION = 1
 FILE = "model.json"
-# stage -> where its module class, or what makes it, is
+# stage -> what makes its module
 STAGES = {
-    "tokenizer": ("fourdstar_jax.tokenizer", "make"),  # of the family that the arguments name
-    "vqvae": ("fourdstar_jax.vqvae.model", "VQVAE4D"),
-    "star": ("fourdstar_jax.star.model", "STAR"),
-    "text": ("fourdstar_jax.text.t5", "T5Encoder"),
+    "tokenizer": tokenizer.make,  # of the family that the arguments name
+    "vqvae": VQVAE4D,
+    "star": STAR,
+    "text": T5Encoder,
 }
 # weights of others that a stage can start from, and that are no stage of the model
 RAW_STAGES = ("trunk",)  # star's, from LlamaGen or MVAR: `star.warm_start`
@@ -58,27 +61,131 @@ MAX_JSON = 16 << 20  # bytes
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
 
 
+Storage = Literal["float32", "float16"]  # of the stored floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What `model.json` says of one stage."""
+
+    file: str  # beside model.json
+    sha256: str  # of the file
+    storage: Storage
+    model: dict[str, Any]  # the constructor's arguments
+    config: dict[str, Any]  # of its training, resolved; `model` is in it, too
+    info: dict[str, Any]  # whatever its trainer adds
+    num_parameters: int | None = None
+    hashed: dict[str, str] | None = None  # the tokenizer's: SHA-256 of `file` and of its `weights`
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the fields that are not known."""
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle's description, read once; its weights are read by `load` and `arrays`."""
+
+    folder: Path
+    tokenizer: TokenizerSpec | None
+    stages: dict[str, Stage]
+    packages: dict[str, str]  # versions that wrote it
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """What its token ids mean. Raises ValueError if the bundle has no tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError(f"bundle {self.folder} has no tokenizer yet: train that stage")
+        return self.tokenizer
+
+    def stage(self, name: str) -> Stage:
+        """One stage's description. Raises ValueError if the bundle lacks it."""
+        if name not in self.stages:
+            present = sorted(self.stages) or "no stage"
+            raise ValueError(
+                f"bundle {self.folder} has no {name} yet (it has {present}): train that stage"
+            )
+        return self.stages[name]
+
+    def weights_sha256(self) -> dict[str, str]:
+        """SHA-256 of every stage's file, as `model.json` says and loading checks."""
+        return {name: stage.sha256 for name, stage in sorted(self.stages.items())}
+
+    @overload
+    def load(self, name: Literal["tokenizer"]) -> Tokenizer: ...
+    @overload
+    def load(self, name: Literal["vqvae"]) -> VQVAE4D: ...
+    @overload
+    def load(self, name: Literal["star"]) -> STAR: ...
+    @overload
+    def load(self, name: Literal["text"]) -> T5Encoder: ...
+
+    def load(self, name: str) -> Any:
+        """One stage's module with its weights (float32, on the default device).
+
+        Raises ValueError if the stage is missing, damaged, or of another shape than its
+        description.
+        """
+        if name in RAW_STAGES:
+            raise ValueError(f"{name} is no stage to run: star starts from it (config.warm_start)")
+        stage, path = self.stage(name), self._file(name)
+        # The file is hashed in a thread, while its tensors go to the device one after another: no
+        # more than the mapped file, the module and a tensor are in memory.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sha256 = pool.submit(file_sha256, path)
+            try:
+                arrays = _mapped(path)
+                module = _build(name, stage.model, set(arrays), arrays.__getitem__)
+                if name == "tokenizer":
+                    self._check_tokenizer(module, stage, sha256.result())
+            except (ValueError, safetensors.SafetensorError) as error:
+                _check_sha256(path, sha256.result(), stage)  # the likelier cause
+                if isinstance(error, safetensors.SafetensorError):
+                    raise ValueError(f"{path} is not a safetensors file: {error}") from error
+                raise ValueError(f"bundle {self.folder}: {error}") from error
+            _check_sha256(path, sha256.result(), stage)
+        return module
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """One stage's arrays by name, as stored. Raises ValueError if it is missing or damaged."""
+        stage, path = self.stage(name), self._file(name)
+        _check_sha256(path, file_sha256(path), stage)
+        try:
+            return safetensors.numpy.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+    def _check_tokenizer(self, module: Tokenizer, stage: Stage, file_sha256: str) -> None:
+        hashed = stage.hashed or {}
+        known = hashed.get("file") == file_sha256  # then its weights were hashed before
+        spec = module.described(hashed["weights"]) if known else module.spec
+        self.spec.check(spec)
+
+    def _file(self, name: str) -> Path:
+        """A stage's file. Raises ValueError if it is missing or its header out of proportion."""
+        path = self.folder / self.stages[name].file
+        if not path.is_file():
+            raise ValueError(f"bundle {self.folder} lacks {path.name}")
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER:
+                raise ValueError(f"{path} has a header above {MAX_HEADER} bytes")
+        return path
+
+    def _write(self) -> None:
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.to_dict(),
+            "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
+            "packages": self.packages,
+        }
+        text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+        _replace(self.folder / FILE, text.encode())
+
+
 def versions() -> dict[str, str]:
     """Versions of this package and of those that decide its numbers."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def rig(
-    *,
-    num_views: int,
-    fps: float,
-    max_timesteps: int,
-    radius: float = 1.5,
-    fov_deg: float = 49.1,
-) -> dict[str, Any]:
-    """How the model sees an object, for a stage's `info`: views equally spaced around it."""
-    return {
-        "azimuths_deg": [360 * view / num_views for view in range(num_views)],
-        "radius": radius,
-        "fov_deg": fov_deg,
-        "fps": fps,
-        "max_timesteps": max_timesteps,
-    }
 
 
 def named_arrays(model: Any) -> dict[str, Any]:
@@ -102,14 +209,14 @@ def save_stage(
     model: Any,
     config: Any,
     *,
-    storage: str = "float32",
+    storage: Storage = "float32",
     **info: Any,
 ) -> None:
     """Adds or replaces one stage of a bundle.
 
     `config` is the resolved configuration, with the constructor's arguments under `model`
     (a ConfigDict or a dict). `storage` float16 halves the file; the stage then acts as loaded
-    from it, so train what builds on it (tokens, above all) with `load_stage`. `info` is anything
+    from it, so train what builds on it (tokens, above all) with `Bundle.load`. `info` is anything
     JSON can hold.
 
     The new file is written aside and renamed, then `model.json` likewise: whenever it is
@@ -125,7 +232,7 @@ def save_arrays(
     named: Mapping[str, Any],
     config: Any,
     *,
-    storage: str = "float32",
+    storage: Storage = "float32",
     **info: Any,
 ) -> None:
     """`save_stage` of arrays by name, where there is no module (yet)."""
@@ -134,7 +241,7 @@ def save_arrays(
     if storage not in ("float32", "float16"):
         raise ValueError(f"{storage=} must be 'float32' or 'float16'")
     folder = Path(folder)
-    description = read(folder) if (folder / FILE).exists() else _empty()
+    bundle = read(folder) if (folder / FILE).exists() else Bundle(folder, None, {}, {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # pyright: ignore
 
     arrays = {}
@@ -153,33 +260,31 @@ def save_arrays(
     path = folder / f"{stage}.safetensors"
     aside = _aside(path)
     safetensors.numpy.save_file(arrays, aside)
-    description["stages"][stage] = {
-        "file": path.name,
-        "sha256": file_sha256(aside),
-        "num_parameters": sum(array.size for array in arrays.values()),
-        "storage": storage,
-        "model": config["model"],
-        "config": config,
-        "info": info,
-    }
-    description["packages"] = versions()
-
+    entry = Stage(
+        file=path.name,
+        sha256=file_sha256(aside),
+        storage=storage,
+        model=config["model"],
+        config=config,
+        info=info,
+        num_parameters=sum(array.size for array in arrays.values()),
+    )
     aside.replace(path)
+    stages, spec = {**bundle.stages, stage: entry}, bundle.tokenizer
     if stage == "tokenizer":
         # the spec of the weights as stored, which is what everybody will load
-        spec = _build(stage, description, set(arrays), arrays.__getitem__).spec.to_dict()
-        entry = description["stages"][stage]
-        entry["hashed"] = {"file": entry["sha256"], "weights": spec["weights_sha256"]}
-        if description["tokenizer"] not in (None, spec):
-            for later in ("vqvae", "star"):
-                description["stages"].pop(later, None)
-        description["tokenizer"] = spec
-    _write_description(folder, description)
+        spec = _build(stage, entry.model, set(arrays), arrays.__getitem__).spec
+        hashed = {"file": entry.sha256, "weights": spec.weights_sha256}
+        stages[stage] = dataclasses.replace(entry, hashed=hashed)
+        if bundle.tokenizer not in (None, spec):
+            stages = {name: s for name, s in stages.items() if name not in ("vqvae", "star")}
+    Bundle(folder, spec, stages, versions())._write()
 
 
-def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """`model.json`, checked. Raises ValueError for a folder that is not a bundle."""
-    path = Path(folder) / FILE
+def read(folder: str | os.PathLike[str]) -> Bundle:
+    """A bundle's description, checked. Raises ValueError for a folder that is not a bundle."""
+    folder = Path(folder)
+    path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not a model bundle: it has no {FILE}")
     if path.stat().st_size > MAX_JSON:
@@ -192,65 +297,27 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} does not describe a {FORMAT}")
     if description.get("version") != VERSION:
         raise ValueError(f"{path} has version {description.get('version')}; {VERSION} is read")
-    stages = description.get("stages")
-    keys = {"file", "sha256", "storage", "model", "config", "info"}
-    if not isinstance(stages, dict) or not set(stages) <= {*STAGES, *RAW_STAGES}:
+    entries = description.get("stages")
+    if not isinstance(entries, dict) or not set(entries) <= {*STAGES, *RAW_STAGES}:
         raise ValueError(f"{path} lists unknown stages; there are {sorted((*STAGES, *RAW_STAGES))}")
-    for stage, entry in stages.items():
-        if not isinstance(entry, dict) or not keys <= set(entry):
-            raise ValueError(f"{path}: stage {stage} lacks some of {sorted(keys)}")
-        if entry["file"] != f"{stage}.safetensors":
-            raise ValueError(f"{path}: stage {stage} names the file {entry['file']!r}")
-    return description
-
-
-def load_stage(folder: str | os.PathLike[str], stage: str) -> Any:
-    """One stage's module with its weights (float32, on the default device).
-
-    Raises ValueError if the stage is missing, damaged, or of another shape than its description.
-    """
-    if stage in RAW_STAGES:
-        raise ValueError(f"{stage} is no stage to run: star starts from it (config.warm_start)")
-    description = read(folder)
-    _check_stage(folder, stage, description)
-    # The file is hashed in a thread, while its tensors go to the device one after another: no more
-    # than the mapped file, the module and a tensor are in memory.
-    path = _check_file(Path(folder), stage)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        sha256 = pool.submit(file_sha256, path)
-        try:
-            arrays = _mapped(path)
-            module = _build(stage, description, set(arrays), arrays.__getitem__)
-            if stage == "tokenizer":
-                hashed = description["stages"][stage].get("hashed", {})
-                known = hashed.get("file") == sha256.result()  # then its weights were hashed before
-                spec = module.described(hashed.get("weights")) if known else module.spec
-                TokenizerSpec.from_dict(description["tokenizer"] or {}).check(spec)
-        except (ValueError, safetensors.SafetensorError) as error:
-            _check_sha256(path, sha256.result(), description["stages"][stage])  # the likelier cause
-            if isinstance(error, safetensors.SafetensorError):
-                raise ValueError(f"{path} is not a safetensors file: {error}") from error
-            raise ValueError(f"bundle {folder}: {error}") from error
-        _check_sha256(path, sha256.result(), description["stages"][stage])
-    return module
-
-
-def load_arrays(folder: str | os.PathLike[str], stage: str) -> dict[str, np.ndarray]:
-    """One stage's arrays by name, as stored. Raises ValueError if it is missing or damaged."""
-    description = read(folder)
-    _check_stage(folder, stage, description)
-    path = _check_file(Path(folder), stage)
-    _check_sha256(path, file_sha256(path), description["stages"][stage])
-    try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _check_stage(folder: Any, stage: str, description: dict) -> None:
-    if stage not in description["stages"]:
-        present = sorted(description["stages"]) or "no stage"
-        raise ValueError(f"bundle {folder} has no {stage} yet (it has {present}): train that stage")
+    fields = {field.name: field for field in dataclasses.fields(Stage)}
+    needed = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
+    stages = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or not needed <= set(entry):
+            raise ValueError(f"{path}: stage {name} lacks some of {sorted(needed)}")
+        if unknown := sorted(set(entry) - set(fields)):
+            raise ValueError(f"{path}: stage {name} has unknown fields {unknown}")
+        if entry["file"] != f"{name}.safetensors":
+            raise ValueError(f"{path}: stage {name} names the file {entry['file']!r}")
+        stages[name] = Stage(**entry)
+    spec = description.get("tokenizer")
+    return Bundle(
+        folder=folder,
+        tokenizer=None if spec is None else TokenizerSpec.from_dict(spec),
+        stages=stages,
+        packages=description.get("packages", {}),
+    )
 
 
 def copy(
@@ -261,39 +328,16 @@ def copy(
     A trainer does this with the stages it builds on before it saves its own. Raises ValueError if
     `source` lacks one of them.
     """
-    description = read(source)
-    if missing := [stage for stage in stages if stage not in description["stages"]]:
+    found = read(source)
+    if missing := [stage for stage in stages if stage not in found.stages]:
         raise ValueError(f"bundle {source} has no {missing} yet: train that first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
-        _replace(
-            folder / f"{stage}.safetensors", (Path(source) / f"{stage}.safetensors").read_bytes()
-        )
-    description["stages"] = {stage: description["stages"][stage] for stage in stages}
-    _write_description(folder, description)
-
-
-def spec(folder: str | os.PathLike[str]) -> TokenizerSpec:
-    """The tokenizer's spec, without loading it. Raises ValueError if the bundle has none."""
-    description = read(folder)
-    if description["tokenizer"] is None:
-        raise ValueError(f"bundle {folder} has no tokenizer yet: train that stage")
-    return TokenizerSpec.from_dict(description["tokenizer"])
-
-
-def weights_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 of every stage's file, as `model.json` says and loading checks."""
-    return {stage: entry["sha256"] for stage, entry in sorted(read(folder)["stages"].items())}
-
-
-def _empty() -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, "tokenizer": None, "stages": {}}
-
-
-def _write_description(folder: Path, description: dict[str, Any]) -> None:
-    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    _replace(folder / FILE, text.encode())
+        file = found.stages[stage].file
+        _replace(folder / file, (found.folder / file).read_bytes())
+    copied = {stage: found.stages[stage] for stage in stages}
+    dataclasses.replace(found, folder=folder, stages=copied)._write()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -310,17 +354,6 @@ def _replace(path: Path, data: bytes) -> None:
     aside = _aside(path)
     aside.write_bytes(data)
     aside.replace(path)
-
-
-def _check_file(folder: Path, stage: str) -> Path:
-    """A stage's file. Raises ValueError if it is missing or its header is out of all proportion."""
-    path = folder / f"{stage}.safetensors"
-    if not path.is_file():
-        raise ValueError(f"bundle {folder} lacks {path.name}")
-    with path.open("rb") as file:
-        if int.from_bytes(file.read(8), "little") > MAX_HEADER:
-            raise ValueError(f"{path} has a header above {MAX_HEADER} bytes")
-    return path
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
@@ -341,8 +374,8 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check_sha256(path: Path, sha256: str, entry: dict) -> None:
-    if sha256 != entry["sha256"]:
+def _check_sha256(path: Path, sha256: str, stage: Stage) -> None:
+    if sha256 != stage.sha256:
         raise ValueError(f"{path} is not the file that {FILE} describes (its SHA-256 differs)")
 
 
@@ -351,21 +384,24 @@ def shapes(stage: str, model_config: Mapping[str, Any]) -> Any:
 
     `model_config` holds the constructor's arguments. Raises ValueError for those it does not take.
     """
-    module_name, maker = STAGES[stage]
-    make = getattr(importlib.import_module(module_name), maker)
     arguments = module_arguments(model_config)
     with sharding.use_mesh(devices=jax.devices()[:1]):
         try:
             return jax.eval_shape(
-                lambda key: sharding.build(make, key, **arguments), jax.random.key(0)
+                lambda key: sharding.build(STAGES[stage], key, **arguments), jax.random.key(0)
             )
         except TypeError as error:
             raise ValueError(f"bundle: {stage} of this version differs: {error}") from error
 
 
-def _build(stage: str, description: dict, names: set[str], get: Callable[[str], np.ndarray]) -> Any:
+def _build(
+    stage: str,
+    arguments: Mapping[str, Any],
+    names: set[str],
+    get: Callable[[str], np.ndarray],
+) -> Any:
     """The stage's module, filled with the arrays of these names that `get` returns."""
-    model = shapes(stage, description["stages"][stage]["model"])
+    model = shapes(stage, arguments)
     wanted = named_arrays(model)
     if differing := sorted(set(wanted) ^ names):
         raise ValueError(

@@ -374,14 +374,14 @@ def _reconstruct_pictures(arguments: argparse.Namespace) -> None:
     from fourdstar_jax import bundle, export
     from fourdstar_jax.export import pictures
 
-    spec = bundle.spec(arguments.model)
+    spec = bundle.read(arguments.model).spec
     if spec.name != arguments.tokenizer:
         raise ValueError(
             f"the tokenizer of {arguments.model} is {spec.name}, not {arguments.tokenizer}: "
             f"`fourdstar convert {arguments.tokenizer} FILE BUNDLE` makes one, for --model BUNDLE"
         )
     with export.output_folder(arguments.out, overwrite=arguments.overwrite) as folder:
-        tokenizer = bundle.load_stage(arguments.model, "tokenizer")
+        tokenizer = bundle.read(arguments.model).load("tokenizer")
         _say_device()
         result = pictures.reconstruct(
             tokenizer,
@@ -421,7 +421,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
             images, clip=clip["clip_id"], split=arguments.split, licence=clip["licence"]
         )
         size = model.resolution
-        renders = np.asarray(object4d.render(model.cameras(size), width=size, height=size))
+        renders = np.asarray(object4d.render(model.rig.cameras(size), width=size, height=size))
         psnr = {
             "whole": metrics.psnr(renders, images),
             "inside": metrics.psnr(renders, images, masks),
@@ -566,28 +566,24 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from fourdstar_jax import bundle
 
-    description = bundle.read(arguments.bundle)
+    found = bundle.read(arguments.bundle)
     print(f"bundle {arguments.bundle}")
-    if description["tokenizer"]:
-        print("  tokens: " + ", ".join(f"{k} {v}" for k, v in description["tokenizer"].items()))
-    for stage in (*bundle.STAGES, *bundle.RAW_STAGES):
-        entry = description["stages"].get(stage)
-        if entry is None:
-            needed = stage != "text" or _takes_text_features(description)
-            if needed and stage not in bundle.RAW_STAGES:
-                print(f"  {stage}: not there yet")
+    if found.tokenizer is not None:
+        print("  tokens: " + ", ".join(f"{k} {v}" for k, v in found.tokenizer.to_dict().items()))
+    star = found.stages.get("star")
+    takes_features = star is not None and star.model.get("text_encoder") == "t5"
+    for name in (*bundle.STAGES, *bundle.RAW_STAGES):
+        stage = found.stages.get(name)
+        if stage is None:
+            needed = name != "text" or takes_features
+            if needed and name not in bundle.RAW_STAGES:
+                print(f"  {name}: not there yet")
             continue
-        print(f"  {stage}: {entry['num_parameters']:,} numbers as {entry['storage']}")
-        print(f"    sha256 {entry['sha256']}")
-        for name, value in sorted(entry["info"].items()):
-            print(f"    {name}: {str(value)[:200]}")
-    packages = description.get("packages", {})
-    print("  written by " + ", ".join(f"{k} {v}" for k, v in packages.items()))
-
-
-def _takes_text_features(description: dict[str, Any]) -> bool:
-    star = description["stages"].get("star", {})
-    return star.get("model", {}).get("text_encoder") == "t5"
+        print(f"  {name}: {stage.num_parameters or 0:,} numbers as {stage.storage}")
+        print(f"    sha256 {stage.sha256}")
+        for key, value in sorted(stage.info.items()):
+            print(f"    {key}: {str(value)[:200]}")
+    print("  written by " + ", ".join(f"{k} {v}" for k, v in found.packages.items()))
 
 
 def _bench_rasterize(arguments: argparse.Namespace) -> None:
@@ -619,7 +615,7 @@ def _bench_tokenizer(arguments: argparse.Namespace) -> None:
     from fourdstar_jax.tokenizer import bench
 
     def load():
-        return bundle.load_stage(arguments.bundle, "tokenizer")
+        return bundle.read(arguments.bundle).load("tokenizer")
 
     bench.run(
         size=arguments.size or "released",

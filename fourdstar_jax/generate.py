@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 from tqdm import tqdm
 
-from fourdstar_jax import bundle, geometry
+from fourdstar_jax import bundle
 from fourdstar_jax.data import video as video_input
 from fourdstar_jax.data.features import stored
+from fourdstar_jax.geometry import Rig
 from fourdstar_jax.kernels.rasterize import rasterize
-from fourdstar_jax.star.model import Condition
+from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text import t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
+from fourdstar_jax.text.t5 import T5Encoder
 from fourdstar_jax.text.words import WordTokenizer
+from fourdstar_jax.tokenizer.base import Tokenizer
 from fourdstar_jax.types import Cameras, Gaussians
-
-RIG_KEYS = ("azimuths_deg", "radius", "fov_deg", "fps", "max_timesteps")
+from fourdstar_jax.vqvae.model import VQVAE4D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,14 @@ class Object4D:
     """Moving Gaussians, the same ones in the same order at every timestep, and how they came."""
 
     gaussians: Gaussians  # numpy, [T, G, ...]
-    fps: float
-    rig: dict[str, Any]  # azimuths_deg, radius, fov_deg of the views it was made from
+    rig: Rig  # the views it was made from
     tokens: Int[np.ndarray, "T N K"]
     meta: dict[str, Any]  # JSON: seed, text, input, model, versions; see the export's manifest
+
+    @property
+    def fps(self) -> float:
+        """Timesteps a second."""
+        return self.rig.fps
 
     def render(
         self, cameras: Cameras, *, width: int, height: int, background: float = 1.0
@@ -70,63 +76,60 @@ class Model:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
-        self.description = bundle.read(folder)
-        if self.description["tokenizer"] is None or "vqvae" not in self.description["stages"]:
+        self.bundle = bundle.read(folder)
+        if self.bundle.tokenizer is None or "vqvae" not in self.bundle.stages:
             raise ValueError(f"bundle {folder} is not complete: it has no tokenizer or no vqvae")
-        rig = self._info("vqvae").get("rig")
-        if not isinstance(rig, dict) or not set(RIG_KEYS) <= set(rig):
-            raise ValueError(f"bundle {folder}: vqvae.info.rig lacks some of {RIG_KEYS}")
-        self.rig: dict[str, Any] = {key: rig[key] for key in RIG_KEYS}
-        self.max_timesteps = int(rig["max_timesteps"])
-        self.resolution = int(self.description["tokenizer"]["resolution"])
-
-    def _info(self, stage: str) -> dict[str, Any]:
-        entry = self.description["stages"].get(stage)
-        if entry is None:
-            raise ValueError(f"bundle {self.folder} has no {stage} yet: train that stage")
-        return entry["info"]
+        seen = dict(self.bundle.stage("vqvae").info.get("rig", {}))
+        if "max_timesteps" not in seen:
+            raise ValueError(f"bundle {folder}: vqvae.info.rig lacks max_timesteps")
+        self.max_timesteps = int(seen.pop("max_timesteps"))
+        self.rig = Rig.from_dict(seen)
+        self.resolution = self.bundle.spec.resolution
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
-        return bundle.load_stage(self.folder, "tokenizer")
+    def tokenizer(self) -> Tokenizer:
+        """Images to tokens and codes."""
+        return self.bundle.load("tokenizer")
 
     @functools.cached_property
-    def vqvae(self) -> Any:
-        return bundle.load_stage(self.folder, "vqvae")
+    def vqvae(self) -> VQVAE4D:
+        """Codes of all views to Gaussians."""
+        return self.bundle.load("vqvae")
 
     @functools.cached_property
-    def star(self) -> Any:
-        return bundle.load_stage(self.folder, "star")
+    def star(self) -> STAR:
+        """Text and the input view's tokens to tokens of all views."""
+        return self.bundle.load("star")
 
     @functools.cached_property
     def words(self) -> WordTokenizer:
-        words = self._info("star").get("words")
+        """The vocabulary of a STAR with a table of words of its own."""
+        words = self.bundle.stage("star").info.get("words")
         if not isinstance(words, dict):
             raise ValueError(f"bundle {self.folder}: star.info.words, the vocabulary, is missing")
         return WordTokenizer.from_dict(words)
 
     @property
-    def text_encoder(self) -> str:
-        """What STAR takes its text from: "words", a table of its own, or "t5", the stage `text`."""
-        self._info("star")  # says so if there is none
-        return self.description["stages"]["star"]["model"].get("text_encoder", "words")
+    def text_encoder(self) -> Literal["words", "t5"]:
+        """What STAR takes its text from: a table of words of its own, or the stage `text`."""
+        return self.bundle.stage("star").model.get("text_encoder", "words")
 
     @functools.cached_property
-    def text(self) -> Any:
+    def text(self) -> T5Encoder:
         """The text encoder; ValueError without one, or with another than STAR was trained on."""
-        if "text" not in self.description["stages"]:
+        if "text" not in self.bundle.stages:
             raise ValueError(
                 f"bundle {self.folder} has no text stage, the T5 encoder that its star takes text "
                 "features of: add that stage to generate"
             )
-        wanted = self._info("star").get("text", {}).get("encoder_sha256")
-        found = self.description["stages"]["text"]["sha256"]
+        wanted = self.bundle.stage("star").info.get("text", {}).get("encoder_sha256")
+        found = self.bundle.stage("text").sha256
         if wanted not in (None, found):
             raise ValueError(
                 f"bundle {self.folder}: its star was trained on features of the text encoder "
                 f"{wanted[:16]}, its text stage is {found[:16]}"
             )
-        return bundle.load_stage(self.folder, "text")
+        return self.bundle.load("text")
 
     def encode_text(
         self, prompt: str
@@ -134,7 +137,8 @@ class Model:
         """Ids and, of a STAR with text_encoder="t5", features, rounded as in its training."""
         if self.text_encoder == "words":
             return self.words([prompt])[0], None
-        arguments = self.description["stages"]["star"]["model"]
+        star = self.bundle.stage("star")
+        arguments = star.model
         ids, mask = t5.tokenize([prompt], arguments["text_length"])
         features = np.asarray(_encode_text(self.text, ids, mask))
         if features.shape[-1] != arguments["text_dim"]:
@@ -142,21 +146,11 @@ class Model:
                 f"bundle {self.folder}: its text stage is {features.shape[-1]} wide, its star "
                 f"takes {arguments['text_dim']}"
             )
-        dtype = self._info("star").get("text", {}).get("dtype")
+        dtype = star.info.get("text", {}).get("dtype")
         features = np.where(mask[..., None], features, 0)
         if dtype is not None:
             features = stored(features, dtype, [prompt])
         return ids[0], features[0]
-
-    def cameras(self, size: int) -> Cameras:
-        """The rig `[V, ...]` with intrinsics for images of `size` pixels a side."""
-        return geometry.orbit_cameras(
-            self.rig["azimuths_deg"],
-            radius=self.rig["radius"],
-            fov_deg=self.rig["fov_deg"],
-            width=size,
-            height=size,
-        )
 
     def generate(
         self,
@@ -208,7 +202,7 @@ class Model:
         star, count = self.star, len(images)
         prompt = text if text is not None else NEUTRAL_PROMPT
         text_ids, text_features = self.encode_text(prompt)
-        cameras = self.cameras(self.resolution)
+        cameras = self.rig.cameras(self.resolution)
         video_tokens = _encode(self.tokenizer, jnp.asarray(images))  # [T, n, K]
         condition = Condition(
             text_ids=jnp.asarray(text_ids)[None],
@@ -218,7 +212,7 @@ class Model:
             text_features=None if text_features is None else jnp.asarray(text_features)[None],
         )
         if top_k is None:
-            top_k = self._info("star").get("top_k")
+            top_k = self.bundle.stage("star").info.get("top_k")
         with tqdm(total=count, desc="timesteps", unit="step", disable=not progress) as bar:
 
             def on_group(t: int, tokens: Array) -> None:
@@ -251,7 +245,7 @@ class Model:
 
         Images are in [0, 1] on white. `info` is kept in the result's description of the input.
         """
-        views = len(self.rig["azimuths_deg"])
+        views = self.rig.num_views
         if images.shape[1:] != (views, self.resolution, self.resolution, 3):
             size = self.resolution
             raise ValueError(f"{images.shape=} must be [T, {views}, {size}, {size}, 3]")
@@ -272,7 +266,7 @@ class Model:
                 source,
                 resolution=self.resolution,
                 timesteps=timesteps,
-                fps=self.rig["fps"],
+                fps=self.rig.fps,
                 folder_fps=folder_fps,
                 fit=fit,
                 max_frames=max_frames,
@@ -294,24 +288,23 @@ class Model:
         return images, {**info, "kind": "array", "sha256": digest}
 
     def _object(self, tokens: Int[Array, "T N K"], meta: dict[str, Any]) -> Object4D:
-        views = len(self.rig["azimuths_deg"])
+        views = self.rig.num_views
         by_view = tokens.reshape(1, len(tokens), views, -1, tokens.shape[-1])
-        gaussians = _decode(self.tokenizer, self.vqvae, by_view, self.cameras(self.resolution))
+        gaussians = _decode(self.tokenizer, self.vqvae, by_view, self.rig.cameras(self.resolution))
         return Object4D(
             gaussians=Gaussians(*(np.asarray(x[0], np.float32) for x in gaussians)),
-            fps=float(self.rig["fps"]),
-            rig={key: self.rig[key] for key in ("azimuths_deg", "radius", "fov_deg")},
+            rig=self.rig,
             tokens=np.asarray(tokens, np.int32),
             meta=meta,
         )
 
     def _provenance(self, stages: tuple[str, ...]) -> dict[str, Any]:
-        entries = {stage: self.description["stages"][stage] for stage in stages}
-        configs = json.dumps({s: e["config"] for s, e in entries.items()}, sort_keys=True)
+        entries = {stage: self.bundle.stage(stage) for stage in stages}
+        configs = json.dumps({s: e.config for s, e in entries.items()}, sort_keys=True)
         return {
             "model": {
                 "config_sha256": hashlib.sha256(configs.encode()).hexdigest(),
-                "weights_sha256": {stage: entry["sha256"] for stage, entry in entries.items()},
+                "weights_sha256": {stage: entry.sha256 for stage, entry in entries.items()},
             },
             "versions": bundle.versions(),
             "device": jax.devices()[0].platform,
@@ -319,18 +312,18 @@ class Model:
 
 
 @jax.jit
-def _encode_text(encoder: Any, ids, mask) -> Float[Array, "B L C"]:
+def _encode_text(encoder: T5Encoder, ids, mask) -> Float[Array, "B L C"]:
     return encoder(ids, mask)
 
 
 @jax.jit
-def _encode(tokenizer: Any, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
+def _encode(tokenizer: Tokenizer, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
     return tokenizer.encode(2 * images - 1)
 
 
 @jax.jit
 def _decode(
-    tokenizer: Any, vqvae: Any, tokens: Int[Array, "B T V n K"], cameras: Cameras
+    tokenizer: Tokenizer, vqvae: VQVAE4D, tokens: Int[Array, "B T V n K"], cameras: Cameras
 ) -> Gaussians:
     batch, timesteps = tokens.shape[:2]
     cameras = Cameras(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in cameras))
@@ -341,8 +334,7 @@ def _decode(
 def _sha256_of(path: Path) -> str:
     """SHA-256 of a file, or of the names and hashes of a folder's files, sorted by name."""
     if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return bundle.file_sha256(path)
     digest = hashlib.sha256()
     for file in sorted(f for f in path.iterdir() if f.is_file()):
         digest.update(f"{file.name}\0{_sha256_of(file)}\n".encode())

@@ -1,8 +1,12 @@
-"""Quaternions, rigid transforms, cameras and Plücker rays.
+"""Quaternions, rigid transforms, cameras, the rig that sees an object, Plücker rays.
 
 World frame: x right, y up, z towards the camera of azimuth 0 (glTF's and kiui's). Cameras are
 OpenCV: x right, y down, +z forward.
 """
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,10 @@ import numpy.typing as npt
 from jaxtyping import Float
 
 from fourdstar_jax.types import Array, Cameras, Gaussians
+
+RADIUS, FOV_DEG = 1.5, 49.1  # of every rig here, scene units and degrees: L4GM's and LGM's
+# Longest side of an object's box, scene units: its near corners stay inside that field of view.
+OBJECT_SIDE = 0.9
 
 
 def normalize(x: Float[Array, "*b n"], eps: float = 1e-12) -> Float[jax.Array, "*b n"]:
@@ -91,8 +99,8 @@ def orbit_cameras(
     azimuths_deg: npt.ArrayLike,  # [V]
     elevations_deg: npt.ArrayLike = 0.0,  # [V] or one for all
     *,
-    radius: float = 1.5,
-    fov_deg: float = 49.1,
+    radius: float = RADIUS,
+    fov_deg: float = FOV_DEG,
     width: int,
     height: int,
 ) -> Cameras:
@@ -121,6 +129,43 @@ def orbit_cameras(
     return Cameras(viewmats.astype(np.float32), Ks.astype(np.float32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Rig:
+    """The cameras that see an object, in a ring around it, and how often they look."""
+
+    azimuths_deg: tuple[float, ...]  # [V]; the input view comes first
+    fps: float  # timesteps a second
+    radius: float = RADIUS  # of the ring, scene units
+    fov_deg: float = FOV_DEG
+
+    @classmethod
+    def around(cls, num_views: int, *, fps: float) -> "Rig":
+        """Views equally spaced, the first at azimuth 0."""
+        return cls(tuple(360.0 * view / num_views for view in range(num_views)), fps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Rig":
+        """The inverse of `to_dict`. Raises ValueError naming fields that are missing or unknown."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if differing := sorted(names ^ set(values)):
+            raise ValueError(f"a rig has {sorted(names)}, and {differing} are missing or too many")
+        return cls(**{**values, "azimuths_deg": tuple(values["azimuths_deg"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "azimuths_deg": list(self.azimuths_deg)}
+
+    @property
+    def num_views(self) -> int:
+        return len(self.azimuths_deg)
+
+    def cameras(self, size: int) -> Cameras:
+        """The views `[V, ...]` with intrinsics for images of `size` pixels a side; numpy."""
+        azimuths_deg = np.asarray(self.azimuths_deg)
+        return orbit_cameras(
+            azimuths_deg, radius=self.radius, fov_deg=self.fov_deg, width=size, height=size
+        )
+
+
 def rescale_intrinsics(Ks: Float[Array, "*b 3 3"], factor: float) -> Float[jax.Array, "*b 3 3"]:
     """Intrinsics of the same camera with its image `factor` times as large."""
     return jnp.asarray(Ks) * jnp.array([factor, factor, 1.0], Ks.dtype)[:, None]
@@ -145,16 +190,6 @@ def plucker_rays(cameras: Cameras, *, width: int, height: int) -> Float[jax.Arra
     """Plücker coordinates [o x d, d] of every pixel's ray (SPAD; MVAR uses the same order)."""
     origins, directions = pixel_rays(cameras, width=width, height=height)
     return jnp.concatenate([jnp.cross(origins, directions), directions], axis=-1)
-
-
-def relative_to_first(cameras: Cameras, radius: float = 1.5) -> Cameras:
-    """The same rig moved so that its first camera stands at [0, 0, radius] and looks at the origin.
-
-    Generation becomes independent of the absolute azimuth (as L4GM's data loader does).
-    """
-    front = orbit_cameras([0.0], radius=radius, width=1, height=1).viewmats[0]
-    world = jnp.einsum("...ij,jk->...ik", invert_rigid(cameras.viewmats[..., :1, :, :]), front)
-    return cameras._replace(viewmats=jnp.einsum("...ij,...jk->...ik", cameras.viewmats, world))
 
 
 def transform_gaussians(gaussians: Gaussians, mats: Float[Array, "*b 4 4"]) -> Gaussians:

@@ -59,14 +59,14 @@ def folder(tmp_path, model):
 
 
 def test_round_trip(folder, model):
-    loaded = bundle.load_stage(folder, "tokenizer")
+    loaded = bundle.read(folder).load("tokenizer")
     wanted, got = bundle.named_arrays(model), bundle.named_arrays(loaded)
     assert list(wanted) == list(got) and len(wanted) > 30
     for name in wanted:
         assert got[name].dtype == wanted[name].dtype
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
-    assert bundle.spec(folder) == model.spec
-    assert bundle.read(folder)["stages"]["tokenizer"]["info"] == {"data_sha256": "abc"}
+    assert bundle.read(folder).spec == model.spec
+    assert bundle.read(folder).stages["tokenizer"].info == {"data_sha256": "abc"}
     images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
     encode = jax.jit(lambda m, x: m.encode(x))
     tokens = encode(loaded, images)
@@ -85,8 +85,8 @@ def test_float16_is_half_the_size_and_its_spec_is_of_what_is_stored(tmp_path, fo
     bundle.save_stage(tmp_path / "half", "tokenizer", model, CONFIG, storage="float16")
     sizes = [(f / "tokenizer.safetensors").stat().st_size for f in (folder, tmp_path / "half")]
     assert sizes[1] < 0.75 * sizes[0]
-    loaded = bundle.load_stage(tmp_path / "half", "tokenizer")
-    assert loaded.spec == bundle.spec(tmp_path / "half") != model.spec
+    loaded = bundle.read(tmp_path / "half").load("tokenizer")
+    assert loaded.spec == bundle.read(tmp_path / "half").spec != model.spec
     for name, array in bundle.named_arrays(model).items():
         got = bundle.named_arrays(loaded)[name]
         assert got.dtype == array.dtype
@@ -95,8 +95,8 @@ def test_float16_is_half_the_size_and_its_spec_is_of_what_is_stored(tmp_path, fo
 
 def test_copy_starts_a_new_bundle(tmp_path, folder):
     bundle.copy(folder, tmp_path / "new", stages=("tokenizer",))
-    assert bundle.weights_sha256(tmp_path / "new") == bundle.weights_sha256(folder)
-    assert bundle.load_stage(tmp_path / "new", "tokenizer").spec == bundle.spec(folder)
+    assert bundle.read(tmp_path / "new").weights_sha256() == bundle.read(folder).weights_sha256()
+    assert bundle.read(tmp_path / "new").load("tokenizer").spec == bundle.read(folder).spec
     with pytest.raises(ValueError, match="vqvae"):
         bundle.copy(folder, tmp_path / "other", stages=("tokenizer", "vqvae"))
 
@@ -109,9 +109,9 @@ def test_another_tokenizer_drops_what_was_trained_on_the_old_one(folder, model):
     }
     (folder / bundle.FILE).write_text(json.dumps(description))
     bundle.save_stage(folder, "tokenizer", model, CONFIG)  # the same one: all stays
-    assert set(bundle.read(folder)["stages"]) == {"tokenizer", "vqvae"}
+    assert set(bundle.read(folder).stages) == {"tokenizer", "vqvae"}
     bundle.save_stage(folder, "tokenizer", make(seed=1), CONFIG)
-    assert set(bundle.read(folder)["stages"]) == {"tokenizer"}
+    assert set(bundle.read(folder).stages) == {"tokenizer"}
 
 
 def rewrite(folder, arrays):
@@ -132,26 +132,26 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder):
     name = "quant_proj/proj/kernel"
     rewrite(folder, {k: v for k, v in arrays.items() if k != name})
     with pytest.raises(ValueError, match=f"another shape.*1 tensors missing.*{name}"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
     rewrite(folder, {**arrays, "extra": np.zeros(3, np.float32)})
     with pytest.raises(ValueError, match="another shape.*1 too many.*extra"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
     rewrite(folder, {**arrays, name: arrays[name].T.copy()})
     with pytest.raises(ValueError, match=f"another shape.*{name}"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
     rewrite(folder, {**arrays, name: np.full_like(arrays[name], np.nan)})
     with pytest.raises(ValueError, match="finite"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
     rewrite(folder, {**arrays, name: arrays[name] + 1})
     with pytest.raises(ValueError, match="weights_sha256"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
 
 
 def test_interrupted_replacement_is_refused(folder):
     path = folder / "tokenizer.safetensors"
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ValueError, match="SHA-256"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
 
 
 def test_never_a_pickle(folder):
@@ -165,7 +165,7 @@ def test_never_a_pickle(folder):
     description["stages"]["tokenizer"]["sha256"] = bundle.hashlib.sha256(data).hexdigest()
     (folder / bundle.FILE).write_text(json.dumps(description))
     with pytest.raises(ValueError, match="tokenizer.safetensors"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def test_files_outside_the_bundle_are_not_read(folder):
     description["stages"]["tokenizer"]["file"] = "../tokenizer.safetensors"
     (folder / bundle.FILE).write_text(json.dumps(description))
     with pytest.raises(ValueError, match="names the file"):
-        bundle.load_stage(folder, "tokenizer")
+        bundle.read(folder).load("tokenizer")
 
 
 def test_missing_stage_and_missing_bundle(tmp_path, folder):
     with pytest.raises(ValueError, match="has no star yet"):
-        bundle.load_stage(folder, "star")
+        bundle.read(folder).load("star")
     with pytest.raises(ValueError, match="model.json"):
         bundle.read(tmp_path / "nowhere")
 

@@ -69,6 +69,7 @@ def tiny_bundle(tmp_path_factory):
     import numpy as np
 
     from fourdstar_jax import bundle
+    from fourdstar_jax.geometry import Rig
     from fourdstar_jax.star.model import STAR
     from fourdstar_jax.text.words import WordTokenizer
     from fourdstar_jax.tokenizer.unitok import UniTok
@@ -89,7 +90,7 @@ def tiny_bundle(tmp_path_factory):
             dict(resolution=16, grid=2, code_dim=6, num_blocks=1, view_attention_every=1)
             | dict(up_channels=[6], offset_dim=8, offset_layers=1, offset_heads=2)
             | dict(unet_channels=[8, 16], unet_blocks=1, **sizes),
-            {"rig": bundle.rig(num_views=2, fps=8.0, max_timesteps=2)},
+            {"rig": {**Rig.around(2, fps=8.0).to_dict(), "max_timesteps": 2}},
         ),
         "star": (
             STAR,

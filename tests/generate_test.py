@@ -46,7 +46,7 @@ def test_shapes_and_ranges(object4d):
     for array in (opacities, colors):
         assert array.min() >= 0 and array.max() <= 1
     assert scales.min() > 0 and np.isfinite(means).all()
-    assert object4d.fps == 8 and object4d.rig["azimuths_deg"] == [0, 180]
+    assert object4d.fps == 8 and object4d.rig == geometry.Rig.around(2, fps=8.0)
     assert object4d.tokens.shape == (T, V * 4, 2)
     assert object4d.tokens.min() >= 0 and object4d.tokens.max() < 5
 

@@ -1,11 +1,14 @@
 """Cameras, rays, quaternions: conventions pinned by numbers."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fourdstar_jax import geometry
-from fourdstar_jax.types import Cameras, Gaussians
+from fourdstar_jax.types import Gaussians
 
 
 def random_quats(n, seed=0):
@@ -54,11 +57,15 @@ def test_plucker_moment_does_not_depend_on_the_point_along_the_ray():
     np.testing.assert_allclose(jnp.sum(rays[..., :3] * rays[..., 3:], -1), 0, atol=1e-6)
 
 
-def test_relative_to_first_moves_the_rig_and_keeps_its_shape():
-    cameras = Cameras(*map(jnp.asarray, geometry.orbit_cameras([70, 160, 250], width=5, height=5)))
-    moved = geometry.relative_to_first(cameras)
-    expected = geometry.orbit_cameras([0, 90, 180], width=5, height=5)
-    np.testing.assert_allclose(moved.viewmats, expected.viewmats, atol=1e-6)
+def test_a_rig_comes_back_from_json_and_sees_as_orbit_cameras():
+    rig = geometry.Rig.around(3, fps=7.0)
+    assert rig.num_views == 3 and rig.azimuths_deg == (0.0, 120.0, 240.0)
+    assert geometry.Rig.from_dict(json.loads(json.dumps(rig.to_dict()))) == rig
+    expected = geometry.orbit_cameras([0, 120, 240], width=5, height=5)
+    for ours, wanted in zip(rig.cameras(5), expected, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    with pytest.raises(ValueError, match="fps"):
+        geometry.Rig.from_dict({k: v for k, v in rig.to_dict().items() if k != "fps"})
 
 
 def test_quaternions_round_trip_and_zero_is_the_identity():

@@ -82,7 +82,7 @@ def convert(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    storage: str = "float32",
+    storage: bundle.Storage = "float32",
     dtype: str = "float32",
 ) -> dict[str, Any]:
     """Writes a released file as a stage of a bundle; returns what the stage's `info` says of it.
@@ -144,13 +144,13 @@ def reverse(
         raise ValueError(f"{out}: the way back writes .safetensors, which PyTorch's users can load")
     names = key_map(kind)
     stage = KINDS[kind]
-    stages = bundle.read(folder)["stages"]
-    if kind == "llamagen" and stage not in stages and "star" in stages:
-        arrays = _trunk_of_star(bundle.load_arrays(folder, "star"))
+    found = bundle.read(folder)
+    if kind == "llamagen" and stage not in found.stages and "star" in found.stages:
+        arrays = _trunk_of_star(found.arrays("star"))
         shapes = {name: array.shape for name, array in arrays.items()}
         return _write(out, kind, rules.backward(names.rules(shapes), _float32(arrays)))
-    arrays = bundle.load_arrays(folder, stage)
-    arguments = stages[stage]["model"]
+    arrays = found.arrays(stage)
+    arguments = found.stages[stage].model
     shapes = {name: array.shape for name, array in arrays.items()}
     try:
         if wanted := set(_shapes(names, stage, arguments)) ^ set(shapes):

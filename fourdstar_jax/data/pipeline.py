@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from fourdstar_jax.data import splits, transforms
+from fourdstar_jax.geometry import Rig
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.text.words import WordTokenizer
 
 # a caption to ids [L] and features [L, C], such as `features.TextFeatures`
 Features = Callable[[str], tuple[np.ndarray, np.ndarray]]
-RADIUS, FOV_DEG = 1.5, 49.1  # of every camera: L4GM's and LGM's rig
 
 
 def read_manifest(data_dir: str | Path) -> dict:
@@ -52,16 +52,10 @@ def load_words(data_dir: str | Path, max_len: int = 12) -> WordTokenizer:
     return WordTokenizer.from_captions(read_manifest(data_dir)["train_captions"], max_len)
 
 
-def rig(data_dir: str | Path) -> dict[str, Any]:
-    """The rig of a dataset: azimuths and fov in degrees, radius in scene units, frames a second."""
+def rig(data_dir: str | Path) -> Rig:
+    """The rig that a dataset was rendered with."""
     settings = read_manifest(data_dir)["settings"]
-    V = settings["views"]
-    return {
-        "azimuths_deg": [360.0 * v / V for v in range(V)],
-        "radius": RADIUS,
-        "fov_deg": FOV_DEG,
-        "fps": settings["fps"],
-    }
+    return Rig.around(settings["views"], fps=settings["fps"])
 
 
 def open_split(data_dir: str | Path, split: str):

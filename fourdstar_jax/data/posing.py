@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from fourdstar_jax.data.gltf import Asset, Clip, MalformedAsset
+from fourdstar_jax.geometry import OBJECT_SIDE
 
-BOX_SIDE = 0.9  # longest side after normalisation: the near corners stay inside fov 49.1 at 1.5
 MIN_MOTION = 0.01  # of the normalised unit (GVFDiffusion's filter, arXiv 2507.23785)
 BOX_FPS = 24.0
 MAX_BOX_SAMPLES = 128
@@ -45,6 +45,6 @@ def sample_clip(asset: Asset, clip: Clip, *, fps: float, max_frames: int) -> Seq
     side = float((high - low).max())
     if not np.isfinite(side) or side <= 0:
         raise MalformedAsset(f"clip {clip.name!r} has a bounding box of side {side}")
-    positions = ((posed.positions - (low + high) / 2) * (BOX_SIDE / side)).astype(np.float32)
+    positions = ((posed.positions - (low + high) / 2) * (OBJECT_SIDE / side)).astype(np.float32)
     motion = np.linalg.norm(positions - positions[:1], axis=-1).mean(axis=1).max()
     return Sequence(positions, posed.normals, float(motion))

@@ -279,21 +279,14 @@ def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]
     s = job.settings
     clip_id = f"{job.object_id}#{clip.index}"
 
-    def cameras_at(azimuths_deg, elevations_deg):
-        return geometry.orbit_cameras(
-            azimuths_deg,
-            elevations_deg,
-            radius=pipeline.RADIUS,
-            fov_deg=pipeline.FOV_DEG,
-            width=s.image_size,
-            height=s.image_size,
-        )
-
-    rig = cameras_at(np.arange(s.views) * 360.0 / s.views, 0.0)
+    rig = geometry.Rig.around(s.views, fps=s.fps).cameras(s.image_size)
     seed = hashlib.sha256(f"{asset.sha256}#{clip.index}".encode()).digest()
     rng = np.random.default_rng(np.frombuffer(seed, "<u4"))
-    extra = cameras_at(
-        rng.uniform(0, 360, s.extra_views), rng.uniform(*EXTRA_ELEVATIONS_DEG, s.extra_views)
+    extra = geometry.orbit_cameras(
+        rng.uniform(0, 360, s.extra_views),
+        rng.uniform(*EXTRA_ELEVATIONS_DEG, s.extra_views),
+        width=s.image_size,
+        height=s.image_size,
     )
     cameras = Cameras(*(np.concatenate(pair) for pair in zip(rig, extra, strict=True)))
     F, V = len(sequence.positions), s.views

@@ -34,7 +34,7 @@ def input_view_to_front(
     others: Float32[np.ndarray, "E 4 4"],
     view: int,
     *,
-    radius: float = 1.5,
+    radius: float = geometry.RADIUS,
 ) -> tuple[Float32[np.ndarray, "V 4 4"], Float32[np.ndarray, "E 4 4"]]:
     """Makes `view` the first of its rig, the rest after it in a ring, and moves the world.
 

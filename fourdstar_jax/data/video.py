@@ -17,15 +17,16 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from fourdstar_jax.geometry import FOV_DEG, OBJECT_SIDE, RADIUS
+
 MAX_FRAMES = 10_000
 MAX_PIXELS = 64_000_000
 CROP = 1.125  # UniTok resizes a photograph's short side to so many times the middle square
 MIN_SIDE = 16
 FPS = 8.0
 
-# The rig scales the bounding box over the whole clip to a longest side of 0.9, seen from 1.5 away
-# with a field of view of 49.1 degrees: this fraction of the picture's side.
-OCCUPANCY = 0.9 / (2 * 1.5 * math.tan(math.radians(49.1) / 2))
+# Fraction of the picture's side that the box over a whole clip takes in the training images.
+OCCUPANCY = OBJECT_SIDE / (2 * RADIUS * math.tan(math.radians(FOV_DEG) / 2))
 BACKGROUND_TOLERANCE = 20 / 255  # of a plain background: video compression leaves some noise
 
 

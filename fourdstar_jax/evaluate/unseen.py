@@ -37,7 +37,7 @@ def evaluate(
     """
     model, data_dir = Model(bundle_dir), Path(data_dir)
     rig = pipeline.rig(data_dir)
-    if rig != {key: model.rig[key] for key in rig}:
+    if rig != model.rig:
         raise ValueError(f"the dataset's rig {rig} is not the bundle's {model.rig}")
     clips = _load(model, data_dir, split)
     train = _load(model, data_dir, "train")
@@ -48,14 +48,14 @@ def evaluate(
         **pipeline.provenance(data_dir),
     }
     report["reconstruction"] = _reconstruction(model, clips, train["images"])
-    if "star" in model.description["stages"]:
+    if "star" in model.bundle.stages:
         report["likelihood"] = _likelihood(model, clips, train)
     return report
 
 
 def _load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
     """A split's first windows, one array an entry, with their tokens `[clips, T, V, n, K]`."""
-    encoder = model.text_encoder if "star" in model.description["stages"] else None
+    encoder = model.text_encoder if "star" in model.bundle.stages else None
 
     def features(text: str) -> tuple[np.ndarray, np.ndarray]:
         ids, features = model.encode_text(text)
@@ -154,7 +154,7 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
 
     right = novel()
     row = int(round(n**0.5))
-    vocab = model.description["tokenizer"]["vocab_size"]
+    vocab = model.bundle.spec.vocab_size
     table = counts.fit_counts(train["tokens"], vocab_size=vocab, row_length=row)
     baseline = counts.nll(table, clips["tokens"])[:, :, 1:].mean(axis=(1, 2, 3, 4))
     out: dict[str, Any] = {

@@ -62,10 +62,10 @@ def write(
         frame = type(gaussians)(*(x[t] for x in gaussians))
         write_ply(folder / "ply" / f"frame_{t:04d}.ply", frame)
 
-    render = video.Renderer(gaussians, size=size, radius=rig["radius"], fov_deg=rig["fov_deg"])
+    render = video.Renderer(gaussians, size=size, radius=rig.radius, fov_deg=rig.fov_deg)
     track = functools.partial(tqdm, desc="orbit", unit="frame", disable=not progress)
     video.write_orbit(folder / "orbit.mp4", render, fps=object4d.fps, track=track)
-    for view, azimuth in enumerate(rig["azimuths_deg"]):
+    for view, azimuth in enumerate(rig.azimuths_deg):
         images = video.fixed_view(render, azimuth)
         if truth is not None:
             left = np.stack([_resized(image, size) for image in truth[:, view]])
@@ -87,7 +87,7 @@ def manifest(object4d: Object4D, folder: Path) -> dict[str, Any]:
         "fps": object4d.fps,
         "axes": AXES,
         "units": UNITS,
-        "rig": object4d.rig,
+        "rig": object4d.rig.to_dict(),
         **object4d.meta,
         "files": {str(f.relative_to(folder)): file_sha256(f) for f in files},
     }

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -47,12 +47,17 @@ class TokenizerSpec:
             raise ValueError(f"tokens of another tokenizer: {', '.join(differing)}")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Images to integers and back. Leading axes are free."""
 
     @property
     def spec(self) -> TokenizerSpec:
         """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
+        ...
+
+    def described(self, weights_sha256: str) -> TokenizerSpec:
+        """The spec, for weights whose hash is known."""
         ...
 
     def encode(self, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:

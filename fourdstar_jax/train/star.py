@@ -87,7 +87,7 @@ def text_features(config: Any, folder: tokens.TokenFolder) -> TextFeatures | Non
             caption(c["appearance"], c["motion"]) for c in map(clips._read, range(len(clips)))
         ]
     features.check(captions, config.model.text_length, config.model.text_dim)
-    own = bundle.weights_sha256(config.bundle).get("text")
+    own = bundle.read(config.bundle).weights_sha256().get("text")
     theirs = features.provenance["encoder_sha256"]
     if own not in (None, theirs):
         raise ValueError(
@@ -107,12 +107,12 @@ def start_warm(
 
     The report is printed and written to `<workdir>/warm_start.txt`.
     """
-    arrays = bundle.load_arrays(folder, "trunk")
-    entry = bundle.read(folder)["stages"]["trunk"]
+    found = bundle.read(folder)
+    arrays, trunk = found.arrays("trunk"), found.stage("trunk")
     model = nnx.merge(graphdef, state.params, state.rest)
-    model, report = warm_start.load(model, arrays, entry["model"])
+    model, report = warm_start.load(model, arrays, trunk.model)
     if jax.process_index() == 0:
-        lines = [*report.lines(), f"  from {folder}, sha256 {entry['sha256']}"]
+        lines = [*report.lines(), f"  from {folder}, sha256 {trunk.sha256}"]
         print("warm start: " + "\n".join(lines), flush=True)
         path = Path(workdir) / WARM_START
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """
     key = jax.random.key(config.seed)
     folder = tokens.TokenFolder(config.data.dir)
-    folder.spec.check(bundle.spec(config.bundle))
+    folder.spec.check(bundle.read(config.bundle).spec)
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         features = text_features(config, folder)
         words = folder.word_tokenizer(config.model.text_length)
@@ -186,7 +186,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         model = nnx.merge(graphdef, state.params, state.rest)
     if jax.process_index() == 0:
         stages = ["tokenizer", "vqvae"]
-        if features is not None and "text" in bundle.weights_sha256(config.bundle):
+        if features is not None and "text" in bundle.read(config.bundle).weights_sha256():
             stages.append("text")
         bundle.copy(config.bundle, f"{workdir}/bundle", stages=stages)
         info: dict[str, Any] = {"words": words.to_dict()}

@@ -22,14 +22,14 @@ def prepare_features(
     Raises ValueError for a bundle without a text encoder, features that do not fit `dtype` (T5's
     may not fit float16), or an `out_dir` that holds something.
     """
-    encoder = bundle.load_stage(bundle_dir, "text")
-    entry = bundle.read(bundle_dir)["stages"]["text"]
+    found = bundle.read(bundle_dir)
+    encoder, stage = found.load("text"), found.stage("text")
     encode = jax.jit(lambda encoder, ids, mask: encoder(ids, mask))
     features.write(
         os.fspath(data_dir),
         os.fspath(out_dir),
         lambda ids, mask: encode(encoder, ids, mask),
-        encoder={"sha256": entry["sha256"], "model": entry["model"]},
+        encoder={"sha256": stage.sha256, "model": stage.model},
         dtype=dtype,
         batch=batch,
         overwrite=overwrite,

@@ -22,7 +22,7 @@ def prepare_tokens(
     Raises ValueError for a bundle without a tokenizer, images that are not of its resolution, or an
     `out_dir` that holds something.
     """
-    tokenizer = bundle.load_stage(bundle_dir, "tokenizer")
+    tokenizer = bundle.read(bundle_dir).load("tokenizer")
     encode = jax.jit(lambda tokenizer, images: tokenizer.encode(images))
     tokens.tokenize(
         Path(data_dir),

@@ -75,7 +75,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     overflow `config.loss.capacity`.
     """
     key = jax.random.key(config.seed)
-    tokenizer = bundle.load_stage(config.bundle, "tokenizer")
+    tokenizer = bundle.read(config.bundle).load("tokenizer")
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         tokenizer = train_state.replicate(tokenizer, mesh)
         loader = functools.partial(
@@ -148,6 +148,6 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             model,
             config,
             storage=config.storage,
-            rig={**pipeline.rig(config.data.dir), "max_timesteps": config.data.timesteps},
+            rig={**pipeline.rig(config.data.dir).to_dict(), "max_timesteps": config.data.timesteps},
             **pipeline.provenance(config.data.dir),
         )

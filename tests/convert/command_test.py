@@ -37,19 +37,21 @@ def test_there_and_back_is_exact(kind, tmp_path):
         np.testing.assert_array_equal(array, state[name].astype(np.float32), err_msg=name)
     # and what went back can come again
     again = command.convert(kind, tmp_path / "back.safetensors", tmp_path / "c")
-    assert bundle.weights_sha256(tmp_path / "c") == bundle.weights_sha256(tmp_path / "b")
+    assert (
+        bundle.read(tmp_path / "c").weights_sha256() == bundle.read(tmp_path / "b").weights_sha256()
+    )
     assert again["not_needed"] == 0
 
 
 def test_the_bundle_tells_where_it_is_from(tmp_path, capsys):
     assert cli.main(["convert", "unitok", str(UNITOK), str(tmp_path / "b")]) == 0
     assert "tensors" in capsys.readouterr().out
-    entry = bundle.read(tmp_path / "b")["stages"]["tokenizer"]
-    converted = entry["info"]["converted"]
+    entry = bundle.read(tmp_path / "b").stages["tokenizer"]
+    converted = entry.info["converted"]
     assert converted["source_sha256"] == bundle.file_sha256(UNITOK)
     assert converted["key_map"] == 1 and converted["kind"] == "unitok"
     assert converted["source"] == "weights.pth"
-    tokenizer = bundle.load_stage(tmp_path / "b", "tokenizer")
+    tokenizer = bundle.read(tmp_path / "b").load("tokenizer")
     assert tokenizer.spec.num_codebooks == 4 and tokenizer.spec.vocab_size == 32
     assert cli.main(["inspect", str(tmp_path / "b")]) == 0
     assert converted["source_sha256"] in capsys.readouterr().out
@@ -92,7 +94,9 @@ def test_shards_are_read_by_their_index(tmp_path):
     path.write_text(json.dumps(index))
     command.convert("t5", path, tmp_path / "b")
     command.convert("t5", SOURCES["t5"], tmp_path / "c")
-    assert bundle.weights_sha256(tmp_path / "b") == bundle.weights_sha256(tmp_path / "c")
+    assert (
+        bundle.read(tmp_path / "b").weights_sha256() == bundle.read(tmp_path / "c").weights_sha256()
+    )
     path.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
     with pytest.raises(ValueError, match="not one beside it"):
         command.read(path)
@@ -156,7 +160,7 @@ def test_layers_of_a_star_trained_here_go_to_llamagens_names(tmp_path):
     arguments = ["convert", "llamagen", str(cli.BUNDLED_MODEL), str(tmp_path / "s.safetensors")]
     assert cli.main([*arguments, "--reverse"]) == 0
     back = safetensors.numpy.load_file(tmp_path / "s.safetensors")
-    ours = bundle.named_arrays(bundle.load_stage(cli.BUNDLED_MODEL, "star"))
+    ours = bundle.named_arrays(bundle.read(cli.BUNDLED_MODEL).load("star"))
     layers, dim, _ = ours["trunk/layers/q/kernel"].shape
     assert len(back) == 1 + 7 * layers  # the last norm; q, k, v in one, out, three, two norms
     fused = back["layers.1.attention.wqkv.weight"]
@@ -169,5 +173,5 @@ def test_layers_of_a_star_trained_here_go_to_llamagens_names(tmp_path):
 def test_another_stage_of_the_bundle_stays(tmp_path):
     command.convert("unitok", UNITOK, tmp_path / "b")
     command.convert("t5", SOURCES["t5"], tmp_path / "b")
-    assert set(bundle.read(tmp_path / "b")["stages"]) == {"tokenizer", "text"}
+    assert set(bundle.read(tmp_path / "b").stages) == {"tokenizer", "text"}
     shutil.rmtree(tmp_path / "b")

@@ -120,7 +120,7 @@ def test_a_file_becomes_a_bundle_and_comes_back(tmp_path, monkeypatch, tiny):
     )
     info = command.convert("mvar", tmp_path / "given.safetensors", tmp_path / "bundle")
     assert info["tensors"] == len(state) and info["not_needed"] == 0
-    arguments = bundle.read(tmp_path / "bundle")["stages"]["trunk"]["model"]
+    arguments = bundle.read(tmp_path / "bundle").stages["trunk"].model
     assert arguments == TINY | {"family": "mvar", "dtype": "float32"}
     command.reverse("mvar", tmp_path / "bundle", tmp_path / "back.safetensors")
     back = safetensors.numpy.load_file(tmp_path / "back.safetensors")

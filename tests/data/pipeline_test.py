@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax.data import pipeline, prepare, splits, transforms
+from fourdstar_jax.geometry import Rig
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 
 SIZES = dict(batch_size=2, timesteps=3, max_len=7)
@@ -155,12 +156,7 @@ def test_a_few_decoded_clips_are_kept_in_memory(dataset_dir):
 
 
 def test_rig_and_provenance(dataset_dir):
-    assert pipeline.rig(dataset_dir) == {
-        "azimuths_deg": [0.0, 120.0, 240.0],
-        "radius": 1.5,
-        "fov_deg": 49.1,
-        "fps": 8.0,
-    }
+    assert pipeline.rig(dataset_dir) == Rig((0.0, 120.0, 240.0), 8.0, radius=1.5, fov_deg=49.1)
     hashes = pipeline.provenance(dataset_dir)
     assert hashes["split_sha256"] == splits.SHA256 and len(hashes["data_sha256"]) == 64
 

@@ -33,11 +33,11 @@ def test_pictures_and_videos_come_back(folder, tmp_path, capsys):
     assert "2 files" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [(f["file"], f["frames"]) for f in manifest["files"]] == [("a.png", 1), ("b.mp4", 3)]
-    assert manifest["tokenizer"] == bundle.spec(BUNDLED_MODEL).to_dict()
+    assert manifest["tokenizer"] == bundle.read(BUNDLED_MODEL).spec.to_dict()
     assert Image.open(tmp_path / "out" / "a.png").size == (128, 64)
     assert (tmp_path / "out" / "b.mp4").stat().st_size > 500
     tokens = np.load(tmp_path / "out" / "tokens" / "b.npy", allow_pickle=False)
-    tokenizer = bundle.load_stage(BUNDLED_MODEL, "tokenizer")
+    tokenizer = bundle.read(BUNDLED_MODEL).load("tokenizer")
     assert tokens.shape == (3, tokenizer.num_tokens, 4)
     # the right half of the picture is what the tokenizer makes of its tokens
     again = np.asarray(Image.open(tmp_path / "out" / "a.png"), np.float32)[:, 64:] / 255

@@ -10,6 +10,7 @@ import pytest
 from fourdstar_jax import export
 from fourdstar_jax.export import video
 from fourdstar_jax.generate import Object4D
+from fourdstar_jax.geometry import Rig
 from fourdstar_jax.types import Gaussians
 
 
@@ -55,8 +56,8 @@ def object4d():
         opacities=np.full((T, 2), 0.95, np.float32),
         colors=np.broadcast_to(np.float32([[1, 0, 0], [0, 0, 1]]), (T, 2, 3)).copy(),
     )
-    rig = {"azimuths_deg": [0.0, 180.0], "radius": 1.5, "fov_deg": 49.1}
-    return Object4D(gaussians, 8.0, rig, np.zeros((T, 4, 2), np.int32), {"seed": 0})
+    rig = Rig.around(2, fps=8.0)
+    return Object4D(gaussians, rig, np.zeros((T, 4, 2), np.int32), {"seed": 0})
 
 
 def test_fixed_views_see_the_motion_from_their_side(object4d):

@@ -130,15 +130,15 @@ def test_images_of_another_size_are_refused(model):
 
 
 def test_bundle_keeps_the_family(folder, model):
-    loaded = bundle.load_stage(folder, "tokenizer")
-    assert isinstance(loaded, VQ16) and bundle.spec(folder) == model.spec
+    loaded = bundle.read(folder).load("tokenizer")
+    assert isinstance(loaded, VQ16) and bundle.read(folder).spec == model.spec
     images = pictures(2)
     np.testing.assert_array_equal(loaded.encode(images), model.encode(images))
 
 
 def test_bundle_without_a_family_is_unitok(tiny_bundle):
-    assert "family" not in bundle.read(tiny_bundle)["stages"]["tokenizer"]["model"]
-    assert isinstance(bundle.load_stage(tiny_bundle, "tokenizer"), UniTok)
+    assert "family" not in bundle.read(tiny_bundle).stages["tokenizer"].model
+    assert isinstance(bundle.read(tiny_bundle).load("tokenizer"), UniTok)
 
 
 def test_training_it_says_that_it_cannot(tmp_path):

@@ -101,7 +101,7 @@ def config_of(token_dir, source, feature_dir):
 
 def test_features_are_the_encoders(feature_dir, with_text):
     opened = TextFeatures(feature_dir)
-    encoder = bundle.load_stage(with_text, "text")
+    encoder = bundle.read(with_text).load("text")
     ids, values = opened(NEUTRAL_PROMPT)
     expected_ids, mask = t5.tokenize([NEUTRAL_PROMPT])
     np.testing.assert_array_equal(ids, expected_ids[0])
@@ -110,8 +110,8 @@ def test_features_are_the_encoders(feature_dir, with_text):
     near = np.abs(values.astype(np.float32) - exact)[mask[0]]
     assert near.max() < 0.03 * np.abs(exact).max()  # bfloat16, in another batch
     assert (values[~mask[0]] == 0).all()
-    entry = bundle.read(with_text)["stages"]["text"]
-    assert opened.content["encoder"] == {"sha256": entry["sha256"], "model": SIZES}
+    entry = bundle.read(with_text).stages["text"]
+    assert opened.content["encoder"] == {"sha256": entry.sha256, "model": SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,13 @@ def test_star_trains_on_them_and_generates_with_the_encoder(trained, feature_dir
     rows = [json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(np.isfinite(row["train/loss"]) for row in rows)
-    assert set(bundle.weights_sha256(trained / "bundle")) == {"tokenizer", "vqvae", "star", "text"}
-    info = bundle.read(trained / "bundle")["stages"]["star"]["info"]
+    assert set(bundle.read(trained / "bundle").weights_sha256()) == {
+        "tokenizer",
+        "vqvae",
+        "star",
+        "text",
+    }
+    info = bundle.read(trained / "bundle").stages["star"].info
     assert info["text"] == TextFeatures(feature_dir).provenance and "words" not in info
 
     model = generate.load(trained / "bundle")
@@ -157,7 +162,7 @@ def test_the_text_reaches_the_loss(trained):
         text_ids=jnp.asarray(ids)[None],
         video_tokens=jnp.zeros((1, 1, 4, 2), jnp.int32),
         times=jnp.zeros((1, 1)),
-        cameras=star.Cameras(*(jnp.asarray(x)[None] for x in model.cameras(16))),
+        cameras=star.Cameras(*(jnp.asarray(x)[None] for x in model.rig.cameras(16))),
     )
     groups = jnp.ones((1, 1, 8, 2), jnp.int32)
 

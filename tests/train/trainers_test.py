@@ -83,7 +83,9 @@ def test_stages_build_on_each_other_and_resume_exactly(data_dir, tmp_path, one_d
     star.train(config, tmp_path / "s")  # straight through; then killed after 2 of 4 steps
     stop_after(2, config, tmp_path / "again")
     star.train(config, tmp_path / "again")
-    straight, resumed = (bundle.weights_sha256(tmp_path / d / "bundle") for d in ("s", "again"))
+    straight, resumed = (
+        bundle.read(tmp_path / d / "bundle").weights_sha256() for d in ("s", "again")
+    )
     assert set(straight) == {"tokenizer", "vqvae", "star"}
     assert straight == resumed
 

@@ -79,19 +79,19 @@ def test_a_run_starts_warm_once(token_dir, tiny_bundle, tmp_path, one_device, ca
     report = (workdir / "warm_start.txt").read_text()
     assert report.startswith("loaded 19 arrays of the file, skipped 5; ")
     assert "layers 0-1: attention_norm q k v out" in report
-    assert bundle.weights_sha256(tmp_path / "trunk")["trunk"] in report
+    assert bundle.read(tmp_path / "trunk").weights_sha256()["trunk"] in report
     assert report in capsys.readouterr().out
 
     def check(steps):
         rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
         losses = [row["train/loss"] for row in rows if "train/loss" in row]
         assert len(losses) == steps and np.isfinite(losses).all()
-        trained = bundle.load_arrays(workdir / "bundle", "star")
+        trained = bundle.read(workdir / "bundle").arrays("star")
         for name in ("q/kernel", "ffn/down/kernel", "ffn_norm/scale"):
             expected = np.stack([arrays[f"layers/{i}/{name}"] for i in range(2)])
             np.testing.assert_allclose(trained[f"trunk/layers/{name}"], expected, atol=ATOL)
         np.testing.assert_allclose(trained["trunk/norm/scale"], arrays["norm/scale"], atol=ATOL)
-        info = bundle.read(workdir / "bundle")["stages"]["star"]["info"]
+        info = bundle.read(workdir / "bundle").stages["star"].info
         assert info["warm_start"] == report.splitlines()[0]
 
     check(2)
@@ -110,7 +110,7 @@ def test_a_folder_without_a_trunk_is_refused(token_dir, tiny_bundle, tmp_path, o
 def test_a_trunk_is_no_model_but_can_be_inspected(tmp_path, capsys):
     save_trunk(tmp_path)
     with pytest.raises(ValueError, match="warm_start"):
-        bundle.load_stage(tmp_path, "trunk")
+        bundle.read(tmp_path).load("trunk")
     assert cli.main(["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     number = sum(int(np.prod(shape)) for shape in llamagen.shapes(SIZES).values())
