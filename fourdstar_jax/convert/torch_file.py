@@ -116,7 +116,14 @@ class _Archive:
             raise _Refused("cut short, or with bytes after the zip archive")
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, OverflowError):
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            OSError,
+            ValueError,
+            OverflowError,
+            Warning,
+        ):
             raise _Refused("the zip directory is damaged") from None
         found = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         if at not in (archive.start_dir, 0xFFFFFFFF) or (found and found[0].header_offset != 0):
@@ -193,7 +200,7 @@ def _opcodes(code: bytes) -> Iterator[tuple[str, Any]]:
             if count == MAX_OPCODES:
                 raise _Refused(f"its pickle has more than {MAX_OPCODES} opcodes")
             yield opcode.name, argument
-    except ValueError:
+    except (ValueError, Warning):  # of escapes in text, where Python makes warnings errors
         raise _Refused("its pickle is cut short or damaged") from None
     if file.tell() != len(code):
         raise _Refused("its pickle stops with bytes left over")
