@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
 import numpy as np
 import safetensors
@@ -30,14 +30,49 @@ KINDS = {
 MAX_INDEX = 16 << 20  # bytes, of the list of a model's shards
 
 
-def key_map(kind: str) -> Any:
+@runtime_checkable
+class KeyMap(Protocol):
+    """What the module of a kind tells of its names (`convert.unitok` and its siblings).
+
+    A kind that no model of ours is made for also has `shapes`, which takes the arguments.
+    """
+
+    VERSION: int
+    IGNORED: tuple[str, ...]  # patterns of tensors that are not needed
+
+    def find(self, tree: Mapping[str, object]) -> dict[str, np.ndarray]:
+        """The state dict in a file's tree."""
+        ...
+
+    def arguments(self, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Arguments of the model that a state dict is of."""
+        ...
+
+    def rules_for(self, shapes: Mapping[str, tuple[int, ...]]) -> list[rules.Rule]:
+        """The rules for our arrays of these names and shapes."""
+        ...
+
+
+class Converted(TypedDict):
+    """Where a stage is from."""
+
+    kind: str
+    key_map: int  # version of the kind's names and rules
+    source: str
+    source_sha256: str
+    shards_sha256: dict[str, str]  # by file name, of a source that is an index
+    tensors: int
+    not_needed: int  # tensors of the source that the stage does without
+
+
+def key_map(kind: str) -> KeyMap:
     """The module with a kind's names. Raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"{kind=} must be one of {sorted(KINDS)}")
-    return importlib.import_module(f"fourdstar_jax.convert.{kind}")
+    return cast(KeyMap, importlib.import_module(f"fourdstar_jax.convert.{kind}"))
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read(path: str | os.PathLike[str]) -> dict[str, object]:
     """The tree of a .pth, .pt, .bin or .safetensors file, or of shards by their .index.json.
 
     Arrays are views of the mapped files where the format allows. Raises ValueError with the file
@@ -84,7 +119,7 @@ def convert(
     *,
     storage: bundle.Storage = "float32",
     dtype: str = "float32",
-) -> dict[str, Any]:
+) -> Converted:
     """Writes a released file as a stage of a bundle; returns what the stage's `info` says of it.
 
     Args:
@@ -100,10 +135,10 @@ def convert(
     stage = KINDS[kind]
     tree = read(source)
     try:
-        state = _tensors(names.find(tree))
+        state = names.find(tree)
         arguments = {**names.arguments(state), "dtype": dtype}
         shapes = _shapes(names, stage, arguments)
-        table = names.rules(shapes)
+        table = names.rules_for(shapes)
         if wrong := rules.check(state, rules.their_shapes(table, shapes), names.IGNORED):
             raise ValueError(f"not the {kind} that is known here: " + "; ".join(wrong))
         arrays = rules.forward(table, state)
@@ -113,7 +148,7 @@ def convert(
         raise ValueError(f"{source}: {why}") from error
     shards = _shards(Path(source)) if str(source).endswith(".index.json") else []
     used = {name for rule in table for name in rule.theirs}
-    info = {
+    info: Converted = {
         "kind": kind,
         "key_map": names.VERSION,
         "source": Path(source).name,
@@ -148,14 +183,14 @@ def reverse(
     if kind == "llamagen" and stage not in found.stages and "star" in found.stages:
         arrays = _trunk_of_star(found.arrays("star"))
         shapes = {name: array.shape for name, array in arrays.items()}
-        return _write(out, kind, rules.backward(names.rules(shapes), _float32(arrays)))
+        return _write(out, kind, rules.backward(names.rules_for(shapes), _float32(arrays)))
     arrays = found.arrays(stage)
     arguments = found.stages[stage].model
     shapes = {name: array.shape for name, array in arrays.items()}
     try:
         if wanted := set(_shapes(names, stage, arguments)) ^ set(shapes):
             raise ValueError(f"{sorted(wanted)[0]} is in one of them only")
-        state = rules.backward(names.rules(shapes), _float32(arrays))
+        state = rules.backward(names.rules_for(shapes), _float32(arrays))
         if again := names.arguments(state):
             differing = [k for k in again if _plain(arguments.get(k, again[k])) != _plain(again[k])]
             differing = [k for k in differing if k not in ("resolution", "dtype")]
@@ -185,18 +220,10 @@ def _write(out: Path, kind: str, state: Mapping[str, np.ndarray]) -> dict[str, t
     return {name: array.shape for name, array in contiguous.items()}
 
 
-def _tensors(state: Any) -> dict[str, np.ndarray]:
-    if not isinstance(state, Mapping):
-        raise ValueError(f"a {type(state).__name__} where the state dict should be")
-    if wrong := [name for name, value in state.items() if not isinstance(value, np.ndarray)]:
-        raise ValueError(f"{wrong[0]} is no tensor")
-    return dict(state)
-
-
-def _shapes(names: Any, stage: str, arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(names: KeyMap, stage: str, arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of our arrays: of the stage's module, or as the key map says."""
-    if hasattr(names, "shapes"):
-        return names.shapes(arguments)
+    if shapes := getattr(names, "shapes", None):
+        return shapes(arguments)
     model = bundle.shapes(stage, arguments)
     return {name: tuple(x.shape) for name, x in bundle.named_arrays(model).items()}
 
@@ -209,5 +236,5 @@ def _float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, list | tuple) else value

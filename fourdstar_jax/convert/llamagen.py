@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdstar_jax.convert import rules as rule
+from fourdstar_jax.convert import rules
 
 VERSION = 1
 # Caches of sampling, which a model that has sampled would save: they hold nothing of it.
@@ -32,16 +32,16 @@ THEIRS |= {"ffn.down": "feed_forward.w2"}
 TEXT = {"text.mlp.up": "cls_embedding.cap_proj.fc1", "text.mlp.down": "cls_embedding.cap_proj.fc2"}
 
 
-def find(tree: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+def find(tree: Mapping[str, object]) -> dict[str, np.ndarray]:
     """The state dict in a file's tree, where LlamaGen's sampling scripts look for it.
 
     Raises ValueError for a tree without one.
     """
     for key in ("model", "module", "state_dict"):
         if key in tree:
-            return tree[key]
+            return rules.state_dict(tree[key])
     if "tok_embeddings.weight" in tree:  # saved from shards: the state dict alone
-        return tree
+        return rules.state_dict(tree)
     raise ValueError(f"no model, module or state_dict in the file, which has {sorted(tree)}")
 
 
@@ -126,7 +126,7 @@ def text_shapes(arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[rule.Rule]:
+def rules_for(shapes: Mapping[str, tuple[int, ...]]) -> list[rules.Rule]:
     """The rules for our arrays of these names and shapes, of MVAR's too.
 
     All of them are plain renamings, but that q, k and v are one array of theirs.
@@ -136,8 +136,8 @@ def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[rule.Rule]:
     for layer in sorted({name.split("/")[1] for name in shapes if name.startswith("layers/")}):
         names = [f"layers/{layer}/{part}/kernel" for part in "qkv"]
         sizes = [rest.pop(name)[1] for name in names]
-        fused.append(rule.split(f"layers.{layer}.attention.wqkv.weight", names, sizes))
-    return fused + rule.by_name(rest, _their_name)
+        fused.append(rules.split(f"layers.{layer}.attention.wqkv.weight", names, sizes))
+    return fused + rules.by_name(rest, _their_name)
 
 
 def _their_name(name: str) -> str:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdstar_jax.convert import llamagen
-from fourdstar_jax.convert import rules as rule
+from fourdstar_jax.convert import llamagen, rules
 
 VERSION = 1
 IGNORED: tuple[str, ...] = llamagen.IGNORED
@@ -25,14 +24,14 @@ PREFIX = "module."  # of names saved from a model spread over devices
 _RAYS = "cam_patchify.proj.weight"
 
 
-def find(tree: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+def find(tree: Mapping[str, object]) -> dict[str, np.ndarray]:
     """The state dict in a file's tree, where LlamaGen's would be, without the names' "module.".
 
     MVAR's scripts drop the first seven characters of every name unseen. Raises ValueError for a
     tree without a state dict.
     """
     bare = f"{PREFIX}tok_embeddings.weight" in tree
-    state = tree if bare else llamagen.find(tree)
+    state = rules.state_dict(tree) if bare else llamagen.find(tree)
     return {name.removeprefix(PREFIX): array for name, array in state.items()}
 
 
@@ -107,6 +106,6 @@ def _warp_shapes(arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {f"image_warp/{name}": shape for name, shape in block.items()}
 
 
-def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[rule.Rule]:
+def rules_for(shapes: Mapping[str, tuple[int, ...]]) -> list[rules.Rule]:
     """The rules for our arrays of these names and shapes: LlamaGen's, and plain renamings."""
-    return llamagen.rules(shapes)
+    return llamagen.rules_for(shapes)

@@ -7,9 +7,10 @@ that the same rules say which shapes a file must hold.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 Arrays = list[np.ndarray]
 
@@ -59,7 +60,7 @@ def split(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:
     )
 
 
-def zeros_here(ours: str, shape: Sequence[int], dtype: Any = np.float32) -> Rule:
+def zeros_here(ours: str, shape: Sequence[int], dtype: DTypeLike = np.float32) -> Rule:
     """An array of ours that their file does not have, and that starts at zero."""
     return Rule((), (ours,), lambda x: [np.zeros(shape, dtype)], lambda x: [])
 
@@ -98,6 +99,18 @@ def by_name(shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str])
         else:
             rules.append(same(theirs, ours))
     return rules
+
+
+def state_dict(tree: object) -> dict[str, np.ndarray]:
+    """The tensors of a state dict by name. Raises ValueError for anything else in its place."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"a {type(tree).__name__} where the state dict should be")
+    for name, value in tree.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"{name!r} is no name of a tensor")
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{name} is no tensor")
+    return dict(tree)
 
 
 def their_shapes(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdstar_jax.convert.rules import Rule, same
+from fourdstar_jax.convert import rules
 
 VERSION = 1
 # of a whole T5: the other stack, its output, and two more names of the table
@@ -35,7 +35,7 @@ _LAYER = {
 }
 
 
-def find(tree: Mapping[str, Any]) -> dict[str, Any]:
+def find(tree: Mapping[str, object]) -> dict[str, np.ndarray]:
     """The state dict in a file's tree: its top level. Raises ValueError if that is none of T5's.
 
     The table may have its encoder's name alone.
@@ -45,7 +45,7 @@ def find(tree: Mapping[str, Any]) -> dict[str, Any]:
         state[_TABLE] = state[_ALIAS]
     if missing := [name for name in (_TABLE, _BIAS) if name not in state]:
         raise ValueError(f"this is no T5 of transformers: it lacks {missing}")
-    return state
+    return rules.state_dict(state)
 
 
 def arguments(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def arguments(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+def rules_for(shapes: Mapping[str, tuple[int, ...]]) -> list[rules.Rule]:
     """Rules for our arrays, from their names and shapes."""
     plain = {
         "table": _TABLE,
@@ -79,7 +79,7 @@ def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
     out = []
     for ours, shape in shapes.items():
         if ours in plain:
-            out.append(same(plain[ours], ours))
+            out.append(rules.same(plain[ours], ours))
         else:
             place = _LAYER[ours.removeprefix("layers/")]
             theirs = tuple(f"encoder.block.{i}.{place}" for i in range(shape[0]))
@@ -87,13 +87,13 @@ def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[Rule]:
     return out
 
 
-def _stacked(theirs: tuple[str, ...], ours: str, *, transposed: bool) -> Rule:
+def _stacked(theirs: tuple[str, ...], ours: str, *, transposed: bool) -> rules.Rule:
     """Each layer's array, a Linear's weight [out, in] turned to [in, out], stacked."""
 
     def turn(x: np.ndarray) -> np.ndarray:
         return x.T if transposed else x
 
-    return Rule(
+    return rules.Rule(
         theirs,
         (ours,),
         lambda x: [np.stack([turn(layer) for layer in x])],

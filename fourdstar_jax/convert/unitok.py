@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdstar_jax.convert import rules as rule
+from fourdstar_jax.convert import rules
 
 VERSION = 1
 # the CLIP side: its text tower, and what maps a picture's mean code to CLIP's space
@@ -29,16 +29,16 @@ _RENAMES = [
 ]
 
 
-def find(tree: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+def find(tree: Mapping[str, object]) -> dict[str, np.ndarray]:
     """The state dict in a file's tree: under trainer, unitok, or all of it.
 
     Raises ValueError for a tree without one.
     """
     if "encoder.norm.weight" in tree:
-        return tree
-    trainer = tree.get("trainer", {})
-    if isinstance(trainer, Mapping) and isinstance(trainer.get("unitok"), Mapping):
-        return trainer["unitok"]
+        return rules.state_dict(tree)
+    trainer = tree.get("trainer")
+    if isinstance(trainer, Mapping) and "unitok" in trainer:
+        return rules.state_dict(trainer["unitok"])
     raise ValueError(f"no trainer.unitok in the file: {sorted(map(str, tree))[:5]}")
 
 
@@ -95,7 +95,7 @@ def _arguments(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[rule.Rule]:
+def rules_for(shapes: Mapping[str, tuple[int, ...]]) -> list[rules.Rule]:
     """The rules for our arrays of these names and shapes.
 
     Theirs also hold a position embedding and biases of the projections' keys, all of them frozen
@@ -106,15 +106,15 @@ def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[rule.Rule]:
     books = [f"quantizer.codebooks.{k}" for k in range(num_codebooks)]
     shapes.pop("quantizer/usage")
     out = [
-        rule.stack([f"{book}.codebook.weight" for book in books], "quantizer/codebooks"),
-        rule.stack([f"{book}.vocab_usage" for book in books], "quantizer/usage"),
-        rule.zeros_here("quantizer/idle_steps", shapes.pop("quantizer/idle_steps"), np.int32),
-        rule.zeros_there("encoder.pos_embed", (1, 1, shapes["encoder/norm/scale"][0])),
+        rules.stack([f"{book}.codebook.weight" for book in books], "quantizer/codebooks"),
+        rules.stack([f"{book}.vocab_usage" for book in books], "quantizer/usage"),
+        rules.zeros_here("quantizer/idle_steps", shapes.pop("quantizer/idle_steps"), np.int32),
+        rules.zeros_there("encoder.pos_embed", (1, 1, shapes["encoder/norm/scale"][0])),
     ]
     for part in ("quant_proj", "post_quant_proj"):
         zeros = shapes[f"{part}/attn/q_bias"]
-        out.append(rule.zeros_there(f"{part}.attn.zero_k_bias", zeros))
-    return out + rule.by_name(shapes, _rename)
+        out.append(rules.zeros_there(f"{part}.attn.zero_k_bias", zeros))
+    return out + rules.by_name(shapes, _rename)
 
 
 def _rename(name: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdstar_jax.convert import rules as rule
+from fourdstar_jax.convert import rules
 
 VERSION = 1
 IGNORED: tuple[str, ...] = (r"quantize\.codebook_used",)  # the last tokens of its training
@@ -14,16 +14,16 @@ RESOLUTION = 256  # of the released models' training; no tensor's shape depends 
 _CODEBOOK = "quantize.embedding.weight"
 
 
-def find(tree: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+def find(tree: Mapping[str, object]) -> dict[str, np.ndarray]:
     """The state dict in a file's tree: the averaged weights if they are there, as LlamaGen does.
 
     A file of safetensors is one itself. Raises ValueError for a tree without one.
     """
     if _CODEBOOK in tree:
-        return tree
+        return rules.state_dict(tree)
     for key in ("ema", "model", "state_dict"):
         if key in tree:
-            return tree[key]
+            return rules.state_dict(tree[key])
     raise ValueError(f"no ema, model or state_dict in the file: {sorted(tree)[:5]}")
 
 
@@ -71,17 +71,17 @@ def _count(state: Mapping[str, np.ndarray], prefix: str) -> int:
     return len({name.split(".")[start] for name in state if name.startswith(prefix + ".")})
 
 
-def rules(shapes: Mapping[str, tuple[int, ...]]) -> list[rule.Rule]:
+def rules_for(shapes: Mapping[str, tuple[int, ...]]) -> list[rules.Rule]:
     """The rules for our arrays of these names and shapes: a plain renaming, but the quantiser."""
     shapes = dict(shapes)
     book = "quantizer/codebooks"
     del shapes[book]
     statistics = [
-        rule.zeros_here("quantizer/usage", shapes.pop("quantizer/usage")),
-        rule.zeros_here("quantizer/idle_steps", shapes.pop("quantizer/idle_steps"), np.int32),
+        rules.zeros_here("quantizer/usage", shapes.pop("quantizer/usage")),
+        rules.zeros_here("quantizer/idle_steps", shapes.pop("quantizer/idle_steps"), np.int32),
     ]
     return [
-        *rule.by_name(shapes, lambda name: name),
-        rule.stack([_CODEBOOK], book),  # K = 1 codebooks
+        *rules.by_name(shapes, lambda name: name),
+        rules.stack([_CODEBOOK], book),  # K = 1 codebooks
         *statistics,
     ]

@@ -137,6 +137,12 @@ def test_sizes_that_make_no_sense_are_told_in_a_line(name, value, tmp_path, caps
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("kind", ["unitok", "vq16", "llamagen", "mvar"])
+def test_a_list_for_a_state_dict_is_told(kind):
+    with pytest.raises(ValueError, match="a list where the state dict should be"):
+        command.key_map(kind).find({"trainer": {"unitok": [1]}, "model": [1]})
+
+
 def test_hostile_and_damaged_files_are_told_in_a_line(tmp_path, capsys):
     path = tmp_path / "cut.pth"
     path.write_bytes(UNITOK.read_bytes()[:5000])

@@ -40,7 +40,7 @@ def released(kind):
 def tiny():
     """Our shapes and their random state dict at tiny sizes."""
     shapes = mvar.shapes(TINY)
-    wanted = rules.their_shapes(mvar.rules(shapes), shapes)
+    wanted = rules.their_shapes(mvar.rules_for(shapes), shapes)
     rng = np.random.default_rng(0)
     return shapes, {name: rng.normal(size=shape) for name, shape in wanted.items()}
 
@@ -54,14 +54,14 @@ def test_the_released_state_dicts_have_all_that_is_asked_for(kind, more, arrays,
     assert len(state) == arrays and sum(x.size for x in state.values()) == numbers
     assert mvar.arguments(state) == XL | more
     shapes = mvar.shapes(XL | more)
-    wanted = rules.their_shapes(mvar.rules(shapes), shapes)
+    wanted = rules.their_shapes(mvar.rules_for(shapes), shapes)
     assert rules.check(state, wanted, mvar.IGNORED) == []
     assert wanted == {name: x.shape for name, x in state.items()}
 
 
 def test_there_and_back_is_exact(tiny):
     shapes, state = tiny
-    table = mvar.rules(shapes)
+    table = mvar.rules_for(shapes)
     assert rules.check(state, rules.their_shapes(table, shapes), mvar.IGNORED) == []
     arrays = rules.forward(table, state)
     assert {name: x.shape for name, x in arrays.items()} == shapes
@@ -73,7 +73,7 @@ def test_there_and_back_is_exact(tiny):
 
 def test_arrays_go_where_their_names_say(tiny):
     shapes, state = tiny
-    arrays = rules.forward(mvar.rules(shapes), state)
+    arrays = rules.forward(mvar.rules_for(shapes), state)
     rays = state["cam_patchify.proj.weight"]  # [D, 6, 2, 2]
     np.testing.assert_array_equal(arrays["cam_patchify/proj/kernel"][1, 0, 5], rays[:, 5, 1, 0])
     ada = state["layers.1.ada_linear.weight"]
@@ -88,7 +88,7 @@ def test_arrays_go_where_their_names_say(tiny):
 
 def test_names_and_shapes_that_are_wrong_are_told(tiny):
     shapes, state = tiny
-    wanted = rules.their_shapes(mvar.rules(shapes), shapes)
+    wanted = rules.their_shapes(mvar.rules_for(shapes), shapes)
     other = {name: x for name, x in state.items() if name != "image_warp.ada_linear.bias"}
     other |= {"lora.weight": np.ones(2), "cam_patchify.proj.bias": np.ones(5)}
     assert rules.check(other, wanted, mvar.IGNORED) == [

@@ -15,7 +15,7 @@ def shapes_of(arguments):
 
 def test_the_released_size_is_found_from_shapes_alone():
     shapes = shapes_of(UNITOK)
-    wanted = rules.their_shapes(unitok.rules(shapes), shapes)
+    wanted = rules.their_shapes(unitok.rules_for(shapes), shapes)
     assert len(wanted) == NUM_TENSORS
     assert wanted["encoder.pos_embed"] == (1, 1, 1024)
     expand = "encoder.patch_embed.backbone.stages.1.0.shortcut.expand.weight"

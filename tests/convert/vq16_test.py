@@ -41,7 +41,7 @@ def test_sizes_are_those_of_the_shapes(state):
 
 def test_there_and_back_is_exact(state):
     shapes = shapes_of(vq16.arguments(state))
-    table = vq16.rules(shapes)
+    table = vq16.rules_for(shapes)
     assert rules.check(state, rules.their_shapes(table, shapes), vq16.IGNORED) == []
     arrays = rules.forward(table, state)
     assert {name: x.shape for name, x in arrays.items()} == shapes
@@ -55,7 +55,7 @@ def test_there_and_back_is_exact(state):
 def test_the_released_state_dict_has_all_that_is_asked_for():
     """344 names with `codebook_used`, which is not needed; 71,883,403 numbers."""
     shapes = shapes_of(RELEASED)
-    wanted = rules.their_shapes(vq16.rules(shapes), shapes)
+    wanted = rules.their_shapes(vq16.rules_for(shapes), shapes)
     assert len(wanted) == 343
     assert sum(int(np.prod(shape)) for shape in wanted.values()) == 71_883_403
     assert wanted["encoder.conv_blocks.4.res.0.nin_shortcut.weight"] == (512, 256, 1, 1)
@@ -68,7 +68,7 @@ def test_the_released_state_dict_has_all_that_is_asked_for():
 
 def test_names_too_many_and_too_few_are_told(state):
     shapes = shapes_of(vq16.arguments(state))
-    wanted = rules.their_shapes(vq16.rules(shapes), shapes)
+    wanted = rules.their_shapes(vq16.rules_for(shapes), shapes)
     other = {n: x for n, x in state.items() if n != "encoder.mid.1.q.bias"} | {"loss.x": np.ones(2)}
     lines = rules.check(other, wanted, vq16.IGNORED)
     assert len(lines) == 2 and "encoder.mid.1.q.bias" in lines[0] and "loss.x" in lines[1]

@@ -51,7 +51,7 @@ def load(kind: str, source: Path, **changes: Any) -> Any:
     model = bundle.shapes(command.KINDS[kind], {**names.arguments(state), **changes})
     targets = bundle.named_arrays(model)
     shapes = {name: x.shape for name, x in targets.items()}
-    table = names.rules(shapes)
+    table = names.rules_for(shapes)
     if wrong := rules.check(state, rules.their_shapes(table, shapes), names.IGNORED):
         raise ValueError("\n".join(wrong))
     arrays = rules.forward(table, state)

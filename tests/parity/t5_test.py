@@ -68,7 +68,7 @@ def test_conversion_and_back_are_exact_and_sizes_are_found():
         "layers/down/kernel": (2, 128, 64),
         **{f"layers/{n}_norm/scale": (2, 64) for n in ("attention", "ffn")},
     }
-    ours = convert.rules(shapes)
+    ours = convert.rules_for(shapes)
     assert rules.check(state, rules.their_shapes(ours, shapes), convert.IGNORED) == []
     arrays = rules.forward(ours, state)
     assert {name: x.shape for name, x in arrays.items()} == shapes
@@ -100,7 +100,7 @@ def test_aliases_and_the_decoder_are_ignored_and_others_are_named():
     # the encoder's own name of the table alone
     only = {n: x for n, x in state.items() if n != "shared.weight"}
     found = convert.find(only | {"encoder.embed_tokens.weight": table})
-    np.testing.assert_array_equal(found[convert.rules(names)[0].theirs[0]], table)
+    np.testing.assert_array_equal(found[convert.rules_for(names)[0].theirs[0]], table)
     with pytest.raises(ValueError, match="shared.weight"):
         convert.find(only)
     plain = {n.replace("wi_0", "wi"): x for n, x in state.items() if "wi_1" not in n}
