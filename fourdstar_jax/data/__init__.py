@@ -1,0 +1,1 @@
+"""Data in numpy: animated GLB files posed and rendered, splits, batches, and users' videos."""

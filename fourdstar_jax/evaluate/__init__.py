@@ -1,0 +1,1 @@
+"""Evaluation of bundles on unseen clips: metrics, protocol, and the count model to beat."""
