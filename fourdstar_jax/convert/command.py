@@ -32,7 +32,7 @@ MAX_INDEX = 16 << 20  # bytes, of the list of a model's shards
 
 @runtime_checkable
 class KeyMap(Protocol):
-    """What the module of a kind tells of its names (`convert.unitok` and its siblings).
+    """The map between a kind's names and ours: `convert.unitok` and its siblings.
 
     A kind that no model of ours is made for also has `shapes`, which takes the arguments.
     """
@@ -54,7 +54,7 @@ class KeyMap(Protocol):
 
 
 class Converted(TypedDict):
-    """Where a stage is from."""
+    """The source of a stage that was converted."""
 
     kind: str
     key_map: int  # version of the kind's names and rules
@@ -202,7 +202,7 @@ def reverse(
 
 
 def _trunk_of_star(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What LlamaGen has a name for of STAR's arrays, a layer at a time."""
+    """STAR's arrays that LlamaGen has names for, one layer at a time."""
     stacked = "trunk/layers/"
     found = {"norm/scale": arrays["trunk/norm/scale"]}
     for name, array in arrays.items():

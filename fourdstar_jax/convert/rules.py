@@ -1,4 +1,4 @@
-"""How tensors of a released state dict become ours, and the way back: a list of rules.
+"""Rules that turn tensors of a released state dict into ours, and back.
 
 A rule takes some of their tensors and gives some of ours; it can be turned round. All of it works
 on numpy arrays, on memory maps too, and on arrays that only have a shape (`numpy.broadcast_to`), so
@@ -16,7 +16,7 @@ Arrays = list[np.ndarray]
 
 
 class Rule(NamedTuple):
-    """Their tensors, by name, to ours, and back."""
+    """A way from some of their tensors, by name, to some of ours, and back."""
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
@@ -128,7 +128,7 @@ def their_shapes(
 def check(
     state: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], ignored: Sequence[str]
 ) -> list[str]:
-    """What is wrong with the names and shapes of a state dict, a line for each name.
+    """Complaints about the names and shapes of a state dict, a line for each name.
 
     Args:
       ignored: regular expressions that match whole names of theirs that are not needed.

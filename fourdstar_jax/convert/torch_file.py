@@ -84,7 +84,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 class _Refused(Exception):
-    """Why a file is not read, one line without its name."""
+    """A reason not to read a file, one line without its name."""
 
 
 class _File(io.FileIO):
@@ -416,7 +416,7 @@ def _dotted(name: str) -> str:
 
 
 def _admit(name: str) -> Any:
-    """What a global name of the pickle stands for here; nothing is ever imported."""
+    """Our stand-in for a global name of the pickle; nothing is ever imported."""
     if name in _DTYPES:
         return _DTYPES[name]
     if name in _STORAGES or name in _FUNCTIONS:

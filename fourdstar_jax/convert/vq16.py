@@ -66,7 +66,7 @@ def _arguments(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _count(state: Mapping[str, np.ndarray], prefix: str) -> int:
-    """How many numbers follow `prefix` in the names."""
+    """Count of the numbers that follow `prefix` in the names."""
     start = prefix.count(".") + 1
     return len({name.split(".")[start] for name in state if name.startswith(prefix + ".")})
 

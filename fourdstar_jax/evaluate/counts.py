@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 
 class Counts(NamedTuple):
-    """How often a code follows another; index `vocab` stands for the start of a row."""
+    """Counts of each code after each other one; index `vocab` stands for the start of a row."""
 
     counts: Int[np.ndarray, "K prev vocab"]  # prev = vocab + 1
     row_length: int

@@ -1,4 +1,4 @@
-"""How a trained bundle does on unseen clips: reconstruction, likelihood, use of its conditions.
+"""Figures of a trained bundle on unseen clips: reconstruction, likelihood, use of its conditions.
 
 Reconstruction is compared with the mean training image of each view. STAR's likelihood of the novel
 views' tokens is compared with a count model, and with itself under another clip's video, another

@@ -53,7 +53,7 @@ class Node:
 
 @dataclass
 class Channel:
-    """What a clip does to one property of a node."""
+    """The keys of one property of a node in a clip."""
 
     node: int
     path: str

@@ -92,7 +92,7 @@ class Container:
     def accessor(
         self, index: int, kinds: tuple[str, ...], *, raw: bool = False, use: str = ""
     ) -> np.ndarray:
-        """[count, width], float32 unless `raw`; normalized integers are fractions (3.6.2)."""
+        """Values [count, width], float32 unless `raw`; normalized integers as fractions."""
         accessor, what = self.item("accessors", index), f"accessor {index}{use and f' ({use})'}"
         kind, count, code = accessor["type"], accessor["count"], accessor["componentType"]
         if kind not in kinds:

@@ -6,7 +6,7 @@ Section numbers refer to the glTF 2.0 specification.
 import hashlib
 import io
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,18 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> Asset:
         kind = "missing field" if isinstance(error, KeyError) else type(error).__name__
         reason = str(error).splitlines()[0] if str(error) else "no details"
         raise MalformedAsset(f"not valid glTF ({kind}: {reason})") from error
+
+
+@dataclass
+class _Material:
+    """The parts of a material that are drawn; these are the values without one."""
+
+    factor: np.ndarray = field(default_factory=lambda: np.ones(4))  # base colour, linear RGBA
+    emission: np.ndarray = field(default_factory=lambda: np.zeros(3))  # linear RGB
+    texture: int = -1  # index into `Asset.textures`, -1 for none
+    texcoord: int = 0  # set of UVs that the texture uses
+    uv: np.ndarray = field(default_factory=lambda: np.eye(3))  # transform of the UVs
+    cutoff: float = 0.0  # of alpha
 
 
 class _Reader:
@@ -151,7 +163,7 @@ class _Reader:
         )
 
     def _order(self, nodes: list[Node]) -> list[tuple[int, int]]:
-        """(node, parent) of the default scene, parents first; a node has one parent (3.5.2)."""
+        """Pairs (node, parent) of the default scene, parents first; one parent a node (3.5.2)."""
         if len(nodes) > MAX_NODES:
             raise MalformedAsset(f"{len(nodes)} nodes, more than {MAX_NODES}")
         scenes = self.file.json.get("scenes", [])
@@ -204,21 +216,21 @@ class _Reader:
 
         triangles = self._triangles(primitive, P)
         material = self._material(primitive.get("material"))
-        colors = np.broadcast_to(material["factor"], (P, 4)).astype(np.float32)
+        colors = np.broadcast_to(material.factor, (P, 4)).astype(np.float32)
         vertex_color = attribute("COLOR_0", ("VEC3", "VEC4"))
         if vertex_color is not None:
             colors[:, : vertex_color.shape[1]] *= np.clip(vertex_color, 0, 1)
-        uvs = attribute(f"TEXCOORD_{material['texcoord']}", ("VEC2",))
-        if material["texture"] >= 0 and uvs is None:
-            material["texture"] = -1
+        uvs = attribute(f"TEXCOORD_{material.texcoord}", ("VEC2",))
+        if material.texture >= 0 and uvs is None:
+            material.texture = -1
         uvs = np.zeros((P, 2), np.float32) if uvs is None else uvs
         normals = attribute("NORMAL", ("VEC3",))
         arrays = {
             "positions": positions,
             "normals": np.zeros((P, 3), np.float32) if normals is None else normals,
-            "uvs": (uvs @ material["uv"][:2, :2].T + material["uv"][:2, 2]).astype(np.float32),
+            "uvs": (uvs @ material.uv[:2, :2].T + material.uv[:2, 2]).astype(np.float32),
             "colors": colors,
-            "emission": np.broadcast_to(material["emission"], (P, 3)).astype(np.float32),
+            "emission": np.broadcast_to(material.emission, (P, 3)).astype(np.float32),
             "triangles": triangles,
         }
         joints, weights, bones, inverse_bind = self._skin(
@@ -237,10 +249,10 @@ class _Reader:
             morph_normals if normals is not None else None,
             rest,
         )
-        return arrays, part, Draw(0, 0, material["texture"], material["cutoff"])
+        return arrays, part, Draw(0, 0, material.texture, material.cutoff)
 
     def _triangles(self, primitive: dict, P: int) -> np.ndarray:
-        """[F, 3]; points and lines are not drawn, strips and fans are unrolled (3.7.2.1)."""
+        """Triangles [F, 3] (3.7.2.1): strips and fans unrolled; of points and lines, none."""
         if "indices" in primitive:
             index = self.file.accessor(primitive["indices"], ("SCALAR",), raw=True)[:, 0]
             if index.dtype.kind != "u":
@@ -326,42 +338,33 @@ class _Reader:
 
         return deltas("POSITION"), deltas("NORMAL"), rest
 
-    def _material(self, index: int | None) -> dict:
-        out = {
-            "factor": np.ones(4),
-            "emission": np.zeros(3),
-            "texture": -1,
-            "texcoord": 0,
-            "uv": np.eye(3),
-            "cutoff": 0.0,
-        }
+    def _material(self, index: int | None) -> _Material:
+        out = _Material()
         if index is None:
             return out
         material = self.file.item("materials", index)
         pbr = material.get("pbrMetallicRoughness", {})
-        out["factor"] = np.clip(np.asarray(pbr.get("baseColorFactor", [1, 1, 1, 1]), float), 0, 1)
-        out["emission"] = np.clip(
-            np.asarray(material.get("emissiveFactor", [0, 0, 0]), float), 0, 1
-        )
-        if out["factor"].shape != (4,) or out["emission"].shape != (3,):
+        out.factor = np.clip(np.asarray(pbr.get("baseColorFactor", [1, 1, 1, 1]), float), 0, 1)
+        out.emission = np.clip(np.asarray(material.get("emissiveFactor", [0, 0, 0]), float), 0, 1)
+        if out.factor.shape != (4,) or out.emission.shape != (3,):
             raise MalformedAsset(f"material {index} has colours of the wrong length")
         match material.get("alphaMode", "OPAQUE"):
             case "MASK":
-                out["cutoff"] = float(material.get("alphaCutoff", 0.5))
+                out.cutoff = float(material.get("alphaCutoff", 0.5))
             case "BLEND":
-                out["cutoff"] = 0.1  # nothing is see-through: what is nearly clear is left out
+                out.cutoff = 0.1  # nothing is see-through: what is nearly clear is left out
             case _:
-                out["factor"][3] = 1.0
+                out.factor[3] = 1.0
         if "emissiveTexture" in material:
-            out["emission"] = np.zeros(3)  # its map would modulate the factor; it is not read
+            out.emission = np.zeros(3)  # its map would modulate the factor; it is not read
         if "baseColorTexture" in pbr:
             info = pbr["baseColorTexture"]
-            out["texture"] = self._texture(info["index"])
-            out["texcoord"] = int(info.get("texCoord", 0))
+            out.texture = self._texture(info["index"])
+            out.texcoord = int(info.get("texCoord", 0))
             transform = info.get("extensions", {}).get("KHR_texture_transform")
             if transform is not None:
-                out["uv"] = _uv_transform(transform)
-                out["texcoord"] = int(transform.get("texCoord", out["texcoord"]))
+                out.uv = _uv_transform(transform)
+                out.texcoord = int(transform.get("texCoord", out.texcoord))
         return out
 
     def _texture(self, index: int) -> int:
