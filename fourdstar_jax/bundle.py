@@ -34,7 +34,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax import sharding, tokenizer
+from fourdstar_jax import nn, sharding, tokenizer
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.text.t5 import T5Encoder
 from fourdstar_jax.tokenizer.base import Tokenizer, TokenizerSpec
@@ -188,13 +188,6 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def named_arrays(model: Any) -> dict[str, Any]:
-    """All arrays of a module, parameters and other state, by their place in it."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {n.removesuffix("/value"): leaf for n, (_, leaf) in zip(names, leaves, strict=True)}
-
-
 def module_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's `config.model` as constructor arguments: `dtype`, if given, is a name there."""
     arguments: dict[str, Any] = dict(model_config)
@@ -223,7 +216,7 @@ def save_stage(
     interrupted, the bundle is the old one, the new one, or one whose hash does not fit, which
     loading refuses. Replacing the tokenizer drops the stages trained on another one.
     """
-    save_arrays(folder, stage, named_arrays(model), config, storage=storage, **info)
+    save_arrays(folder, stage, nn.named_arrays(model), config, storage=storage, **info)
 
 
 def save_arrays(
@@ -388,7 +381,7 @@ def shapes(stage: str, model_config: Mapping[str, Any]) -> Any:
     with sharding.use_mesh(devices=jax.devices()[:1]):
         try:
             return jax.eval_shape(
-                lambda key: sharding.build(STAGES[stage], key, **arguments), jax.random.key(0)
+                lambda key: nn.build(STAGES[stage], key, **arguments), jax.random.key(0)
             )
         except TypeError as error:
             raise ValueError(f"bundle: {stage} of this version differs: {error}") from error
@@ -402,7 +395,7 @@ def _build(
 ) -> Any:
     """The stage's module, filled with the arrays of these names that `get` returns."""
     model = shapes(stage, arguments)
-    wanted = named_arrays(model)
+    wanted = nn.named_arrays(model)
     if differing := sorted(set(wanted) ^ names):
         raise ValueError(
             f"bundle of another shape: {stage} has {len(set(wanted) - names)} tensors "

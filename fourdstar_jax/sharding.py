@@ -94,12 +94,3 @@ def map_batch(function: Callable[..., Any], *arrays: Any) -> Any:
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """The NamedSharding of an array with these logical axes."""
     return NamedSharding(mesh, spec(*axes))
-
-
-def build(make: Callable[..., Any], key: jax.Array, **kwargs: Any) -> Any:
-    """`make(**kwargs, rngs=...)` as a plain pytree: Flax NNX in tree mode, no shared references.
-
-    Needs a current mesh (`use_mesh`), which annotated parameters are placed on.
-    """
-    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        return make(**kwargs, rngs=nnx.Rngs(key))

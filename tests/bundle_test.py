@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fourdstar_jax import bundle, sharding
+from fourdstar_jax import bundle, nn, sharding
 from fourdstar_jax.tokenizer.unitok import UniTok
 
 CONFIG = {
@@ -43,7 +43,7 @@ def make(seed=0):
         return jnp.zeros(shape.shape, shape.dtype)
 
     with sharding.use_mesh(devices=jax.devices()[:1]):
-        build = functools.partial(sharding.build, UniTok, **arguments)
+        build = functools.partial(nn.build, UniTok, **arguments)
         return jax.tree.map(fill, jax.eval_shape(build, jax.random.key(0)))
 
 
@@ -60,7 +60,7 @@ def folder(tmp_path, model):
 
 def test_round_trip(folder, model):
     loaded = bundle.read(folder).load("tokenizer")
-    wanted, got = bundle.named_arrays(model), bundle.named_arrays(loaded)
+    wanted, got = nn.named_arrays(model), nn.named_arrays(loaded)
     assert list(wanted) == list(got) and len(wanted) > 30
     for name in wanted:
         assert got[name].dtype == wanted[name].dtype
@@ -87,8 +87,8 @@ def test_float16_is_half_the_size_and_its_spec_is_of_what_is_stored(tmp_path, fo
     assert sizes[1] < 0.75 * sizes[0]
     loaded = bundle.read(tmp_path / "half").load("tokenizer")
     assert loaded.spec == bundle.read(tmp_path / "half").spec != model.spec
-    for name, array in bundle.named_arrays(model).items():
-        got = bundle.named_arrays(loaded)[name]
+    for name, array in nn.named_arrays(model).items():
+        got = nn.named_arrays(loaded)[name]
         assert got.dtype == array.dtype
         np.testing.assert_allclose(got, array, rtol=1e-3, atol=1e-6)  # half precision: 2^-11
 

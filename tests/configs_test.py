@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fourdstar_jax import bundle, geometry, sharding
+from fourdstar_jax import bundle, geometry, nn
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.tokenizer import RELEASED, make
 from fourdstar_jax.train.state import count_parameters
@@ -48,7 +48,7 @@ def arguments_of(stage, scale):
 
 def shapes(stage, scale):
     def build(key):
-        return sharding.build(STAGES[stage], key, **arguments_of(stage, scale))
+        return nn.build(STAGES[stage], key, **arguments_of(stage, scale))
 
     return jax.eval_shape(build, jax.random.key(0))
 

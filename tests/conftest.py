@@ -26,7 +26,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from fourdstar_jax import sharding  # noqa: E402
+from fourdstar_jax import nn, sharding  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -110,7 +110,7 @@ def tiny_bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle") / "tiny"
     with sharding.use_mesh(devices=jax.devices()[:1]):
         for stage, (make, arguments, info) in stages.items():
-            build = functools.partial(sharding.build, make, **arguments)
+            build = functools.partial(nn.build, make, **arguments)
             model = jax.tree.map(fill, jax.eval_shape(build, jax.random.key(0)))
             bundle.save_stage(folder, stage, model, {"stage": stage, "model": arguments}, **info)
     return folder

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax import bundle
+from fourdstar_jax import bundle, nn
 from fourdstar_jax.convert import rules, torch_file
 
 # kind of file -> stage of the bundle that it becomes
@@ -225,7 +225,7 @@ def _shapes(names: KeyMap, stage: str, arguments: dict[str, Any]) -> dict[str, t
     if shapes := getattr(names, "shapes", None):
         return shapes(arguments)
     model = bundle.shapes(stage, arguments)
-    return {name: tuple(x.shape) for name, x in bundle.named_arrays(model).items()}
+    return {name: tuple(x.shape) for name, x in nn.named_arrays(model).items()}
 
 
 def _float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fourdstar_jax import geometry, nn
+from fourdstar_jax import nn
+from fourdstar_jax.nn.embedding import patch_rays, sincos
 from fourdstar_jax.types import Cameras
 
 PAD_ID = 0  # T5's; text ids are padded with it
@@ -25,14 +25,6 @@ def vector(key, *shape: int, std: float = 0.02, axes: tuple | None = None) -> nn
     axes = axes if axes is not None else (None,) * len(shape)
     init = nnx.with_partitioning(nnx.initializers.normal(std), axes)
     return nnx.Param(init(key, shape, jnp.float32))
-
-
-def lookup(
-    codebooks: Float[Array, "K vocab C"], tokens: Int[Array, "*b K"]
-) -> Float[Array, "*b D"]:
-    """Codes of tokens: the K codebook vectors of a token side by side."""
-    codes = codebooks[jnp.arange(codebooks.shape[0]), tokens]  # [..., K, D/K]
-    return codes.reshape(*tokens.shape[:-1], codebooks.shape[0] * codebooks.shape[2])
 
 
 class TextPrefix(nnx.Module):
@@ -100,9 +92,9 @@ class RayEncoder(nnx.Module):
 
     def __call__(self, cameras: Cameras) -> Float[Array, "B N D"]:
         """Cameras' intrinsics are those of images of `image_size` pixels; tokens view by view."""
-        rays = geometry.plucker_rays(cameras, width=self.image_size, height=self.image_size)
-        p = self.patch
-        x = rearrange(rays, "b v (h p) (w q) c -> b (v h w) (p q) c", p=p, q=p)
+        grid = self.image_size // self.patch
+        x = patch_rays(cameras, resolution=self.image_size, grid=grid)
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])  # [B, N, P, 6]
         y = self.conv(jnp.reshape(x, (*x.shape[:2], -1)))
         if self.waves is None:
             return y
@@ -127,9 +119,8 @@ class TimeEncoder(nnx.Module):
 
     def __call__(self, times: Float[Array, "*b"]) -> Float[Array, "*b D"]:
         half = self.features // 2
-        frequencies = MAX_PERIOD ** (-np.arange(half, dtype=np.float32) / half)
-        angles = times[..., None].astype(jnp.float32) * frequencies
-        waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        frequencies = jnp.asarray(MAX_PERIOD ** (-np.arange(half, dtype=np.float32) / half))
+        waves = sincos(times.astype(jnp.float32), frequencies)
         return self.down(nnx.silu(self.up(waves)))
 
 

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax import nn
+from fourdstar_jax.nn.embedding import lookup
 from fourdstar_jax.star import decode, embed
 from fourdstar_jax.star.container import Container
 from fourdstar_jax.star.embed import Codebook
@@ -159,7 +160,7 @@ class STAR(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*b K"]) -> Float[Array, "*b D"]:
         """Image tokenizer (paper 3.2.1): an MLP of the dequantised code, position by position."""
-        return self.image(embed.lookup(jax.lax.stop_gradient(self.codebook[...]), tokens))
+        return self.image(lookup(jax.lax.stop_gradient(self.codebook[...]), tokens))
 
     def places(self, condition: Condition) -> Places:
         """Shift positional encoding of all positions: ray embedding plus time embedding."""

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fourdstar_jax import sharding
+from fourdstar_jax import nn, sharding
 from fourdstar_jax.kernels.rasterize.bench import describe
 from fourdstar_jax.nn import cast_weights
 from fourdstar_jax.tokenizer import UNITOK, bench_original
@@ -59,14 +59,14 @@ SIZES: dict[str, dict[str, Any]] = {
 OPERATIONS = ("encode", "decode")
 # Of one image at the released size, in units of 1e12, two for a multiplication and an addition,
 # counted over the layers of the original. Ours needs fewer for `decode`: see
-# `unitok.upsampled_conv`.
+# `nn.conv.upsampled_conv`.
 TFLOP = {"encode": 0.1997, "decode": 0.517}
 
 
 def shapes(size: str, dtype: str) -> UniTok:
     """A UniTok of shapes instead of arrays. Needs a current mesh."""
     arguments = SIZES[size] | dict(dtype=jnp.dtype(dtype))
-    return jax.eval_shape(lambda key: sharding.build(UniTok, key, **arguments), jax.random.key(0))
+    return jax.eval_shape(lambda key: nn.build(UniTok, key, **arguments), jax.random.key(0))
 
 
 def random_model(size: str, dtype: str, seed: int = 0) -> UniTok:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fourdstar_jax import geometry
+from fourdstar_jax.nn.embedding import lookup
 
 
 class CodeUsage(nnx.Variable):
@@ -45,15 +46,6 @@ def nearest(
     books = geometry.normalize(codebooks)
     cosine = sum(chunks[..., None, d] * books[..., d] for d in range(books.shape[-1]))
     return jnp.argmax(cosine, axis=-1).astype(jnp.int32)
-
-
-def lookup(
-    tokens: Int[Array, "*b n K"], codebooks: Float[Array, "K vocab d"]
-) -> Float[Array, "*b n D"]:
-    """The chunks' codebook vectors side by side."""
-    num_codebooks = codebooks.shape[0]
-    vectors = codebooks[jnp.arange(num_codebooks), tokens]  # [..., n, K, d]
-    return vectors.reshape(*tokens.shape[:-1], -1)
 
 
 class Quantizer(nnx.Module):
@@ -97,7 +89,7 @@ class Quantizer(nnx.Module):
         return nearest(self.chunks(x), self.codebooks[...])
 
     def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
-        return lookup(tokens, self.normalized())
+        return lookup(self.normalized(), tokens)
 
     def stats(self) -> QuantizerStats:
         return QuantizerStats(self.usage[...], self.idle_steps[...])

@@ -8,18 +8,16 @@ NHWC, tokens row-major. Here it encodes and decodes; there is no training of it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fourdstar_jax import sharding
-from fourdstar_jax.nn import Dtype
+from fourdstar_jax.nn import Common, Dtype, attend
+from fourdstar_jax.nn.conv import conv, upsample
 from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.tokenizer.base import TokenizerSpec, weights_sha256
-from fourdstar_jax.tokenizer.unitok import conv, upsample
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -39,7 +37,7 @@ class ResBlock(nnx.Module):
     """GroupNorm, swish, 3x3 convolution, twice; a 1x1 convolution beside it changes the width."""
 
     def __init__(self, din: int, dout: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         self.norm1 = group_norm(din, **kw)
         self.conv1 = conv(din, dout, 3, **kw)
         self.norm2 = group_norm(dout, **kw)
@@ -56,7 +54,7 @@ class AttnBlock(nnx.Module):
     """Attention of one head as wide as the picture's channels, over all its pixels."""
 
     def __init__(self, dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         self.norm = group_norm(dim, **kw)
         self.q = conv(dim, dim, 1, axis="heads", **kw)
         self.k = conv(dim, dim, 1, axis="heads", **kw)
@@ -69,7 +67,7 @@ class AttnBlock(nnx.Module):
 
         y = self.norm(x)
         q, k, v = one_head(self.q(y)), one_head(self.k(y)), one_head(self.v(y))
-        return x + self.proj_out(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+        return x + self.proj_out(attend(q, k, v).reshape(x.shape))
 
 
 class Downsample(nnx.Module):
@@ -107,7 +105,7 @@ class Level(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         widths = [din] + [dout] * num_blocks
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.res = nnx.List([ResBlock(a, b, **kw) for a, b in pairs])
@@ -129,7 +127,7 @@ class Level(nnx.Module):
 
 def middle(dim: int, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs) -> nnx.List:
     """The layers at the lowest size between the levels and the code: block, attention, block."""
-    kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+    kw = Common(dtype=dtype, rngs=rngs)
     return nnx.List([ResBlock(dim, dim, **kw), AttnBlock(dim, **kw), ResBlock(dim, dim, **kw)])
 
 
@@ -146,7 +144,7 @@ class Encoder(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         widths = [channels, *(channels * m for m in multipliers)]
         last = len(multipliers) - 1
         self.conv_in = conv(3, channels, 3, **kw)
@@ -182,7 +180,7 @@ class Decoder(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         widths = [channels * m for m in reversed(multipliers)]
         widths = [widths[0], *widths]
         last = len(multipliers) - 1

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fourdstar_jax import sharding
+from fourdstar_jax import nn, sharding
 
 
 class TrainState(NamedTuple):
@@ -32,7 +32,7 @@ def create(
     """
 
     def init(key):
-        model = sharding.build(make, key, **kwargs)
+        model = nn.build(make, key, **kwargs)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, rest, tx.init(params))
         return graphdef, state

@@ -8,7 +8,7 @@ axes of the view's camera and turned into the world by the camera that is given.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fourdstar_jax import geometry, sharding
-from fourdstar_jax.nn import Dtype, linear
-from fourdstar_jax.tokenizer.unitok import (
-    BLOCK_EPS,
-    AttnProjection,
-    Block,
-    SelfAttention,
-    conv,
-    up_path,
-)
+from fourdstar_jax.nn import Common, Dtype, linear
+from fourdstar_jax.nn.conv import conv
+from fourdstar_jax.nn.embedding import patch_rays
+from fourdstar_jax.nn.vit import BLOCK_EPS, AttnProjection, Block, SelfAttention
+from fourdstar_jax.nn.vitamin import up_path
 from fourdstar_jax.types import Cameras, Gaussians
 
 # Channels of a Gaussian map, in L4GM's order (core/models.py).
@@ -142,7 +138,7 @@ class StaticDecoder(nnx.Module):
     ):
         if resolution % grid:
             raise ValueError(f"{resolution=} must be a multiple of {grid=}")
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         self.post_quant_proj = AttnProjection(code_dim, dim, rngs=rngs)  # float32, as in UniTok
         patch = resolution // grid
         small = nnx.initializers.normal(0.02)
@@ -171,14 +167,11 @@ class StaticDecoder(nnx.Module):
     def __call__(self, codes: Float[Array, "B T V n D"], cameras: Cameras) -> StaticMaps:
         b, t, v, n, _ = codes.shape
         grid = math.isqrt(n)
-        size = self.resolution
         tokens = self.post_quant_proj(codes.reshape(b * t * v, n, -1))
         tokens = sharding.constrain(tokens, "batch", None, None)
 
-        rays = geometry.plucker_rays(cameras, width=size, height=size)  # [B, V, h, w, 6]
-        patch = size // grid
-        rays = rays.reshape(b, 1, v, grid, patch, grid, patch, 6)
-        rays = jnp.moveaxis(rays, 4, 5).reshape(b, 1, v, n, -1)
+        rays = patch_rays(cameras, resolution=self.resolution, grid=grid)
+        rays = rays.reshape(b, 1, v, n, -1)
         x = tokens.reshape(b, t, v, n, -1) + self.rays(rays)  # [B, T, V, n, D]
 
         def run(layer, x):

@@ -49,7 +49,7 @@ class VQVAE4D(nnx.Module):
       resolution: size of the images that `Ks` of the cameras belong to.
       grid: tokens a side of one view; `code_dim`: width D of a code.
       dim, num_blocks, num_heads, hidden_dim, view_attention_every: blocks of the static decoder.
-      up, up_channels, up_depths: its upsampling path (see `tokenizer.unitok.up_path`); the map has
+      up, up_channels, up_depths: its upsampling path (see `nn.vitamin.up_path`); the map has
         `grid * 2 ** len(up_channels)` Gaussians a side.
       view_gate_init: 1 from scratch, 0 to start from a decoder that never saw several views.
       offset_*: cross-attention of the offset predictor; `offset_features` lets its queries see the

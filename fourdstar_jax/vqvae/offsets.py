@@ -17,35 +17,35 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fourdstar_jax import sharding
-from fourdstar_jax.nn import Attention, Dtype, Mlp, linear
-from fourdstar_jax.tokenizer.unitok import SelfAttention, conv, upsample
+from fourdstar_jax.nn import Attention, Common, Dtype, Mlp, linear
+from fourdstar_jax.nn.conv import conv, upsample
+from fourdstar_jax.nn.embedding import sincos
+from fourdstar_jax.nn.vit import SelfAttention
 from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, StaticMaps
 
 MAX_PERIOD = 1000.0  # of the encodings below; 24 timesteps and 16 rows use a part of one turn
 
 
-def sincos(x: Float[Array, "*b"], dim: int) -> Float[Array, "*b {dim}"]:
+def waves(x: Float[Array, "*b"], dim: int) -> Float[Array, "*b {dim}"]:
     """Sines and cosines of x at dim/2 frequencies between 1 and 1/MAX_PERIOD."""
-    frequencies = MAX_PERIOD ** -(jnp.arange(dim // 2) / (dim // 2))
-    angles = x[..., None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return sincos(x, MAX_PERIOD ** -(jnp.arange(dim // 2) / (dim // 2)))
 
 
 def place_and_time(times: Float[Array, "B T"], grid: int, dim: int) -> Float[Array, "B T n {dim}"]:
     """Encoding of a token's frame time plus that of its row and column."""
     index = jnp.arange(grid, dtype=jnp.float32)
-    side = sincos(index, dim // 2)
+    side = waves(index, dim // 2)
     rows = jnp.broadcast_to(side[:, None], (grid, grid, dim // 2))
     columns = jnp.broadcast_to(side[None], (grid, grid, dim // 2))
     place = jnp.concatenate([rows, columns], axis=-1).reshape(grid * grid, dim)
-    return sincos(times, dim)[:, :, None] + place
+    return waves(times, dim)[:, :, None] + place
 
 
 class CrossLayer(nnx.Module):
     """Pre-norm cross-attention and feed-forward."""
 
     def __init__(self, dim: int, num_heads: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(dim, **kw)
         self.context_norm = nnx.LayerNorm(dim, **kw)
         self.attn = Attention(dim, num_heads, **kw)
@@ -104,7 +104,7 @@ class ResBlock3d(nnx.Module):
     """Twice GroupNorm, SiLU, 3x3x3 convolution, around a shortcut."""
 
     def __init__(self, din: int, dout: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         self.norm1 = nnx.GroupNorm(din, num_groups=math.gcd(8, din), **kw)
         self.conv1 = Conv3d(din, dout, **kw)
         self.norm2 = nnx.GroupNorm(dout, num_groups=math.gcd(8, dout), **kw)
@@ -133,7 +133,7 @@ class UNet3d(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
 
         def blocks(width_in, width_out):
             widths = [width_in] + [width_out] * (num_blocks - 1)
@@ -211,7 +211,7 @@ class OffsetPredictor(nnx.Module):
             raise ValueError(f"offset {dim=} must be a multiple of 4 (sines and cosines)")
         if attention not in ("full", "axial_time"):
             raise ValueError(f"{attention=} must be full or axial_time")
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = Common(dtype=dtype, rngs=rngs)
         patch = map_size // grid
         query_dim = patch * patch * (NUM_CHANNELS + feature_dim)
         self.query = linear(query_dim, dim, (None, "embed"), use_bias=True, **kw)

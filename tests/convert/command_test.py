@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fourdstar_jax import bundle, cli
+from fourdstar_jax import bundle, cli, nn
 from fourdstar_jax.convert import command, torch_file
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -166,7 +166,7 @@ def test_layers_of_a_star_trained_here_go_to_llamagens_names(tmp_path):
     arguments = ["convert", "llamagen", str(cli.BUNDLED_MODEL), str(tmp_path / "s.safetensors")]
     assert cli.main([*arguments, "--reverse"]) == 0
     back = safetensors.numpy.load_file(tmp_path / "s.safetensors")
-    ours = bundle.named_arrays(bundle.read(cli.BUNDLED_MODEL).load("star"))
+    ours = nn.named_arrays(bundle.read(cli.BUNDLED_MODEL).load("star"))
     layers, dim, _ = ours["trunk/layers/q/kernel"].shape
     assert len(back) == 1 + 7 * layers  # the last norm; q, k, v in one, out, three, two norms
     fused = back["layers.1.attention.wqkv.weight"]

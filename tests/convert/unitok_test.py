@@ -1,6 +1,6 @@
 import numpy as np
 
-from fourdstar_jax import bundle
+from fourdstar_jax import bundle, nn
 from fourdstar_jax.convert import rules, unitok
 from fourdstar_jax.tokenizer import UNITOK
 
@@ -10,7 +10,7 @@ NUM_TENSORS = 1181
 
 def shapes_of(arguments):
     model = bundle.shapes("tokenizer", arguments)
-    return {name: tuple(x.shape) for name, x in bundle.named_arrays(model).items()}
+    return {name: tuple(x.shape) for name, x in nn.named_arrays(model).items()}
 
 
 def test_the_released_size_is_found_from_shapes_alone():

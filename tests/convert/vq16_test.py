@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fourdstar_jax import bundle, sharding, tokenizer
+from fourdstar_jax import nn, tokenizer
 from fourdstar_jax.convert import rules, vq16
 
 WEIGHTS = Path(__file__).parents[1] / "parity" / "fixtures" / "vq16" / "weights.safetensors"
@@ -20,11 +20,9 @@ RELEASED = dict(
 
 def shapes_of(arguments):
     def make(key):
-        return sharding.build(tokenizer.make, key, **arguments)
+        return nn.build(tokenizer.make, key, **arguments)
 
-    return {
-        n: x.shape for n, x in bundle.named_arrays(jax.eval_shape(make, jax.random.key(0))).items()
-    }
+    return {n: x.shape for n, x in nn.named_arrays(jax.eval_shape(make, jax.random.key(0))).items()}
 
 
 @pytest.fixture(scope="module")

@@ -43,13 +43,13 @@ def load(kind: str, source: Path, **changes: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from fourdstar_jax import bundle
+    from fourdstar_jax import bundle, nn
     from fourdstar_jax.convert import command, rules
 
     names = command.key_map(kind)
     state = names.find(command.read(source))
     model = bundle.shapes(command.KINDS[kind], {**names.arguments(state), **changes})
-    targets = bundle.named_arrays(model)
+    targets = nn.named_arrays(model)
     shapes = {name: x.shape for name, x in targets.items()}
     table = names.rules_for(shapes)
     if wrong := rules.check(state, rules.their_shapes(table, shapes), names.IGNORED):

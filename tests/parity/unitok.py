@@ -216,20 +216,21 @@ def ours(name: str) -> Any:
     name = name.replace("decoder.up_conv3.", "decoder.tail.up.stages.1.")
 
     def run(m, x):
-        from fourdstar_jax.tokenizer import unitok
+        from fourdstar_jax.nn.conv import upsampled_conv
+        from fourdstar_jax.nn.vit import gelu
 
         stem, tail = m.encoder.patch_embed, m.decoder.tail
         match name:
             case "encoder.patch_embed.backbone.stem":
-                return stem.conv2(unitok.gelu(stem.norm1(stem.conv1(x))))
+                return stem.conv2(gelu(stem.norm1(stem.conv1(x))))
             case "encoder.patch_embed.backbone.pool":
                 return stem.pool(stem.pool_norm(x))
             case "quantizer":
                 return m.quantizer.codes(m.quantizer.encode(x))
             case "decoder.up_conv1":
-                return unitok.upsampled_conv(tail.up.up_conv1, x.reshape(grid(x)))
+                return upsampled_conv(tail.up.up_conv1, x.reshape(grid(x)))
             case "decoder.up_conv4":
-                return tail.conv2(unitok.gelu(tail.norm1(unitok.upsampled_conv(tail.conv1, x))))
+                return tail.conv2(gelu(tail.norm1(upsampled_conv(tail.conv1, x))))
         block = m
         for part in name.split("."):
             block = block[int(part)] if part.isdigit() else getattr(block, part)

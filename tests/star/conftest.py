@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fourdstar_jax import geometry, sharding
+from fourdstar_jax import geometry, nn, sharding
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.types import Cameras
 
@@ -18,7 +18,7 @@ SIZES = dict(
 
 
 def build(**changes):
-    model = sharding.build(STAR, jax.random.key(0), **(SIZES | changes))
+    model = nn.build(STAR, jax.random.key(0), **(SIZES | changes))
     model.head.output[...] = jax.random.normal(jax.random.key(1), model.head.output.shape)
     return model
 

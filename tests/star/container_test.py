@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fourdstar_jax import cluster_dpc_knn, sharding
+from fourdstar_jax import cluster_dpc_knn, nn, sharding
 from fourdstar_jax.star.container import Container, empty_container, merge
 
 B, T, N, K, D, M = 2, 3, 7, 3, 12, 5
@@ -17,7 +17,7 @@ B, T, N, K, D, M = 2, 3, 7, 3, 12, 5
 @pytest.fixture(scope="module")
 def container():
     with sharding.use_mesh(devices=jax.devices()[:1]):
-        return sharding.build(
+        return nn.build(
             Container, jax.random.key(0), dim=D, num_heads=3, num_slots=M, neighbors=2,
             refine_blocks=2, init=nnx.initializers.normal(0.3), dtype=jnp.float32,
         )  # fmt: skip

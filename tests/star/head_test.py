@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fourdstar_jax import sharding
+from fourdstar_jax import nn, sharding
 from fourdstar_jax.star.head import DepthHead, filter_logits
 
 K, VOCAB = 3, 7
@@ -15,7 +15,7 @@ K, VOCAB = 3, 7
 @pytest.fixture(scope="module")
 def head():
     with sharding.use_mesh(devices=jax.devices()[:1]):
-        head = sharding.build(
+        head = nn.build(
             DepthHead, jax.random.key(0), dim=11, head_dim=10, num_layers=2, num_heads=5,
             hidden_dim=13, num_codebooks=K, vocab_size=VOCAB, init=nnx.initializers.normal(0.3),
             dtype=jnp.float32,
@@ -48,7 +48,7 @@ def test_a_code_changes_the_logits_of_later_codes_only(head):
 
 
 def test_one_codebook_needs_no_table():
-    head = sharding.build(
+    head = nn.build(
         DepthHead, jax.random.key(0), dim=11, head_dim=10, num_layers=1, num_heads=1,
         hidden_dim=13, num_codebooks=1, vocab_size=VOCAB, init=nnx.initializers.normal(0.3),
         dtype=jnp.float32,

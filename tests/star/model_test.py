@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fourdstar_jax import sharding
+from fourdstar_jax import nn, sharding
 from fourdstar_jax.star.model import STAR, count_params
 from fourdstar_jax.types import Cameras
 
@@ -302,7 +302,7 @@ def test_eight_devices_agree_with_one(make_example):
     got = []
     for shape, devices in ((None, 1), (dict(data=2, fsdp=2, tensor=2), 8)):
         with sharding.use_mesh(shape, devices=jax.devices()[:devices]):
-            model = sharding.build(STAR, jax.random.key(0), **sizes)
+            model = nn.build(STAR, jax.random.key(0), **sizes)
             output = jax.random.normal(jax.random.key(1), model.head.output.shape)
             model.head.output[...] = output
 
@@ -329,5 +329,5 @@ def test_paper_size_builds_without_memory():
         head_heads=12, container_slots=512, container_neighbors=5, text_encoder="t5",
         text_vocab=0, text_length=120, text_dim=2048, time_features=256,
     )  # fmt: skip
-    model = jax.eval_shape(lambda: sharding.build(STAR, jax.random.key(0), **sizes))
+    model = jax.eval_shape(lambda: nn.build(STAR, jax.random.key(0), **sizes))
     assert 800e6 < count_params(model) < 900e6

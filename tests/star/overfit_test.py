@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from fourdstar_jax import sharding
+from fourdstar_jax import nn
 from fourdstar_jax.star.model import STAR
 
 pytestmark = pytest.mark.ci
@@ -22,7 +22,7 @@ def overfit(make_example, steps, **changes):
     """Trains on one random object; the model, its tokens and its condition."""
     sizes = TINY | changes
     tokens, condition = make_example(batch=1, timesteps=4, views=4, sizes=sizes)
-    model = sharding.build(STAR, jax.random.key(0), **sizes)
+    model = nn.build(STAR, jax.random.key(0), **sizes)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = optax.adamw(2e-3, weight_decay=0.01)
 

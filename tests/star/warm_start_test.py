@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fourdstar_jax import bundle, cli, sharding
+from fourdstar_jax import bundle, cli, nn, sharding
 from fourdstar_jax.convert import llamagen, mvar
 from fourdstar_jax.star import warm_start
 from fourdstar_jax.star.model import STAR
@@ -45,7 +45,7 @@ def build(**changes):
     def fill(shape):
         return jnp.asarray(rng.normal(0, 0.3, shape.shape), shape.dtype)
 
-    make = functools.partial(sharding.build, STAR, **(SIZES | changes))
+    make = functools.partial(nn.build, STAR, **(SIZES | changes))
     return jax.tree.map(fill, jax.eval_shape(make, jax.random.key(0)))
 
 
@@ -233,7 +233,7 @@ def test_the_large_scales_have_llamagens_sizes(scale, width, layers):
     """Base takes LlamaGen's L whole, paper its XL: by shapes alone."""
     config = cli.read_config(f"configs/star.py:{scale}", [])
     arguments = bundle.module_arguments(config.model.to_dict())
-    model = jax.eval_shape(functools.partial(sharding.build, STAR, **arguments), jax.random.key(0))
+    model = jax.eval_shape(functools.partial(nn.build, STAR, **arguments), jax.random.key(0))
     heads = llamagen.NUM_HEADS[width]
     sizes = dict(dim=width, num_layers=layers, num_heads=heads, num_kv_heads=heads)
     sizes |= dict(hidden_dim=model.trunk.layers.ffn.up.kernel.shape[-1], text_length=120)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fourdstar_jax import sharding
+from fourdstar_jax import nn, sharding
 from fourdstar_jax.text import t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 
@@ -25,7 +25,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def encoder():
     with sharding.use_mesh(devices=jax.devices()[:1]):
-        return sharding.build(t5.T5Encoder, jax.random.key(0), **SIZES)
+        return nn.build(t5.T5Encoder, jax.random.key(0), **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_the_norm_has_no_mean_and_queries_are_not_scaled(encoder):
 
 
 def test_bfloat16_is_near_and_float16_refused(encoder):
-    build = functools.partial(sharding.build, t5.T5Encoder, jax.random.key(0), **SIZES)
+    build = functools.partial(nn.build, t5.T5Encoder, jax.random.key(0), **SIZES)
     half = build(dtype=jnp.bfloat16)
     ids = jnp.array([[3, 4, 5, 6, 7]], jnp.int32)
     error = np.abs(half(ids) - encoder(ids)).max()
@@ -139,6 +139,6 @@ def test_bfloat16_is_near_and_float16_refused(encoder):
 
 def test_the_size_of_flan_t5_xl():
     sizes = dict(vocab_size=32128, dim=2048, num_layers=24, num_heads=32, head_dim=64)
-    build = functools.partial(sharding.build, t5.T5Encoder, **sizes, hidden_dim=5120)
+    build = functools.partial(nn.build, t5.T5Encoder, **sizes, hidden_dim=5120)
     shapes = jax.tree.leaves(jax.eval_shape(build, jax.random.key(0)))
     assert sum(x.size for x in shapes) == 1_223_527_424  # transformers' count for the encoder

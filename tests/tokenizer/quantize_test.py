@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fourdstar_jax import sharding
+from fourdstar_jax import nn
 from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.tokenizer.quantize import Quantizer, QuantizerStats
 
@@ -12,9 +12,7 @@ K, VOCAB, D, B, N = 3, 11, 15, 2, 7
 
 @pytest.fixture
 def quantizer():
-    return sharding.build(
-        Quantizer, jax.random.key(0), num_codebooks=K, vocab_size=VOCAB, code_dim=D
-    )
+    return nn.build(Quantizer, jax.random.key(0), num_codebooks=K, vocab_size=VOCAB, code_dim=D)
 
 
 @pytest.fixture
@@ -120,4 +118,4 @@ def test_start_from_data_replaces_all(quantizer, vectors):
 
 def test_code_dim_must_divide():
     with pytest.raises(ValueError, match="code_dim"):
-        sharding.build(Quantizer, jax.random.key(0), num_codebooks=3, vocab_size=5, code_dim=16)
+        nn.build(Quantizer, jax.random.key(0), num_codebooks=3, vocab_size=5, code_dim=16)

@@ -8,9 +8,8 @@ import optax
 import pytest
 from flax import nnx
 
-from fourdstar_jax import sharding
-from fourdstar_jax.kernels import layer_norm
-from fourdstar_jax.tokenizer import UNITOK, unitok
+from fourdstar_jax import nn, sharding
+from fourdstar_jax.tokenizer import UNITOK
 from fourdstar_jax.tokenizer.base import TokenizerSpec
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.tokenizer.quantize import CodeUsage
@@ -32,7 +31,7 @@ SMALLEST = dict(
 
 
 def build(**changes):
-    return sharding.build(UniTok, jax.random.key(0), **{**SMALLEST, **changes})
+    return nn.build(UniTok, jax.random.key(0), **{**SMALLEST, **changes})
 
 
 @functools.cache
@@ -131,31 +130,6 @@ def test_released_sizes():
     assert count(model.decoder) == 352_402_531
 
 
-def test_stride_two_pads_evenly():
-    layer = unitok.conv(1, 1, 3, stride=2, axis=None, rngs=nnx.Rngs(0))
-    kernel = np.asarray(layer.kernel[...])[..., 0, 0]
-    image = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
-    padded = np.pad(image, 1)
-    wanted = [
-        [np.sum(kernel * padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3]) for j in range(3)]
-        for i in range(3)
-    ]
-    got = layer(jnp.asarray(image)[None, ..., None])[0, ..., 0]
-    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_average_pool_does_not_count_padding():
-    np.testing.assert_allclose(unitok.average_pool(jnp.ones((1, 6, 6, 2))), 1, rtol=1e-6)
-
-
-def test_depth_to_space_and_upsample():
-    x = jnp.arange(8.0).reshape(1, 1, 2, 4)
-    np.testing.assert_array_equal(unitok.depth_to_space(x)[0, ..., 0], [[0, 1, 4, 5], [2, 3, 6, 7]])
-    np.testing.assert_array_equal(
-        unitok.upsample(x[..., :1])[0, ..., 0], [[0, 0, 4, 4], [0, 0, 4, 4]]
-    )
-
-
 def test_one_batch_is_learned():
     model = fresh()
     rng = np.random.default_rng(0)
@@ -232,7 +206,7 @@ def test_spec_follows_the_weights():
         "unitok", 24, 9, 3, 11, 6, ""
     )
     assert spec == build().spec
-    other = sharding.build(UniTok, jax.random.key(1), **SMALLEST).spec
+    other = nn.build(UniTok, jax.random.key(1), **SMALLEST).spec
     assert other.weights_sha256 != spec.weights_sha256
     assert TokenizerSpec.from_dict(spec.to_dict()) == spec
 
@@ -287,100 +261,3 @@ def test_eight_devices_agree_with_one():
     np.testing.assert_array_equal(many_tokens, tokens)
     np.testing.assert_allclose(many_recon, recon, atol=1e-5, rtol=0)
     np.testing.assert_allclose(many_loss, loss, rtol=1e-5)
-
-
-def by_linear_layers(block, x):
-    """A block as its layers say: every bias where it is, no sum or norm together with another."""
-    attn, mlp = block.attn, block.mlp
-    qkv = attn.qkv(block.norm1(x)).reshape(*x.shape[:2], 3, attn.num_heads, -1)
-    y = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0))
-    x = x + attn.proj(y.reshape(x.shape))
-    z = mlp.norm(block.norm2(x))
-    return x + mlp.w2(nnx.gelu(mlp.w0(z), approximate=True) * mlp.w1(z))
-
-
-def random_block(dtype):
-    """All parameters of order one where that is harmless; the biases of keys and values too."""
-    make = functools.partial(unitok.Block, 128, 2, 40, dtype=dtype)
-    block = sharding.build(make, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: x + rng.normal(0, 0.5 if x.ndim == 1 else 0.02, x.shape).astype(x.dtype), block
-    )
-
-
-def close(found, wanted, units):
-    """Within some bfloat16 roundings of a number of the size of the largest."""
-    found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=units * 2.0**-8 * np.abs(wanted).max())
-
-
-def test_block_is_its_layers():
-    block, x = random_block(jnp.float32), jax.random.normal(jax.random.key(2), (2, 6, 128))
-    np.testing.assert_allclose(block(x), by_linear_layers(block, x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_half_precision_block(monkeypatch, dtype):
-    """Biases in other places, and the kernel's body, change no more than roundings."""
-    wide, half = random_block(jnp.float32), random_block(jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(2), (2, 6, 128), dtype)
-    assert half(x).dtype == dtype
-    exact = wide(x.astype(jnp.float32))
-    close(half(x), exact, 3)
-    close(by_linear_layers(half, x), exact, 3)
-    before = jax.jit(lambda block, x: block(x))(half, x)
-
-    def gradient(block):
-        return jax.grad(lambda b: jnp.mean(b(x).astype(jnp.float32) ** 2))(block)
-
-    wanted = gradient(half)
-    calls = []
-
-    def fits(x, y, dtype):
-        calls.append(x.shape)
-        return dtype == jnp.bfloat16
-
-    monkeypatch.setattr(layer_norm, "fits", fits)
-    monkeypatch.setattr(layer_norm, "_mosaic", layer_norm._interpret)
-    layer_norm._launch.clear_cache()
-    after = jax.jit(lambda block, x: block(x))(half, x)
-    close(after, before, 3)
-    close(after, exact, 3)
-    assert after.dtype == before.dtype and len(calls) == 2
-    for a, b in zip(jax.tree.leaves(gradient(half)), jax.tree.leaves(wanted), strict=True):
-        a, b = (np.asarray(v, np.float32) for v in (a, b))
-        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
-    layer_norm._launch.clear_cache()
-
-
-def test_gelu_in_bfloat16_is_the_exact_one_but_for_rounding():
-    x = jnp.linspace(-8, 8, 20001).astype(jnp.bfloat16)
-    exact = jax.nn.gelu(x.astype(jnp.float32), approximate=False)
-    error = jnp.abs(unitok.gelu(x).astype(jnp.float32) - exact)
-    assert unitok.gelu(x).dtype == jnp.bfloat16
-    # half a bfloat16 step of the result, and the polynomial's own error
-    assert jnp.all(error <= 2.0**-8 * jnp.abs(exact) + 7e-5)
-    tanh = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
-    assert jnp.abs(tanh - exact).max() > 4e-4  # the other form would be told
-
-
-def test_upsampled_conv_is_the_convolution_of_the_large_picture():
-    with sharding.use_mesh(devices=jax.devices()[:1]):
-        layer = unitok.conv(5, 7, 3, bias=range(7), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(2), (2, 3, 4, 5))
-
-    def direct(layer, x):
-        return jnp.sum(jnp.sin(layer(unitok.upsample(x))))
-
-    def ours(layer, x):
-        return jnp.sum(jnp.sin(unitok.upsampled_conv(layer, x)))
-
-    with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(
-            unitok.upsampled_conv(layer, x), layer(unitok.upsample(x)), atol=2e-6
-        )
-        wanted = jax.grad(direct, argnums=(0, 1))(layer, x)
-        found = jax.grad(ours, argnums=(0, 1))(layer, x)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)

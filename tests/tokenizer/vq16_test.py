@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from fourdstar_jax import bundle, sharding, tokenizer
+from fourdstar_jax import bundle, nn, sharding, tokenizer
 from fourdstar_jax.tokenizer.base import TokenizerSpec
 from fourdstar_jax.tokenizer.unitok import UniTok
 from fourdstar_jax.tokenizer.vq16 import VQ16, Downsample
@@ -33,7 +33,7 @@ def make(**changes):
             return jnp.asarray(rng.normal(0, 0.3, shape.shape), shape.dtype)
         return jnp.zeros(shape.shape, shape.dtype)
 
-    build = functools.partial(sharding.build, tokenizer.make, **{**MODEL, **changes})
+    build = functools.partial(nn.build, tokenizer.make, **{**MODEL, **changes})
     return jax.tree.map(fill, jax.eval_shape(build, jax.random.key(0)))
 
 
@@ -94,7 +94,7 @@ def test_tokens_are_nearest_by_euclidean_distance(model):
 
 
 def test_downsampling_pads_right_and_bottom():
-    layer = sharding.build(Downsample, jax.random.key(0), dim=1)
+    layer = nn.build(Downsample, jax.random.key(0), dim=1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0)  # reads the top left of its window
     layer = jax.tree.map(lambda x: kernel if x.ndim == 4 else jnp.zeros_like(x), layer)
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)

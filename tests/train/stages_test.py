@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fourdstar_jax import geometry, sharding
+from fourdstar_jax import geometry, nn, sharding
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.tokenizer.unitok import UniTok
 from fourdstar_jax.train import optim, star, tokenizer, vqvae
@@ -75,7 +75,7 @@ def run(stage, mesh_shape, devices, steps=3):
                     tokenizer.train_step, graphdef, tx=tx, loss_config={"foreground_weight": 1.0}
                 )
             case "vqvae":
-                frozen = train_state.replicate(sharding.build(UniTok, key, **TOKENIZER), mesh)
+                frozen = train_state.replicate(nn.build(UniTok, key, **TOKENIZER), mesh)
                 graphdef, state = train_state.create(VQVAE4D, VQVAE, tx, key, mesh)
 
                 def step(state, data):

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fourdstar_jax import bundle, cli, generate, sharding
+from fourdstar_jax import bundle, cli, generate, nn, sharding
 from fourdstar_jax.data import prepare
 from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.evaluate import unseen
@@ -46,7 +46,7 @@ def data_dir(objects_dir, tmp_path_factory):
 def save_encoder(folder, seed=0):
     with sharding.use_mesh(devices=jax.devices()[:1]):
         arguments = bundle.module_arguments(SIZES)
-        encoder = sharding.build(t5.T5Encoder, jax.random.key(seed), **arguments)
+        encoder = nn.build(t5.T5Encoder, jax.random.key(seed), **arguments)
     bundle.save_stage(folder, "text", encoder, {"model": SIZES}, storage="float16")
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from fourdstar_jax import bundle, generate, sharding
+from fourdstar_jax import bundle, generate, nn, sharding
 from fourdstar_jax.data import prepare
 from fourdstar_jax.tokenizer import make
 from fourdstar_jax.train import star, tokenizer, tokens, vqvae
@@ -106,7 +106,7 @@ def test_stages_build_on_vq16(data_dir, tmp_path, one_device):
     )  # fmt: skip
     rng = np.random.default_rng(0)
     with sharding.use_mesh(devices=jax.devices()):
-        build = functools.partial(sharding.build, make, **arguments)
+        build = functools.partial(nn.build, make, **arguments)
         shapes = jax.eval_shape(build, jax.random.key(0))
         frozen = jax.tree.map(
             lambda x: np.asarray(rng.normal(0, 0.3, x.shape)).astype(x.dtype), shapes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fourdstar_jax import geometry, sharding
+from fourdstar_jax import geometry, nn
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import losses
 from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, activate
@@ -53,7 +53,7 @@ TINY = dict(
 
 
 def build(**changes):
-    return sharding.build(VQVAE4D, jax.random.key(0), **{**SMALLEST, **changes})
+    return nn.build(VQVAE4D, jax.random.key(0), **{**SMALLEST, **changes})
 
 
 @functools.cache

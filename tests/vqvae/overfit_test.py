@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from fourdstar_jax import geometry, sharding
+from fourdstar_jax import geometry, nn
 from fourdstar_jax.vqvae import losses
 from fourdstar_jax.vqvae.model import VQVAE4D
 
@@ -52,7 +52,7 @@ def test_overfits_one_object():
         jax.random.key(1), (1, num_timesteps, num_views, num_tokens, code_dim)
     )
     times = jnp.arange(num_timesteps, dtype=jnp.float32)[None]
-    model = sharding.build(
+    model = nn.build(
         VQVAE4D,
         jax.random.key(0),
         resolution=SIZE,

@@ -1,15 +1,39 @@
-"""Layers that two models or more use: linear maps with named axes, attention, feed-forwards."""
+"""Linear maps with named axes, feed-forwards, and how modules are built, stacked and listed."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 Dtype = jnp.dtype | type
+
+
+class Common(TypedDict):
+    """What nearly every layer is made with, to be handed on as `**kw`."""
+
+    dtype: Dtype  # of the arithmetic; parameters are float32
+    rngs: nnx.Rngs
+
+
+def build(make: Callable[..., Any], key: jax.Array, **kwargs: Any) -> Any:
+    """`make(**kwargs, rngs=...)` as a plain pytree: Flax NNX in tree mode, no shared references.
+
+    Needs a current mesh (`sharding.use_mesh`), which annotated parameters are placed on.
+    """
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        return make(**kwargs, rngs=nnx.Rngs(key))
+
+
+def named_arrays(model: Any) -> dict[str, Any]:
+    """All arrays of a module, parameters and other state, by their place in it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {n.removesuffix("/value"): leaf for n, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def linear(
@@ -35,6 +59,11 @@ def linear(
     )
 
 
+def bias_of(layer: nnx.Linear) -> Float[Array, " D"]:
+    """The bias of a layer that has one."""
+    return layer.bias[...]  # pyright: ignore[reportOptionalSubscript]
+
+
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, rngs: nnx.Rngs) -> Any:
     """One module whose parameters have a leading axis of `number` layers, for `lax.scan`."""
     layers = jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), number))
@@ -52,7 +81,7 @@ def cast_weights(model: Any) -> Any:
 
     Half the memory and no conversion at each call, with the same numbers: `nnx.Linear` and
     `nnx.Conv` of `dtype` bfloat16 round their kernels and biases at every use anyway. (A layer that
-    first sums its float32 weights, as `unitok.upsampled_conv`, then sums rounded ones.) Float32
+    first sums its float32 weights, as `nn.conv.upsampled_conv`, then sums rounded ones.) Float32
     layers, norms and all else stay as they are.
     """
 
@@ -71,10 +100,10 @@ class SwiGLU(nnx.Module):
     """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202), as in Llama."""
 
     def __init__(self, dim: int, hidden_dim: int, *, init=None, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
-        self.gate = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
-        self.up = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
-        self.down = linear(hidden_dim, dim, ("mlp", "embed"), **kw)
+        make = functools.partial(linear, init=init, dtype=dtype, rngs=rngs)
+        self.gate = make(dim, hidden_dim, ("embed", "mlp"))
+        self.up = make(dim, hidden_dim, ("embed", "mlp"))
+        self.down = make(hidden_dim, dim, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
@@ -95,52 +124,10 @@ class Mlp(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = dict(use_bias=use_bias, init=init, dtype=dtype, rngs=rngs)
-        self.up = linear(dim, hidden_dim, ("embed", "mlp"), **kw)
-        self.down = linear(hidden_dim, out_dim, ("mlp", "embed"), **kw)
+        make = functools.partial(linear, use_bias=use_bias, init=init, dtype=dtype, rngs=rngs)
+        self.up = make(dim, hidden_dim, ("embed", "mlp"))
+        self.down = make(hidden_dim, out_dim, ("mlp", "embed"))
         self.approximate = approximate
 
     def __call__(self, x: Float[Array, "*b Din"]) -> Float[Array, "*b Dout"]:
         return self.down(nnx.gelu(self.up(x), approximate=self.approximate))
-
-
-class Attention(nnx.Module):
-    """Multi-head attention of queries over a context (itself where none is given)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        context_dim: int | None = None,
-        use_bias: bool = False,
-        init=None,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        if dim % num_heads:
-            raise ValueError(f"{dim=} must be a multiple of {num_heads=}")
-        context_dim = dim if context_dim is None else context_dim
-        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
-        self.q = linear(dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
-        self.k = linear(context_dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
-        self.v = linear(context_dim, dim, ("embed", "heads"), use_bias=use_bias, **kw)
-        self.out = linear(dim, dim, ("heads", "embed"), use_bias=True, **kw)
-        self.num_heads = num_heads
-
-    def __call__(
-        self,
-        x: Float[Array, "*b L D"],
-        context: Float[Array, "*b S C"] | None = None,
-        mask: Bool[Array, "... L S"] | None = None,
-    ) -> Float[Array, "*b L D"]:
-        context = x if context is None else context
-
-        def heads(y):  # [B, L, H, Dh], all leading axes folded into B
-            return y.reshape(-1, y.shape[-2], self.num_heads, y.shape[-1] // self.num_heads)
-
-        q, k, v = heads(self.q(x)), heads(self.k(context)), heads(self.v(context))
-        if mask is not None:
-            mask = mask.reshape(-1, 1, *mask.shape[-2:])  # [B or 1, every head, L, S]
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return self.out(y.reshape(x.shape))

@@ -1,0 +1,28 @@
+"""Layers that two models or more use. What every model needs stands here; the rest by module."""
+
+from fourdstar_jax.nn.attention import Attention, attend
+from fourdstar_jax.nn.linear import (
+    Common,
+    Dtype,
+    Mlp,
+    SwiGLU,
+    build,
+    cast_weights,
+    linear,
+    named_arrays,
+    stack_layers,
+)
+
+__all__ = [
+    "Attention",
+    "Common",
+    "Dtype",
+    "Mlp",
+    "SwiGLU",
+    "attend",
+    "build",
+    "cast_weights",
+    "linear",
+    "named_arrays",
+    "stack_layers",
+]

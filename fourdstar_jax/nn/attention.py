@@ -1,0 +1,72 @@
+"""Attention of given queries, keys and values, and the module that makes them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from fourdstar_jax.nn.linear import linear
+
+
+def attend(
+    q: Float[Array, "b L H E"],
+    k: Float[Array, "b S Hk E"],
+    v: Float[Array, "b S Hk E"],
+    *,
+    mask: Bool[Array, "b2 H2 L2 S"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "b L H E"]:
+    """Softmax attention; True in the mask is seen, and its axes may be 1.
+
+    Without a mask, in half precision on a GPU, it is cuDNN's. `scale` of the scores is 1 / sqrt(E)
+    unless given; several heads of queries may share those of keys (H a multiple of Hk).
+    """
+    half = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
+    fused = half and mask is None and jax.default_backend() == "gpu"
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else None
+    )
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of queries over a context (itself where none is given)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        context_dim: int | None = None,
+        use_bias: bool = False,
+        init=None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if dim % num_heads:
+            raise ValueError(f"{dim=} must be a multiple of {num_heads=}")
+        context_dim = dim if context_dim is None else context_dim
+        make = functools.partial(linear, init=init, dtype=dtype, rngs=rngs)
+        self.q = make(dim, dim, ("embed", "heads"), use_bias=use_bias)
+        self.k = make(context_dim, dim, ("embed", "heads"), use_bias=use_bias)
+        self.v = make(context_dim, dim, ("embed", "heads"), use_bias=use_bias)
+        self.out = make(dim, dim, ("heads", "embed"), use_bias=True)
+        self.num_heads = num_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "*b L D"],
+        context: Float[Array, "*b S C"] | None = None,
+        mask: Bool[Array, "... L S"] | None = None,
+    ) -> Float[Array, "*b L D"]:
+        context = x if context is None else context
+
+        def heads(y):  # [B, L, H, Dh], all leading axes folded into B
+            return y.reshape(-1, y.shape[-2], self.num_heads, y.shape[-1] // self.num_heads)
+
+        q, k, v = heads(self.q(x)), heads(self.k(context)), heads(self.v(context))
+        if mask is not None:
+            mask = mask.reshape(-1, 1, *mask.shape[-2:])  # [B or 1, every head, L, S]
+        y = attend(q, k, v, mask=mask)
+        return self.out(y.reshape(x.shape))
