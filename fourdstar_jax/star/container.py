@@ -20,8 +20,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax import nn
-from fourdstar_jax.kernels.dpc_knn import reference
-from fourdstar_jax.kernels.dpc_knn.reference import Clusters, Peaks
+from fourdstar_jax.kernels import dpc_knn
+from fourdstar_jax.kernels.dpc_knn import Clusters, Peaks
 from fourdstar_jax.star.embed import vector
 
 
@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 def empty_container(batch: int, num_slots: int, dim: int, num_codebooks: int) -> Peaks:
     """The carry before the first group, with room for `num_slots` tokens."""
-    peaks = reference.empty_peaks(num_slots, dim, num_codebooks)
+    peaks = dpc_knn.empty_peaks(num_slots, dim, num_codebooks)
     many = jax.tree.map(lambda y: jnp.broadcast_to(y, (batch, *y.shape)), peaks)
     return many._replace(filled=peaks.filled)
 
@@ -52,8 +52,8 @@ def container_update(
     mask = jnp.ones(x.shape[:2], bool)
 
     def one(peaks, x, tokens, mask):
-        peaks = reference.add_group(peaks, x, tokens, mask, k=k)
-        return peaks, reference.find_clusters(peaks, num_clusters=num_clusters)
+        peaks = dpc_knn.add_group(peaks, x, tokens, mask, k=k)
+        return peaks, dpc_knn.find_clusters(peaks, num_clusters=num_clusters)
 
     return jax.vmap(one, in_axes=(_AXES, 0, 0, 0), out_axes=(_AXES, 0))(
         carry, x, group.tokens, mask

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fourdstar_jax.kernels.dpc_knn.reference import Clusters, Peaks
+from fourdstar_jax.kernels.dpc_knn import Clusters, Peaks
 from fourdstar_jax.star.container import empty_container
 from fourdstar_jax.star.head import filter_logits
 from fourdstar_jax.star.transformer import KV, group_mask

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import cluster_dpc_knn as exported
-from fourdstar_jax.kernels.dpc_knn import cluster_dpc_knn, reference
+from fourdstar_jax.kernels.dpc_knn import (
+    add_group,
+    cluster_dpc_knn,
+    empty_peaks,
+    find_clusters,
+    reference,
+)
 
 
 def naive(x, ids, mask, *, num_clusters, k, num_groups):
@@ -55,12 +61,12 @@ def test_group_by_group_equals_all_at_once(seed):
     size, groups, k = 11, 4, 3
     x, ids = (jnp.asarray(y) for y in sample(seed, size * groups, 7, 5))
     mask = jnp.asarray(np.random.default_rng(seed).random(size * groups) > 0.1)
-    peaks = reference.empty_peaks(size * groups, 7, 2)
-    add = jax.jit(reference.add_group, static_argnames="k")
+    peaks = empty_peaks(size * groups, 7, 2)
+    add = jax.jit(add_group, static_argnames="k")
     for g in range(groups):
         rows = slice(g * size, (g + 1) * size)
         peaks = add(peaks, x[rows], ids[rows], mask[rows], k=k)
-        got = reference.find_clusters(peaks, num_clusters=5)
+        got = find_clusters(peaks, num_clusters=5)
         end = rows.stop
         want = cluster_dpc_knn(
             x[:end], ids=ids[:end], mask=mask[:end], num_clusters=5, k=k, num_groups=g + 1
@@ -142,7 +148,6 @@ def test_fewer_valid_tokens_than_neighbours_average_over_those():
 @pytest.mark.parametrize(
     "change, name",
     [
-        (dict(implementation="streaming"), "implementation"),
         (dict(num_groups=5), "num_groups"),
         (dict(num_clusters=13), "num_clusters"),
         (dict(k=7), "k=7"),

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import sharding
-from fourdstar_jax.kernels import layer_norm as L
-from fourdstar_jax.kernels.layer_norm import add_layer_norm
+from fourdstar_jax.kernels.layer_norm import add_layer_norm, api, reference
+from fourdstar_jax.kernels.layer_norm.kernel import fused
+from fourdstar_jax.kernels.layer_norm.kernel import norms_of as norms_with
 
 EPSILONS = (1e-6, 1e-5)
 BF16 = 2.0**-8  # half a unit in the last place of one
@@ -33,15 +34,15 @@ def arguments(number, y, half, width=128, rows=(3, 4)) -> Any:
 
 
 def norms_of(pairs):
-    return L._norms(EPSILONS[: len(pairs)], pairs)
+    return norms_with(EPSILONS[: len(pairs)], pairs)
 
 
 def plain(x, y, bias, pairs):
-    return L.plain(x, y, norms_of(pairs), bias, jnp.bfloat16)
+    return reference.add_layer_norm(x, y, norms_of(pairs), bias, jnp.bfloat16)
 
 
 def kernel(x, y, bias, pairs) -> Any:
-    return L._fused(EPSILONS[: len(pairs)], True, x, y, bias, pairs)
+    return fused(EPSILONS[: len(pairs)], True, x, y, bias, pairs)
 
 
 def in_numpy(x, y, bias, pairs):
@@ -130,12 +131,12 @@ def test_vmap():
 
 def test_where_it_runs(monkeypatch):
     x, y, _, _ = arguments(1, "y", True)
-    assert not L.fits(x, y, jnp.dtype(jnp.bfloat16))  # not a GPU
+    assert not api.fits(x, y, jnp.dtype(jnp.bfloat16))  # not a GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(L, "_is_hopper", lambda: True)
+    monkeypatch.setattr(api, "why_no_mosaic_gpu", lambda: None)
 
     def fits(x=x, y=y, dtype=jnp.bfloat16):
-        return L.fits(x, y, jnp.dtype(dtype))
+        return api.fits(x, y, jnp.dtype(dtype))
 
     with sharding.use_mesh(devices=jax.devices()[:1]):
         assert fits() and fits(y=None) and fits(x.astype(jnp.float32))
@@ -155,7 +156,7 @@ def test_where_it_runs(monkeypatch):
 @pytest.mark.parametrize("number, y, half", [(2, "bias", 1), (1, None, 0)])
 def test_lowers_for_a_gpu(width, number, y, half):
     x, y, bias, pairs = arguments(number, y, half, width)
-    traced = jax.jit(lambda *args: L._fused(EPSILONS[:number], False, *args))
+    traced = jax.jit(lambda *args: fused(EPSILONS[:number], False, *args))
     text = traced.trace(x, y, bias, pairs).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 

@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from fourdstar_jax import geometry
-from fourdstar_jax.kernels.rasterize import api, lanes, pallas_gpu, rasterize
+from fourdstar_jax.kernels.rasterize import api, rasterize
+from fourdstar_jax.kernels.rasterize.pallas_gpu import lanes, spec
 from fourdstar_jax.types import Cameras, Gaussians
 
 pytestmark = pytest.mark.ci
@@ -149,9 +150,9 @@ def test_passes_add_up_to_one(monkeypatch):
     g = random_gaussians(1, NUM)
     wanted, result = gradient_and_result(g)
     count = int(result.num_intersections)
-    monkeypatch.setattr(pallas_gpu, "SUMS_BYTES", 1024)
-    spec = pallas_gpu.Spec(2, NUM, 1, 0, False, WIDTH, HEIGHT, count, True)
-    assert spec.passes == pallas_gpu.MOST_PASSES and count > 3 * spec.window
+    monkeypatch.setattr(spec, "SUMS_BYTES", 1024)
+    sizes = spec.Spec(2, NUM, 1, 0, False, WIDTH, HEIGHT, count, True)
+    assert sizes.passes == spec.MOST_PASSES and count > 3 * sizes.window
     run = quick_jit(lambda g: jax.grad(loss_and_result, has_aux=True)(g, capacity=count)[0])
     jax.clear_caches()
     assert_close(run(g), wanted)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from fourdstar_jax import sharding
-from fourdstar_jax.kernels.rasterize import binning, pallas_tpu, reference
+from fourdstar_jax.kernels.rasterize import binning, pallas_tpu, reference, tiles
 from fourdstar_jax.kernels.rasterize.projection import Projected
 
 pytestmark = pytest.mark.ci
@@ -110,7 +110,7 @@ def check(projected, channels, interpret=True, width=SIZE["width"], height=SIZE[
 
 
 def list_lengths(projected):
-    bins = binning.bin_gaussians(projected, binning.Grid(pallas_tpu.TILE, **SIZE), 4000)
+    bins = binning.bin_gaussians(projected, tiles.Grid(pallas_tpu.TILE, **SIZE), 4000)
     assert not bins.overflow
     return np.diff(bins.offsets)
 
@@ -202,11 +202,11 @@ def test_capacity():
     wanted = reference.blend(projected, channels, **SIZE)
     clean = clean_pixels(projected, **SIZE)
     count = int(list_lengths(projected).sum())
-    out, bins = run(count)
+    out, counts = run(count)
     np.testing.assert_allclose(out * clean, wanted * clean, atol=ATOL, rtol=0)
-    assert int(bins.num_pairs) == count and not bins.overflow
-    out, bins = run(count - 1)
-    assert int(bins.num_pairs) == count and bins.overflow and np.isfinite(out).all()
+    assert int(counts.num_pairs) == count and not counts.overflow
+    out, counts = run(count - 1)
+    assert int(counts.num_pairs) == count and counts.overflow and np.isfinite(out).all()
 
 
 def test_vmap():

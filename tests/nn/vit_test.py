@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import nn
-from fourdstar_jax.kernels import layer_norm
+from fourdstar_jax.kernels.layer_norm import api, kernel
 from fourdstar_jax.nn import vit
 
 
@@ -65,9 +65,9 @@ def test_half_precision_block(monkeypatch, dtype):
         calls.append(x.shape)
         return dtype == jnp.bfloat16
 
-    monkeypatch.setattr(layer_norm, "fits", fits)
-    monkeypatch.setattr(layer_norm, "_mosaic", layer_norm._interpret)
-    layer_norm._launch.clear_cache()
+    monkeypatch.setattr(api, "fits", fits)
+    monkeypatch.setattr(kernel, "mosaic", kernel.interpreted)
+    kernel.launch.clear_cache()
     after = jax.jit(lambda block, x: block(x))(half, x)
     close(after, before, 3)
     close(after, exact, 3)
@@ -75,7 +75,7 @@ def test_half_precision_block(monkeypatch, dtype):
     for a, b in zip(jax.tree.leaves(gradient(half)), jax.tree.leaves(wanted), strict=True):
         a, b = (np.asarray(v, np.float32) for v in (a, b))
         assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
-    layer_norm._launch.clear_cache()
+    kernel.launch.clear_cache()
 
 
 def test_gelu_in_bfloat16_is_the_exact_one_but_for_rounding():

@@ -18,7 +18,6 @@ def cluster_dpc_knn(
     num_groups: int = 1,
     ids: Int[Array, "*b L K"] | None = None,
     mask: Bool[Array, "*b L"] | None = None,
-    implementation: str | None = None,
 ) -> Clusters:
     """Density-peaks clustering of tokens by their k nearest neighbours; carries no gradient.
 
@@ -33,11 +32,9 @@ def cluster_dpc_knn(
     nobody's neighbour and in no cluster (-1). If fewer tokens differ than there are clusters, the
     surplus centres are not `valid`. Equal densities and equal scores go to the smaller index.
 
-    Raises ValueError for sizes that do not fit and for an unknown implementation.
+    `streaming` computes the same, group by group. Raises ValueError for sizes that do not fit.
     """
     *batch, num_tokens, dim = x.shape
-    if implementation not in (None, "reference"):
-        raise ValueError(f"{implementation=} is unknown; there is 'reference'")
     if num_groups < 1 or num_tokens % num_groups:
         raise ValueError(f"{num_groups=} must divide the {num_tokens} tokens")
     if not 1 <= num_clusters <= num_tokens:

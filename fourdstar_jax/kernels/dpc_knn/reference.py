@@ -1,4 +1,4 @@
-"""The definition of density-peaks clustering (DPC-KNN), and the same, one group at a time.
+"""The definition of density-peaks clustering (DPC-KNN), from the whole matrix of distances.
 
 Du et al. 2016 as TCFormer (github.com/zengwang430521/TCFormer) uses it on tokens, with the paper's
 Eq. 1 and 2: the density rho of a token is measured inside its own group, its delta is the distance
@@ -8,7 +8,7 @@ Everything here is deterministic. Of two tokens of equal density the one with th
 counts as denser (TCFormer adds noise instead), and tokens with equal ids are at a distance of
 exactly 0, which the product form of the distance would only give up to rounding.
 Densities are kept as logarithms: the order is the same and nothing underflows.
-One sample at a time; `api` and the container map over the batch.
+One sample at a time; who calls it maps over the batch.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class Peaks(NamedTuple):
     log_densities: Float[Array, "*b S"]
     deltas: Float[Array, "*b S"]  # infinite for the densest token
     max_distance: Float[Array, "*b"]  # over all pairs so far
-    filled: Int[Array, ""]  # number of slots that are
+    filled: Int[Array, ""]  # how many slots are taken
 
 
 def distances(
@@ -77,61 +77,6 @@ def is_denser(
     return (log_density > other) | ((log_density == other) & (index < other_index))
 
 
-def empty_peaks(num_slots: int, dim: int, num_ids: int) -> Peaks:
-    """No group has come in yet."""
-    return Peaks(
-        x=jnp.zeros((num_slots, dim)),
-        ids=jnp.zeros((num_slots, num_ids), jnp.int32),
-        mask=jnp.zeros(num_slots, bool),
-        log_densities=jnp.zeros(num_slots),
-        deltas=jnp.full(num_slots, jnp.inf),
-        max_distance=jnp.zeros(()),
-        filled=jnp.zeros((), jnp.int32),
-    )
-
-
-def add_group(
-    peaks: Peaks,
-    x: Float[Array, "N D"],
-    ids: Int[Array, "N K"],
-    mask: Bool[Array, " N"],
-    *,
-    k: int,
-) -> Peaks:
-    """Takes one more group in. Exact: the result is that of a run over all groups at once.
-
-    Densities never change, being of one group each, so delta is a running minimum. Memory and time
-    grow with S times N, not with S squared.
-    """
-    x = x.astype(jnp.float32)
-    start = peaks.filled
-    new = start + jnp.arange(x.shape[0])
-    density = log_densities(distances(x, x, ids, ids), mask, k=k)
-
-    def write(buffer, rows):
-        return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis=0)
-
-    xs, all_ids, valid = write(peaks.x, x), write(peaks.ids, ids), write(peaks.mask, mask)
-    densities = write(peaks.log_densities, density)
-    index = jnp.arange(xs.shape[0])
-    distance = distances(xs, x, all_ids, ids)  # [S, N], every slot to the new group
-    pair = valid[:, None] & mask
-    denser = is_denser(density, new, densities[:, None], index[:, None])
-    older = ~denser & (index[:, None] != new)  # the slot is denser than the new token
-    deltas = jnp.minimum(peaks.deltas, jnp.min(distance, 1, where=pair & denser, initial=jnp.inf))
-    new_deltas = jnp.min(distance, 0, where=pair & older, initial=jnp.inf)
-    new_deltas = jnp.minimum(jax.lax.dynamic_slice_in_dim(deltas, start, x.shape[0]), new_deltas)
-    return Peaks(
-        x=xs,
-        ids=all_ids,
-        mask=valid,
-        log_densities=densities,
-        deltas=write(deltas, new_deltas),
-        max_distance=jnp.maximum(peaks.max_distance, jnp.max(distance, where=pair, initial=0.0)),
-        filled=start + x.shape[0],
-    )
-
-
 def find_clusters(peaks: Peaks, *, num_clusters: int) -> Clusters:
     """The tokens with the largest rho * delta, and for each token the nearest of them.
 
@@ -160,7 +105,7 @@ def cluster(
     k: int,
     num_groups: int,
 ) -> Clusters:
-    """All groups at once, from the whole distance matrix: slow, complete, the definition."""
+    """Clusters the tokens of all groups at once: slow and complete."""
     size = x.shape[0] // num_groups
     distance = distances(x, x, ids, ids)
     blocks = distance.reshape(num_groups, size, num_groups, size)

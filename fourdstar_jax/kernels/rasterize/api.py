@@ -13,17 +13,39 @@ from jaxtyping import Array, Shaped
 
 from fourdstar_jax.kernels.rasterize import binning, pallas_gpu, pallas_tpu, reference, xla
 from fourdstar_jax.kernels.rasterize.binning import pick_capacity
-from fourdstar_jax.kernels.rasterize.projection import project, project_planes, usable_mask
+from fourdstar_jax.kernels.rasterize.implementation import Implementation
+from fourdstar_jax.kernels.rasterize.projection import usable_mask
+from fourdstar_jax.kernels.rasterize.rows import Counts, from_rows
+from fourdstar_jax.kernels.rasterize.tiles import Grid
 from fourdstar_jax.types import Cameras, Gaussians, Rendered
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu")
 MAX_FEATURES = 16
-TILES = {  # pixels
-    "reference": xla.TILE,
-    "xla": xla.TILE,
-    "pallas_gpu": pallas_gpu.TILE,
-    "pallas_tpu": pallas_tpu.TILE,
+
+
+def _blend_reference(projected, channels, *, width, height, capacity):
+    """The definition, which needs no room for pairs; they are counted as for "xla"."""
+    del capacity
+    count = binning.count_pairs(projected, Grid(xla.TILE, width, height))
+    images = reference.blend(projected, channels, width=width, height=height)
+    return images, Counts(count, jnp.zeros((), bool))
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(xla.TILE, from_rows(_blend_reference)),
+    "xla": Implementation(xla.TILE, from_rows(xla.blend)),
+    "pallas_gpu": Implementation(
+        pallas_gpu.TILE,
+        pallas_gpu.blend_scene,
+        pallas_gpu.why_not,
+        float32_only=True,
+        under_check_vma=False,
+        default_on="gpu",
+    ),
+    "pallas_tpu": Implementation(
+        pallas_tpu.TILE, from_rows(pallas_tpu.blend), pallas_tpu.why_not, float32_only=True
+    ),
 }
+FALLBACK = "xla"  # by default, where no kernel of its own runs
 
 
 def rasterize(
@@ -81,17 +103,18 @@ def rasterize(
       NotImplementedError: this implementation does not run here; the message says which do.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+        raise ValueError(f"{implementation=} must be one of {tuple(IMPLEMENTATIONS)}")
     _check_options(width, height, near, far, eps2d, capacity)
     gaussians, cameras, features, background, batch = _check_arrays(
         gaussians, cameras, features, background
     )
     arrays = (gaussians, cameras, features, background)
     if implementation is None:
-        implementation = _best_implementation(arrays)
+        implementation = default_implementation(arrays)
     elif reason := _why_not(implementation, arrays):
+        others = [repr(name) for name in reversed(IMPLEMENTATIONS) if not _why_not(name, arrays)]
         raise NotImplementedError(
-            f"implementation {implementation!r} {reason}; 'xla' and 'reference' run here"
+            f"implementation {implementation!r} {reason}; {' and '.join(others)} run here"
         )
     options: dict[str, Any] = dict(
         width=int(width),
@@ -106,7 +129,7 @@ def rasterize(
     if capacity is not None:
         return _rasterize(*arrays, **options, capacity=int(capacity))
     images = math.prod(batch) * cameras.Ks.shape[-3]
-    grid = binning.Grid(TILES[implementation], int(width), int(height))
+    grid = Grid(IMPLEMENTATIONS[implementation].tile, int(width), int(height))
     capacity = binning.default_capacity(images, max(gaussians.means.shape[-2], 1), grid)
     result = _rasterize(*arrays, **options, capacity=capacity)
     if isinstance(result.overflow, jax.core.Tracer) or not result.overflow:
@@ -120,29 +143,33 @@ def rasterize(
     return _rasterize(*arrays, **options, capacity=pick_capacity(count))
 
 
-def _why_not(implementation: str, arrays) -> str | None:
-    """Why an implementation does not run here, to be read after its name."""
-    if implementation not in ("pallas_gpu", "pallas_tpu"):
-        return None
-    types = [jax.typeof(x) for x in jax.tree.leaves(arrays)]
-    if types[0].dtype != jnp.float32:
-        return f"takes float32, not {types[0].dtype}"
-    if implementation == "pallas_tpu":
-        backend = jax.default_backend()
-        return None if backend == "tpu" else f"needs a TPU, and this is a {backend}"
-    if any(x.manual_axis_type.varying for x in types):
+def default_implementation(arrays: Any) -> str:
+    """The implementation that runs best here on a tree of arrays; warns if it is second best."""
+    for name, implementation in IMPLEMENTATIONS.items():
+        if implementation.default_on != jax.default_backend():
+            continue
+        if implementation.float32_only and _dtype(arrays) != jnp.float32:
+            continue
+        reason = _why_not(name, arrays)
+        if reason is None:
+            return name
+        warnings.warn(f"rasterize takes {FALLBACK!r}, for {name!r} {reason}", stacklevel=3)
+    return FALLBACK
+
+
+def _why_not(name: str, arrays: Any) -> str | None:
+    """Why an implementation does not run here on these arrays, to be read after its name."""
+    implementation = IMPLEMENTATIONS[name]
+    if implementation.float32_only and _dtype(arrays) != jnp.float32:
+        return f"takes float32, not {_dtype(arrays)}"
+    varying = any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays))
+    if varying and not implementation.under_check_vma:
         return "runs within jax.shard_map with check_vma=False only"
-    return pallas_gpu.why_not()
+    return implementation.why_not()
 
 
-def _best_implementation(arrays) -> str:
-    if jax.default_backend() != "gpu" or arrays[0].means.dtype != jnp.float32:
-        return "xla"
-    reason = _why_not("pallas_gpu", arrays)
-    if reason is None:
-        return "pallas_gpu"
-    warnings.warn(f"rasterize takes 'xla', for 'pallas_gpu' {reason}", stacklevel=3)
-    return "xla"
+def _dtype(arrays):
+    return jax.tree.leaves(arrays)[0].dtype
 
 
 def _check_options(width, height, near, far, eps2d, capacity):
@@ -251,36 +278,25 @@ def _rasterize(
     features,
     background,
     *,
-    with_depths,
-    capacity,
     implementation,
     interpret=False,
     **options,
 ) -> Rendered:
     gaussians, features, usable = _drop_unusable(gaussians, features)
-    blend = _blend_planes if implementation == "pallas_gpu" else _blend_rows
-    channels, left, num_intersections, overflow = blend(
-        gaussians,
-        cameras,
-        features,
-        usable,
-        with_depths=with_depths,
-        capacity=capacity,
-        implementation=implementation,
-        interpret=interpret,
-        **options,
+    images = IMPLEMENTATIONS[implementation].blend(
+        gaussians, cameras, features, usable, interpret=interpret, **options
     )
-    colors, alphas, depths, features = channels
+    alphas, depths = images.alphas, images.depths
     if depths is not None:
         hit = alphas > 0
         depths = jnp.where(hit, depths / jnp.where(hit, alphas, 1.0), 0.0)
     return Rendered(
-        renders=colors + left * background[..., None, None, :],
+        renders=images.colors + images.left * background[..., None, None, :],
         alphas=alphas,
         depths=depths,
-        features=features,
-        num_intersections=num_intersections,
-        overflow=overflow,
+        features=images.features,
+        num_intersections=images.num_pairs,
+        overflow=images.overflow,
     )
 
 
@@ -309,105 +325,3 @@ def _drop_unusable(gaussians, features):
     if features is not None:
         features = jnp.where(usable[..., None], features, 0.0)
     return gaussians, features, usable
-
-
-def _blend_rows(
-    gaussians,
-    cameras,
-    features,
-    usable,
-    *,
-    with_depths,
-    capacity,
-    implementation,
-    interpret,
-    **options,
-):
-    """Blends with an implementation that takes `Projected` and an array of channels."""
-    projected = project(gaussians, cameras, usable, **options)
-    size = dict(width=options["width"], height=options["height"])
-    shape = projected.depths.shape  # [..., V, G]
-    # Alpha is a channel of ones: one minus the transmittance has few digits where alpha is small,
-    # and one minus alpha has few where the transmittance, the background's share, is small.
-    depths = projected.depths[..., None]
-    channels = [gaussians.colors[..., None, :, :], jnp.ones_like(depths)]
-    channels += [depths] if with_depths else []
-    channels += [features[..., None, :, :]] if features is not None else []
-    channels = [jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in channels]
-    channels = jnp.concatenate(channels, axis=-1)  # [..., V, G, C]
-    axes = len(shape) - 1
-    projected = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), projected)
-    channels = channels.reshape(-1, *channels.shape[axes:])
-
-    if implementation == "reference":
-        blended = reference.blend(projected, channels, **size)
-        count, too_many = binning.count_pairs(projected, binning.Grid(xla.TILE, **size))
-        overflow = jnp.zeros_like(too_many)
-    elif implementation == "xla":
-        blended, bins = xla.blend(projected, channels, **size, capacity=capacity)
-        count, overflow = bins.num_pairs, bins.overflow
-    else:
-        blended, bins = pallas_tpu.blend(
-            projected, channels, **size, capacity=capacity, interpret=interpret
-        )
-        count, overflow = bins.num_pairs, bins.overflow
-    blended = blended.reshape(*shape[:-1], *blended.shape[1:])  # [..., V, h, w, C + 1]
-    split = 4 + with_depths
-    parts = (
-        blended[..., :3],
-        blended[..., 3:4],
-        blended[..., 4:5] if with_depths else None,
-        None if features is None else blended[..., split:-1],
-    )
-    return parts, blended[..., -1:], count, overflow
-
-
-def _blend_planes(
-    gaussians,
-    cameras,
-    features,
-    usable,
-    *,
-    with_depths,
-    capacity,
-    implementation,
-    interpret,
-    **options,
-):
-    """Blends with pallas_gpu, which takes a plane for each number and shares channels."""
-    # The projection is quick to compute again, and what autodiff would keep of it is large.
-    projected = jax.checkpoint(functools.partial(project_planes, **options))(
-        gaussians, cameras, usable
-    )
-    *batch, views, num = projected.depths.shape
-    shared = [gaussians.colors]
-    shared.append(jnp.zeros((*gaussians.colors.shape[:-1], 0)) if features is None else features)
-    leading = np.broadcast_shapes(*(x.shape[:-2] for x in shared))
-    sets = 1 if math.prod(leading) == 1 else math.prod(batch)
-    leading = (1,) * len(batch) if sets == 1 else tuple(batch)
-    shared = [
-        jnp.broadcast_to(x, (*leading, num, x.shape[-1])).reshape(sets, num, x.shape[-1])
-        for x in shared
-    ]
-    inputs = pallas_gpu.Inputs(*(x.reshape(-1, num) for x in projected[:7]), *shared)
-    blended = pallas_gpu.blend(
-        inputs,
-        with_depths=with_depths,
-        width=options["width"],
-        height=options["height"],
-        capacity=capacity,
-        interpret=interpret,
-    )
-
-    def images(x):  # [C, I, h, w] to [..., V, h, w, C]
-        return jnp.moveaxis(x, 0, -1).reshape(*batch, views, *x.shape[2:], x.shape[0])
-
-    left = images(blended.left[None])
-    first = 3 + with_depths
-    parts = (
-        images(blended.channels[:3]),
-        1 - left,
-        images(blended.channels[3:4]) if with_depths else None,
-        None if features is None else images(blended.channels[first:]),
-    )
-    return parts, left, blended.num_pairs, blended.overflow

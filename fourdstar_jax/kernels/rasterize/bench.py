@@ -34,8 +34,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fourdstar_jax.kernels.rasterize import pallas_gpu
-from fourdstar_jax.kernels.rasterize.api import IMPLEMENTATIONS, rasterize
+from fourdstar_jax.kernels.rasterize.api import (
+    IMPLEMENTATIONS,
+    default_implementation,
+    rasterize,
+)
 from fourdstar_jax.kernels.rasterize.binning import pick_capacity
 from fourdstar_jax.types import Cameras, Gaussians
 
@@ -295,13 +298,13 @@ def run(
     """Measures, prints a line each, and writes the results so far after every scene."""
     if unknown := [name for name in scenes if name not in SCENES]:
         raise ValueError(f"there is no scene {unknown[0]!r}; there are {', '.join(SCENES)}")
-    implementations = implementations or ["xla" if pallas_gpu.why_not() else "pallas_gpu"]
-    if unknown := [name for name in implementations if name not in IMPLEMENTATIONS]:
-        raise ValueError(f"implementation {unknown[0]!r} must be one of {IMPLEMENTATIONS}")
-    if repeats is not None and repeats < 1:
-        raise ValueError(f"{repeats=} must be positive")
     # Leaves the device's memory to gsplat's process too; heeded where JAX has not started yet.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    implementations = implementations or [default_implementation(jnp.zeros(()))]
+    if unknown := [name for name in implementations if name not in IMPLEMENTATIONS]:
+        raise ValueError(f"implementation {unknown[0]!r} must be one of {tuple(IMPLEMENTATIONS)}")
+    if repeats is not None and repeats < 1:
+        raise ValueError(f"{repeats=} must be positive")
     results: dict[str, Any] = describe(commit) | {"scenes": []}
 
     def save():

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from fourdstar_jax.kernels.rasterize.projection import Projected
+from fourdstar_jax.kernels.rasterize.tiles import Grid
 
 # Tables up to this many (tile, Gaussian) entries take the dense route.
 DENSE_LIMIT = 2**22
 # A traced call without a capacity and with larger tables makes room for this many pairs for each
-# Gaussian and image, and for so many in any case.
+# Gaussian and image, but for no fewer than TRACED_PAIRS_LEAST in all.
 TRACED_PAIRS_PER_GAUSSIAN = 16
 TRACED_PAIRS_LEAST = 2**20
 
@@ -29,24 +30,8 @@ class Bins(NamedTuple):
 
     ids: Int[Array, " capacity"]  # image * G + Gaussian
     offsets: Int[Array, " tiles_plus_1"]
-    num_pairs: Int[Array, ""]  # there are, whether or not they fitted
+    num_pairs: Int[Array, ""]  # all that there are, whether or not they fitted
     overflow: Bool[Array, ""]
-
-
-class Grid(NamedTuple):
-    """Square tiles over images of one size."""
-
-    tile: int  # pixels
-    width: int  # pixels
-    height: int  # pixels
-
-    @property
-    def columns(self) -> int:
-        return -(-self.width // self.tile)
-
-    @property
-    def rows(self) -> int:
-        return -(-self.height // self.tile)
 
 
 def default_capacity(images: int, gaussians: int, grid: Grid) -> int:
@@ -85,12 +70,20 @@ def _spans(projected: Projected, grid: Grid):
     return spans
 
 
-def count_pairs(projected: Projected, grid: Grid) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """The number of (Gaussian, tile) pairs, and whether it leaves the range of int32."""
+def saturating_sum(x: Int[Array, "..."], axis: int | None = None) -> Int[Array, "*rest"]:
+    """The sum of numbers that are not negative, at most the largest int32.
+
+    Capacities are below that, so a sum that left the range of int32 overflows any of them.
+    """
+    too_many = jnp.sum(x.astype(jnp.float32), axis=axis) > 2.0**31 - 2**16
+    most = jnp.iinfo(jnp.int32).max
+    return jnp.where(too_many, most, jnp.sum(x, axis=axis, dtype=jnp.int32))
+
+
+def count_pairs(projected: Projected, grid: Grid) -> Int[Array, ""]:
+    """The number of (Gaussian, tile) pairs, at most the largest int32."""
     (_, nx), (_, ny) = _spans(projected, grid)
-    count = jnp.sum(nx * ny, dtype=jnp.int32)
-    too_many = jnp.sum((nx * ny).astype(jnp.float32)) > 2.0**31 - 2**16
-    return jnp.where(too_many, jnp.iinfo(jnp.int32).max, count), too_many
+    return saturating_sum(nx * ny)
 
 
 def depth_order(projected: Projected) -> Int[Array, "I G"]:
@@ -138,7 +131,7 @@ def _bin_sorted(ordered: Projected, ids: Int[Array, " IG"], grid: Grid, capacity
     images, num = ordered.depths.shape
     tiles = images * grid.columns * grid.rows
     (x0, nx), (y0, ny) = ((a.reshape(-1), b.reshape(-1)) for a, b in _spans(ordered, grid))
-    count, too_many = count_pairs(ordered, grid)
+    count = count_pairs(ordered, grid)
     ends = jnp.cumsum(nx * ny, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     # Slot s belongs to the last Gaussian that starts at or before s.
@@ -160,12 +153,4 @@ def _bin_sorted(ordered: Projected, ids: Int[Array, " IG"], grid: Grid, capacity
         tile, owner = jax.lax.sort((tile, owner), num_keys=1, is_stable=True)
     lengths = jnp.zeros(tiles + 1, jnp.int32).at[tile + 1].add(1, mode="drop")
     offsets = jnp.cumsum(lengths, dtype=jnp.int32)
-    return Bins(ids[owner], offsets, count, (count > capacity) | too_many)
-
-
-def tile_centres(grid: Grid, dtype) -> tuple[Float[Array, " tiles"], Float[Array, " tiles"]]:
-    """Centres (x, y) of one image's tiles in pixels, row-major."""
-    index = jnp.arange(grid.columns * grid.rows)
-    half = grid.tile / 2
-    x, y = (index % grid.columns * grid.tile, index // grid.columns * grid.tile)
-    return (x + half).astype(dtype), (y + half).astype(dtype)
+    return Bins(ids[owner], offsets, count, count > capacity)

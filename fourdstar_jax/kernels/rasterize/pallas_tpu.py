@@ -25,15 +25,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from fourdstar_jax.kernels.rasterize import binning
-from fourdstar_jax.kernels.rasterize.binning import Bins, Grid
+from fourdstar_jax.kernels.devices import vary_like
 from fourdstar_jax.kernels.rasterize.projection import (
     ALPHA_MAX,
     ALPHA_MIN,
     TRANSMITTANCE_MIN,
     Projected,
 )
-from fourdstar_jax.kernels.rasterize.xla import geometry_gradient, untile, vary_like
+from fourdstar_jax.kernels.rasterize.rows import Counts, blend_in_tiles
+from fourdstar_jax.kernels.rasterize.tiles import Grid, geometry_gradient, tile_centres
 
 TILE = 32  # pixels
 PLANE = (8, 128)  # a tile's pixels in one register: pixel (x, y) is number 32 y + x
@@ -58,27 +58,27 @@ def blend(
     height: int,
     capacity: int,
     interpret: Any = False,
-) -> tuple[Float[Array, "I h w C+1"], Bins]:
+) -> tuple[Float[Array, "I h w C+1"], Counts]:
     """Images of I cameras, each with its own projected Gaussians, computed in float32.
 
     The last channel is the transmittance that is left. `interpret` runs the kernels on any device:
     `True`, or a `pltpu.InterpretParams`, which also models memories and copies.
     """
-    images, num, num_channels = channels.shape
     grid = Grid(TILE, width, height)
-    bins = binning.bin_gaussians(projected, grid, capacity)
-    geometry = jnp.concatenate(
-        [projected.means2d, projected.conic_roots, projected.opacities[..., None]], axis=-1
-    )
-    planes = _blend_tiles(
-        geometry.reshape(images * num, GEOMETRY).astype(jnp.float32),
-        channels.reshape(images * num, num_channels).astype(jnp.float32),
-        bins.ids,
-        bins.offsets,
-        _Settings(grid, interpret),
-    )
-    tiles = jnp.asarray(planes).reshape(-1, num_channels + 1, TILE * TILE)
-    return untile(tiles, grid).astype(channels.dtype), bins
+
+    def blend_tiles(geometry, channels, ids, offsets):
+        geometry, channels = geometry.astype(jnp.float32), channels.astype(jnp.float32)
+        planes = _blend_tiles(geometry, channels, ids, offsets, _Settings(grid, interpret))
+        return jnp.asarray(planes).reshape(-1, channels.shape[1] + 1, TILE * TILE)
+
+    images, counts = blend_in_tiles(blend_tiles, projected, channels, grid, capacity)
+    return images.astype(channels.dtype), counts
+
+
+def why_not() -> str | None:
+    """Why these kernels do not run on the default device, to be read after their name."""
+    backend = jax.default_backend()
+    return None if backend == "tpu" else f"needs a TPU, and this is a {backend}"
 
 
 # Rows of pairs, cut into chunks
@@ -153,7 +153,7 @@ def _hit(geometry, x, y, before) -> _Hit:
 
 
 def _transmittance(x, y, grid: Grid):
-    """Of light that has met nothing; 0 outside of the image, where no Gaussian counts."""
+    """Transmittance in front of all Gaussians; 0 outside of the image, where none counts."""
     return jnp.where((x < grid.width) & (y < grid.height), 1.0, 0.0).astype(jnp.float32)
 
 
@@ -420,7 +420,7 @@ def _blend_tiles_bwd(settings, residuals, cotangent):
     sums = jnp.swapaxes(sums, 1, 2)  # [chunks, CHUNK, MOMENTS + C and padding]
     rows = chunks.rows.reshape(*chunks.ids.shape, -1)[..., :GEOMETRY]
     in_image = chunks.tiles % (grid.rows * grid.columns)
-    centres = [x[in_image] for x in binning.tile_centres(grid, jnp.float32)]
+    centres = [x[in_image] for x in tile_centres(grid, jnp.float32)]
     dgeometry = geometry_gradient(rows, sums[..., :GEOMETRY], centres)
     pairs = jnp.concatenate([dgeometry, sums[..., MOMENTS : MOMENTS + num_channels]], axis=-1)
     # Places without a Gaussian may hold anything; they sort to the end and have no segment.

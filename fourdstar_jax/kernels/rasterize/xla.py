@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fourdstar_jax.kernels.rasterize import binning
-from fourdstar_jax.kernels.rasterize.binning import Bins, Grid
+from fourdstar_jax.kernels.devices import vary_like
 from fourdstar_jax.kernels.rasterize.projection import (
     ALPHA_MAX,
     ALPHA_MIN,
     TRANSMITTANCE_MIN,
     Projected,
 )
+from fourdstar_jax.kernels.rasterize.rows import Counts, blend_in_tiles
+from fourdstar_jax.kernels.rasterize.tiles import Grid, geometry_gradient, tile_centres
 
 TILE = 8  # pixels; small tiles waste fewer pairs, and the loops are over blocks of many tiles
 
@@ -53,33 +54,19 @@ def blend(
     width: int,
     height: int,
     capacity: int,
-) -> tuple[Float[Array, "I h w C+1"], Bins]:
+) -> tuple[Float[Array, "I h w C+1"], Counts]:
     """Images of I cameras, each with its own projected Gaussians.
 
     The last channel is the transmittance that is left.
     """
-    images, num, num_channels = channels.shape
     grid = Grid(TILE, width, height)
-    bins = binning.bin_gaussians(projected, grid, capacity)
-    geometry = jnp.concatenate(
-        [projected.means2d, projected.conic_roots, projected.opacities[..., None]], axis=-1
-    )
-    tiles = _blend_tiles(
-        geometry.reshape(images * num, 6),
-        channels.reshape(images * num, num_channels),
-        bins.ids,
-        bins.offsets,
+    return blend_in_tiles(
+        lambda *lists: _blend_tiles(*lists, grid, default_blocks()),
+        projected,
+        channels,
         grid,
-        default_blocks(),
-    )  # [I * rows * columns, C + 1, tile * tile]
-    return untile(jnp.asarray(tiles), grid), bins
-
-
-def untile(tiles: Float[Array, "N C P"], grid: Grid) -> Float[Array, "I h w C"]:
-    shape = (-1, grid.rows, grid.columns, tiles.shape[1], grid.tile, grid.tile)
-    x = jnp.transpose(tiles.reshape(shape), (0, 1, 4, 2, 5, 3))
-    x = x.reshape(x.shape[0], grid.rows * grid.tile, grid.columns * grid.tile, tiles.shape[1])
-    return x[:, : grid.height, : grid.width]
+        capacity,
+    )
 
 
 class _Step(NamedTuple):
@@ -152,18 +139,8 @@ def _groups(offsets, grid: Grid, blocks: Blocks, dtype):
     start = offsets[tile]
     end = jnp.where(order < num_tiles, offsets[tile + 1], start)
     per_image = grid.rows * grid.columns
-    centres = [x[tile % per_image] for x in binning.tile_centres(grid, dtype)]
+    centres = [x[tile % per_image] for x in tile_centres(grid, dtype)]
     return jax.tree.map(lambda x: x.reshape(-1, group), (order, start, end, centres))
-
-
-def vary_like(like, *arrays):
-    """Inside shard_map, marks arrays as differing between devices where any of `like` does."""
-    names = set().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
-    out = []
-    for x in arrays:
-        axes = tuple(sorted(names - jax.typeof(x).manual_axis_type.varying))
-        out.append(jax.lax.pcast(x, axes, to="varying") if axes else x)
-    return tuple(out)
 
 
 def _pending(k, transmittance, start, end, blocks):
@@ -266,23 +243,6 @@ def _blend_tiles_bwd(grid, blocks, residuals, cotangent):
     (dense,) = vary_like((geometry, channels, offsets, cotangent), dense)
     dense, _ = jax.lax.scan(one_group, dense, (order, *lists))
     return dense[:, :6], dense[:, 6:], None, None
-
-
-def geometry_gradient(rows, moments, centres):
-    """Gradients of (u, v, a, b, c, opacity) from moments [..., 6] of dsigma about tile centres."""
-    u, v, a, b, c, opacity = (rows[..., i] for i in range(6))
-    m, mx, my, mxx, mxy, myy = (moments[..., i] for i in range(6))
-    x, y = u - centres[0][:, None], v - centres[1][:, None]
-    sx, sy = x * m - mx, y * m - my  # sums of dsigma times (dx, dy)
-    sxx = x * (sx - mx) + mxx
-    sxy = x * sy - y * mx + mxy
-    syy = y * (sy - my) + myy
-    p, q = a * sx + b * sy, c * c * sy  # dsigma times (a dx + b dy), c^2 dy
-    du, dv = a * p, b * p + q
-    da, db, dc = a * sxx + b * sxy, a * sxy + b * syy, c * syy
-    used = opacity > 0
-    dopacity = jnp.where(used, -m / jnp.where(used, opacity, 1.0), 0.0)
-    return jnp.stack([du, dv, da, db, dc, dopacity], axis=-1)
 
 
 _blend_tiles.defvjp(_blend_tiles_fwd, _blend_tiles_bwd)

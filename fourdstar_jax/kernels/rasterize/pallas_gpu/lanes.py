@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fourdstar_jax.kernels.rasterize.xla import vary_like
+from fourdstar_jax.kernels.devices import vary_like
 
 LANES = 128
 WARP = 32
@@ -106,6 +106,19 @@ class Lockstep:
 
     def block_barrier(self):
         """Orders the block's accesses to shared memory."""
+
+
+def while_less(bound, body, init):
+    """`init = body(k, init)` for k = 0, 1, ... below a bound that only the warp knows."""
+    _, out = lax.while_loop(
+        lambda x: x[0] < bound, lambda x: (x[0] + 1, body(x[0], x[1])), (jnp.int32(0), init)
+    )
+    return out
+
+
+def when(condition, body):
+    """`body()` where a condition of the warp holds, for what it writes."""
+    lax.cond(condition, lambda: (body(), None)[1], lambda: None)
 
 
 def launch(body, inputs, *, outputs, grid, scratch=(), refs=(), interpret=False, static=()):
