@@ -16,7 +16,7 @@ ROOT = Path(fourdstar_jax.__file__).parent
 # Every module or package of fourdstar_jax and its floor. A module may import from lower floors
 # and from its own package.
 FLOORS = [
-    {"types"},
+    {"types", "timing"},
     {"geometry"},
     {"kernels", "sharding"},
     {"nn"},

@@ -1,4 +1,4 @@
-"""What kernels ask of devices: whether Mosaic GPU runs here, and how arrays differ over a mesh."""
+"""Facts about devices that kernels need: is there Mosaic GPU, do arrays differ over a mesh."""
 
 import functools
 
@@ -7,7 +7,10 @@ import jax
 
 @functools.cache
 def why_no_mosaic_gpu() -> str | None:
-    """Why Mosaic GPU kernels do not run on the default device, to be read after their name."""
+    """The reason why Mosaic GPU kernels do not run on the default device, None if they do.
+
+    A verb phrase, to be read after the name of what was asked for.
+    """
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     needs = "needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer"
@@ -21,7 +24,7 @@ def why_no_mosaic_gpu() -> str | None:
 
 
 def vary_like(like, *arrays):
-    """Inside shard_map, marks arrays as differing between devices where any of `like` does."""
+    """Marks arrays as differing between devices where any of `like` does, inside shard_map."""
     names = set().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
     out = []
     for x in arrays:

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fourdstar_jax import nn, sharding
-from fourdstar_jax.kernels.rasterize.bench import describe
 from fourdstar_jax.nn import cast_weights
+from fourdstar_jax.timing import allocator_peak, describe, program_bytes
 from fourdstar_jax.tokenizer import UNITOK, bench_original
 from fourdstar_jax.tokenizer.unitok import UniTok
 
@@ -121,17 +121,8 @@ def measure(name: str, model: Any, *, batch: int, repeats: int) -> dict[str, Any
     program = operation(name, model, batch)
     compile_s = time.perf_counter() - start
     line = bench_original.measure(program, jax.block_until_ready, repeats=repeats, batch=batch)
-    memory = program.compiled.memory_analysis()
-    line["program_bytes"] = (
-        None
-        if memory is None
-        else memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    stats = jax.devices()[0].memory_stats() or {}
-    line["allocator_peak_bytes"] = stats.get("peak_bytes_in_use")
+    line["program_bytes"] = program_bytes(program.compiled)
+    line["allocator_peak_bytes"] = allocator_peak()
     line["compile_s"] = compile_s
     return line
 
@@ -200,7 +191,6 @@ def run(
             against, python=python, batch=batch, dtype=dtype, repeats=repeats, layouts=layouts
         )
     results: dict[str, Any] = describe(commit)
-    del results["copy_bytes_per_s"]
     results["versions"]["flax"] = importlib.metadata.version("flax")
     results |= dict(batch=batch, repeats=repeats, tflop_per_image=None, ours={})
     if original is not None:

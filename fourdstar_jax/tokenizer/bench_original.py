@@ -14,13 +14,16 @@ each direction is reported. The last line of its output is JSON.
 import argparse
 import json
 import platform
-import statistics
+import runpy
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+# By its path: the Python that runs this script need not have the package.
+time_calls = runpy.run_path(str(Path(__file__).resolve().parents[1] / "timing.py"))["time_calls"]
 
 WARM_UP = 3  # calls
 ROUNDS = 5
@@ -41,25 +44,12 @@ def measure(
     back_to_back_ms: of `repeats` calls with one wait after the last; the median of five rounds.
     sync_ms: with a wait after every call; the median of `repeats`.
     """
-    for _ in range(WARM_UP):
-        wait(call())
-    rounds, waited = [], []
-    for _ in range(ROUNDS):
-        start, result = time.perf_counter(), None
-        for _ in range(repeats):
-            result = call()
-        wait(result)
-        rounds.append(1e3 * (time.perf_counter() - start) / repeats)
-    for _ in range(repeats):
-        start = time.perf_counter()
-        wait(call())
-        waited.append(1e3 * (time.perf_counter() - start))
-    middle = statistics.median(rounds)
+    times = time_calls(call, wait, warm_up=WARM_UP, repeats=repeats, rounds=ROUNDS)
     return dict(
-        back_to_back_ms=middle,
-        back_to_back_range_ms=[min(rounds), max(rounds)],
-        sync_ms=statistics.median(waited),
-        images_per_s=1e3 * batch / middle,
+        back_to_back_ms=times.back_to_back_ms,
+        back_to_back_range_ms=[min(times.rounds), max(times.rounds)],
+        sync_ms=times.sync_ms,
+        images_per_s=1e3 * batch / times.back_to_back_ms,
     )
 
 

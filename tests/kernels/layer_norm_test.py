@@ -1,6 +1,7 @@
 """The fused LayerNorm: kernel body and plain form against each other, numpy and flax."""
 
 import functools
+import json
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import sharding
-from fourdstar_jax.kernels.layer_norm import add_layer_norm, api, reference
+from fourdstar_jax.kernels.devices import why_no_mosaic_gpu
+from fourdstar_jax.kernels.layer_norm import add_layer_norm, api, bench, reference
 from fourdstar_jax.kernels.layer_norm.kernel import fused
 from fourdstar_jax.kernels.layer_norm.kernel import norms_of as norms_with
 
@@ -167,3 +169,17 @@ def test_wrong_arguments():
         add_layer_norm(x, None, [])
     with pytest.raises(ValueError, match="y is None"):
         add_layer_norm(x, None, norms_of(pairs), bias=bias)
+
+
+def test_bench(monkeypatch, tmp_path, capsys):
+    """On the CPU the definition alone is timed; the kernel's line says why not."""
+    monkeypatch.setattr(bench, "SHAPES", {"toy": (8, 128)})
+    results = bench.run(repeats=2, json_file=tmp_path / "new" / "results.json")
+    assert json.loads((tmp_path / "new" / "results.json").read_text()) == results
+    lines = results["results"]
+    wanted = ["reference"] if why_no_mosaic_gpu() else ["reference", "kernel"]
+    assert [line["who"] for line in lines] == wanted
+    for line in lines:
+        assert line["sync_ms"] > 0
+        assert line["bytes_per_s"] == pytest.approx(8192e3 / line["back_to_back_ms"])
+    assert ("compute capability 9.0" in capsys.readouterr().out) == (len(lines) == 1)

@@ -9,7 +9,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fourdstar_jax import geometry
-from fourdstar_jax.kernels.rasterize import binning, pick_capacity, rasterize, usable_mask
+from fourdstar_jax.kernels.rasterize import (
+    api,
+    binning,
+    pick_capacity,
+    rasterize,
+    rows,
+    usable_mask,
+)
+from fourdstar_jax.kernels.rasterize.implementation import Implementation
 from fourdstar_jax.types import Cameras, Gaussians
 
 SIZE = dict(width=31, height=23)
@@ -387,3 +395,46 @@ def test_leading_axes_that_do_not_broadcast_are_named():
 def test_kernels_that_cannot_run_say_which_can(implementation):
     with pytest.raises(NotImplementedError, match="'xla' and 'reference'"):
         bad_call(implementation=implementation)
+
+
+def test_one_line_adds_an_implementation(monkeypatch):
+    """All that the call knows of an implementation stands in the table."""
+    seen = []
+
+    def blend(projected, channels, *, width, height, capacity):
+        seen.append((width, height, capacity))
+        images = jnp.ones((channels.shape[0], height, width, channels.shape[2] + 1))
+        return images, rows.Counts(jnp.int32(5), jnp.bool_(False))
+
+    flat = Implementation(16, rows.from_rows(blend))
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "flat", flat)
+    result = bad_call(implementation="flat", background=jnp.ones(3))
+    np.testing.assert_array_equal(result.renders, jnp.full((1, 23, 31, 3), 2.0))
+    assert int(result.num_intersections) == 5 and not result.overflow
+    assert seen == [(31, 23, 2 * 2 * 7)]  # room for seven Gaussians on each tile of 16 pixels
+    result = bad_call(implementation="flat", capacity=3)
+    assert seen[1] == (31, 23, 3)
+
+
+def test_the_default_is_the_first_that_runs(monkeypatch):
+    arrays = random_gaussians(18, 7)
+    backend = jax.default_backend()
+    plain = api.IMPLEMENTATIONS["xla"]
+    table = {
+        "xla": plain,
+        "broken": plain._replace(default_on=backend, why_not=lambda: "is broken"),
+        "elsewhere": plain._replace(default_on="elsewhere"),
+        "good": plain._replace(default_on=backend, float32_only=True),
+    }
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", table)
+    with pytest.warns(UserWarning, match="'broken' is broken"):
+        assert api.default_implementation(arrays) == "good"
+    del table["broken"]
+    assert api.default_implementation(arrays) == "good"
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), arrays)
+    assert api.default_implementation(half) == "xla"
+    with pytest.raises(ValueError, match="must be one of"):
+        bad_call(implementation="broken")
+    table["good"] = table["good"]._replace(why_not=lambda: "needs a miracle")
+    with pytest.raises(NotImplementedError, match="'good' needs a miracle; 'elsewhere' and 'xla'"):
+        bad_call(implementation="good")

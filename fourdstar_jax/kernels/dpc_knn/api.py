@@ -1,4 +1,4 @@
-"""`cluster_dpc_knn`: which tokens stand for the others."""
+"""`cluster_dpc_knn`: density-peaks clustering of all tokens of a sample at once."""
 
 import math
 

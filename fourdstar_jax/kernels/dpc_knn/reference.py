@@ -27,7 +27,7 @@ class Clusters(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """What is known of S token slots after some groups have come in; the rest is masked out."""
+    """The tokens of some groups in S slots, with densities and deltas; empty slots are masked."""
 
     x: Float[Array, "*b S D"]
     ids: Int[Array, "*b S K"]
@@ -57,7 +57,7 @@ def distances(
 def log_densities(
     distance: Float[Array, "N N"], mask: Bool[Array, " N"], *, k: int
 ) -> Float[Array, " N"]:
-    """-mean of the squared distances to the k nearest, the token itself being one of them.
+    """Minus the mean squared distance to the k nearest tokens, the token itself being one.
 
     A group with fewer than k valid tokens averages over those it has.
     """
@@ -73,12 +73,12 @@ def is_denser(
     other: Float[Array, "*c"],
     other_index: Int[Array, "*c"],
 ) -> Bool[Array, "*d"]:
-    """Whether the first is denser than the other: by density, then by the smaller index."""
+    """Compares by density, then by the smaller index: whether the first is the denser one."""
     return (log_density > other) | ((log_density == other) & (index < other_index))
 
 
 def find_clusters(peaks: Peaks, *, num_clusters: int) -> Clusters:
-    """The tokens with the largest rho * delta, and for each token the nearest of them.
+    """Takes the tokens with the largest rho * delta as centres, for each token the nearest one.
 
     The densest token's delta is the largest distance of the sample. A centre with delta 0 has a
     denser twin: it is surplus and takes no tokens. A centre belongs to its own cluster.

@@ -37,7 +37,7 @@ def add_group(
     *,
     k: int,
 ) -> Peaks:
-    """Takes one more group in.
+    """Takes one more group of tokens into the peaks.
 
     Densities never change, being of one group each, so delta is a running minimum. Memory and time
     grow with S times N, not with S squared.

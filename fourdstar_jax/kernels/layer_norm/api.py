@@ -51,7 +51,7 @@ def add_layer_norm(
 
 
 def fits(x: Array, y: Array | None, dtype: jnp.dtype) -> bool:
-    """Whether the kernel takes these, here and now: bfloat16, but x may be float32."""
+    """Tells whether the kernel takes these arrays here and now: bfloat16, but x may be float32."""
     if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
         return False
     types = x.dtype in (jnp.bfloat16, jnp.float32) and (y is None or y.dtype == jnp.bfloat16)

@@ -23,7 +23,7 @@ WIDTHS = (128, 2048)  # of rows, powers of two: a row must fit into its warp's r
 
 
 def takes(shape: Sequence[int]) -> bool:
-    """Whether the kernel takes arrays of this shape."""
+    """Tells whether the kernel takes arrays of this shape."""
     rows, width = math.prod(shape[:-1]), shape[-1]
     low, high = WIDTHS
     return low <= width <= high and not width & (width - 1) and rows > 0 and rows % ROWS == 0
@@ -31,6 +31,11 @@ def takes(shape: Sequence[int]) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def fused(epsilons, interpret, x, y, bias, pairs):
+    """Sum and normalised sum by the kernel; `pairs` are (scale, bias) of each norm.
+
+    The gradient, and everything under vmap, is the definition's.
+    """
+
     @jax.custom_batching.custom_vmap
     def call(x, y, bias, pairs):
         return launch(epsilons, interpret, x, y, bias, pairs)
@@ -48,6 +53,7 @@ def fused(epsilons, interpret, x, y, bias, pairs):
 
 
 def norms_of(epsilons, pairs):
+    """Norms from their epsilons and their (scale, bias)."""
     return tuple(Norm(a, b, epsilon) for (a, b), epsilon in zip(pairs, epsilons, strict=True))
 
 
@@ -75,7 +81,7 @@ fused.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # lowered once, however often it is called
 def launch(epsilons, interpret, x, y, bias, pairs):
-    """The kernel over all rows. `interpret=True` runs its body with plain JAX."""
+    """Runs the kernel over all rows, with `interpret=True` its body in plain JAX."""
     width = x.shape[-1]
     inputs = [v.reshape(-1, width) for v in (x, y) if v is not None]
     inputs += [v for v in (bias, *(v for pair in pairs for v in pair)) if v is not None]
@@ -92,7 +98,7 @@ def launch(epsilons, interpret, x, y, bias, pairs):
 
 
 def _rows(epsilons, has_y, has_bias, half, arrays):
-    """What a block does with its rows, all in float32: the sum, if there is a y, and its norms."""
+    """A block's work on its rows, all in float32: the sum, if there is a y, and its norms."""
     arrays = iter(arrays)
     x = next(arrays)
     results = []
@@ -117,13 +123,14 @@ def _round(x):
 
 
 def interpreted(body, inputs, outputs):
-    """The body on all rows at once."""
+    """Runs the body on all rows at once, in plain JAX."""
     shape = inputs[0].shape
     wide = [jnp.broadcast_to(v.astype(jnp.float32), shape) for v in inputs]
     return [v.astype(out.dtype) for v, out in zip(body(wide), outputs, strict=True)]
 
 
 def mosaic(body, inputs, outputs):
+    """Runs the body as a Mosaic GPU kernel, a block for each `ROWS` rows."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -33,7 +33,7 @@ def add_layer_norm(
 
 
 def layer_norm(x: Float[Array, "*b D"], norm: Norm) -> Float[Array, "*b D"]:
-    """As `nnx.LayerNorm` of x's type computes it."""
+    """The LayerNorm of x as `nnx.LayerNorm` of x's type computes it."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     square = jnp.mean(wide * wide, axis=-1, keepdims=True)

@@ -144,7 +144,7 @@ def rasterize(
 
 
 def default_implementation(arrays: Any) -> str:
-    """The implementation that runs best here on a tree of arrays; warns if it is second best."""
+    """The implementation that runs best here on a tree of arrays; warns if a better one cannot."""
     for name, implementation in IMPLEMENTATIONS.items():
         if implementation.default_on != jax.default_backend():
             continue
@@ -158,7 +158,7 @@ def default_implementation(arrays: Any) -> str:
 
 
 def _why_not(name: str, arrays: Any) -> str | None:
-    """Why an implementation does not run here on these arrays, to be read after its name."""
+    """The reason why an implementation does not run here on these arrays, to follow its name."""
     implementation = IMPLEMENTATIONS[name]
     if implementation.float32_only and _dtype(arrays) != jnp.float32:
         return f"takes float32, not {_dtype(arrays)}"
@@ -185,7 +185,7 @@ def _check_options(width, height, near, far, eps2d, capacity):
 
 
 def _check_arrays(gaussians, cameras, features, background):
-    """Everything as float arrays of one type, shapes checked, at least one Gaussian."""
+    """Checks types and shapes; returns all as arrays of one float type, and the leading axes."""
     if not isinstance(gaussians, Gaussians):
         raise ValueError(f"gaussians must be a Gaussians, not {type(gaussians).__name__}")
     if not isinstance(cameras, Cameras):
@@ -301,7 +301,7 @@ def _rasterize(
 
 
 def _drop_unusable(gaussians, features):
-    """Unusable Gaussians made harmless, and an empty scene given one of them."""
+    """Makes unusable Gaussians harmless, and gives an empty scene one of them."""
     if gaussians.means.shape[-2] == 0:
         batch = gaussians.opacities.shape[:-1]
         unusable = jnp.full((*batch, 1), jnp.nan, gaussians.means.dtype)

@@ -15,18 +15,15 @@ that neither holds the other's memory. Every figure is taken after warm-up calls
   falls, so after a larger scene there is none.
 """
 
-import datetime
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +37,7 @@ from fourdstar_jax.kernels.rasterize.api import (
     rasterize,
 )
 from fourdstar_jax.kernels.rasterize.binning import pick_capacity
+from fourdstar_jax.timing import allocator_peak, describe, program_bytes, time_calls
 from fourdstar_jax.types import Cameras, Gaussians
 
 WARM_UP = 5  # calls
@@ -74,7 +72,7 @@ PASSES = ("forward", "forward_backward")
 
 
 def make_object(num: int, seed: int, scale: tuple[float, float] = (0.002, 0.02)) -> Gaussians:
-    """Centres uniform in a ball of radius 0.7, opacities sigmoid(1.5 normal); numpy arrays."""
+    """Gaussians uniform in a ball of radius 0.7, opacities sigmoid(1.5 normal); numpy arrays."""
     rng = np.random.default_rng(seed)
     directions = rng.standard_normal((num, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -88,7 +86,7 @@ def make_object(num: int, seed: int, scale: tuple[float, float] = (0.002, 0.02))
 
 
 def make_cameras(views: int, width: int, height: int) -> Cameras:
-    """Around the z axis at equal angles, looking at the origin; numpy arrays."""
+    """Cameras around the z axis at equal angles, looking at the origin; numpy arrays."""
     focal = 0.5 * min(width, height) / np.tan(0.5 * np.deg2rad(FOV_DEG))
     K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     viewmats = []
@@ -107,8 +105,10 @@ def make_cameras(views: int, width: int, height: int) -> Cameras:
 
 
 def make_scene(scene: Scene) -> tuple[Gaussians, Cameras]:
-    """Timestep t has seed t. Without the axis of timesteps where there is one; the cameras never
-    have it."""
+    """Gaussians and cameras of a scene, timestep t from seed t; numpy arrays.
+
+    Gaussians have an axis of timesteps where there are several, cameras never have it.
+    """
     objects = [make_object(scene.num, seed, scene.scale) for seed in range(scene.timesteps)]
     gaussians = Gaussians(*(np.stack(x) for x in zip(*objects, strict=True)))
     if scene.timesteps == 1:
@@ -117,7 +117,7 @@ def make_scene(scene: Scene) -> tuple[Gaussians, Cameras]:
 
 
 def make_cotangents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What the loss multiplies colours and alphas by: standard normal."""
+    """Standard normal cotangents of colours and alphas; numpy arrays."""
     rng = np.random.default_rng(1)
     times = (scene.timesteps,) if scene.timesteps > 1 else ()
     shape = (*times, scene.views, scene.height, scene.width)
@@ -125,24 +125,13 @@ def make_cotangents(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return colors, rng.standard_normal((*shape, 1), np.float32)
 
 
-def times_ms(run, *args, repeats: int) -> dict[str, Any]:
-    for _ in range(WARM_UP):
-        jax.block_until_ready(run(*args))
-    waited = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        waited.append(1e3 * (time.perf_counter() - start))
-    start = time.perf_counter()
-    result = None
-    for _ in range(repeats):
-        result = run(*args)
-    jax.block_until_ready(result)
-    mean = 1e3 * (time.perf_counter() - start) / repeats
+def times_ms(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> dict[str, Any]:
+    """The times of one call, as both sides report them."""
+    times = time_calls(call, wait, warm_up=WARM_UP, repeats=repeats)
     return dict(
-        sync_ms=statistics.median(waited),
-        sync_range_ms=[min(waited), max(waited)],
-        back_to_back_ms=mean,
+        sync_ms=times.sync_ms,
+        sync_range_ms=[min(times.waited), max(times.waited)],
+        back_to_back_ms=times.back_to_back_ms,
     )
 
 
@@ -152,7 +141,7 @@ def measure(name: str, implementation: str, repeats: int | None = None) -> dict[
     repeats = repeats or scene.repeats
     gaussians, cameras = jax.device_put(make_scene(scene))
     cotangents = jax.device_put(make_cotangents(scene))
-    peak_before = _allocator_peak()
+    peak_before = allocator_peak()
     render = functools.partial(
         rasterize,
         width=scene.width,
@@ -173,22 +162,20 @@ def measure(name: str, implementation: str, repeats: int | None = None) -> dict[
         return images, counts, pull(cotangents)[0]
 
     args = (gaussians, cameras, cotangents)
+    wait = jax.block_until_ready
     times = dict(
-        forward=times_ms(forward, *args[:2], repeats=repeats),
-        forward_backward=times_ms(forward_backward, *args, repeats=repeats),
+        forward=times_ms(lambda: forward(*args[:2]), wait, repeats),
+        forward_backward=times_ms(lambda: forward_backward(*args), wait, repeats),
     )
-    memory = forward_backward.lower(*args).compile().memory_analysis()
-    assert memory is not None, "XLA does not tell the program's memory on this device"
+    size = program_bytes(forward_backward.lower(*args).compile())
+    assert size is not None, "XLA does not tell the program's memory on this device"
     (renders, alphas), (count, overflow), gradients = jax.device_get(forward_backward(*args))
     assert not overflow, f"{count} pairs exceed the {capacity=}"
-    peak = _allocator_peak()
+    peak = allocator_peak()
     return dict(
         implementation=implementation,
         **times,
-        program_bytes=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        program_bytes=size,
         allocator_peak_bytes=peak if peak is not None and peak > (peak_before or 0) else None,
         num_intersections=int(count),
         capacity=capacity,
@@ -207,12 +194,8 @@ def summary(renders, alphas, gradients) -> dict[str, Any]:
     )
 
 
-def _allocator_peak() -> int | None:
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 def measure_gsplat(name: str, repeats: int | None = None) -> dict[str, Any]:
-    """The same for gsplat, from a process of its own; there is a list of what it adds there."""
+    """gsplat's figures of a scene, measured in a process of its own (`bench_gsplat.py`)."""
     if missing := [x for x in ("torch", "gsplat") if importlib.util.find_spec(x) is None]:
         raise ValueError(f"gsplat needs torch with CUDA; not installed: {', '.join(missing)}")
     command = [sys.executable, "-m", "fourdstar_jax.kernels.rasterize.bench_gsplat", name]
@@ -227,7 +210,7 @@ def measure_gsplat(name: str, repeats: int | None = None) -> dict[str, Any]:
 
 
 def ratios(ours: dict[str, Any], gsplat: dict[str, Any]) -> dict[str, Any]:
-    """Ours over gsplat's; `kernels` is our back-to-back time over the sum of its kernels' times."""
+    """Our figures over gsplat's; `kernels` is our back-to-back time over its kernels' times."""
     result: dict[str, Any] = {"memory": ours["program_bytes"] / gsplat["peak_bytes"]}
     for name in PASSES:
         mine, other = ours[name], gsplat[name]
@@ -255,37 +238,6 @@ def copy_bandwidth() -> float:
     return statistics.median(rates[1:])
 
 
-def describe(commit: str | None = None) -> dict[str, Any]:
-    """Machine, versions and commit, for the head of a results file."""
-    device = jax.devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return dict(
-        date=datetime.date.today().isoformat(),
-        device=device.device_kind,
-        platform=device.platform,
-        driver=_driver() if device.platform == "gpu" else None,
-        copy_bytes_per_s=None,
-        versions=dict(python=platform.python_version(), **versions),
-        commit=commit or _commit(),
-    )
-
-
-def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
-    return lines[0] if lines else None
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[3]
-    if shutil.which("git") is None or not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
 def run(
     scenes: list[str],
     *,
@@ -305,7 +257,7 @@ def run(
         raise ValueError(f"implementation {unknown[0]!r} must be one of {tuple(IMPLEMENTATIONS)}")
     if repeats is not None and repeats < 1:
         raise ValueError(f"{repeats=} must be positive")
-    results: dict[str, Any] = describe(commit) | {"scenes": []}
+    results: dict[str, Any] = describe(commit) | dict(copy_bytes_per_s=None, scenes=[])
 
     def save():
         if json_file is not None:

@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from typing import Any
 
 import gsplat  # pyright: ignore[reportMissingImports]
@@ -26,6 +25,7 @@ from fourdstar_jax.types import Gaussians
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
+    """Times, memory and counts of gsplat on one scene, and means to compare by."""
     if not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device")
     scene = bench.SCENES[name]
@@ -74,30 +74,21 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 
 
 def _times_ms(call, repeats: int) -> dict[str, Any]:
-    for _ in range(bench.WARM_UP):
-        call()
-    waited, between = [], []
+    times = bench.times_ms(call, lambda _: torch.cuda.synchronize(), repeats)
+    return dict(**times, sync_events_ms=_events_ms(call, repeats))
+
+
+def _events_ms(call, repeats: int) -> float:
+    between = []
     for _ in range(repeats):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda.synchronize()
-        start = time.perf_counter()
         events[0].record()
         call()
         events[1].record()
         torch.cuda.synchronize()
-        waited.append(1e3 * (time.perf_counter() - start))
         between.append(events[0].elapsed_time(events[1]))
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    torch.cuda.synchronize()
-    mean = 1e3 * (time.perf_counter() - start) / repeats
-    return dict(
-        sync_ms=statistics.median(waited),
-        sync_range_ms=[min(waited), max(waited)],
-        sync_events_ms=statistics.median(between),
-        back_to_back_ms=mean,
-    )
+    return statistics.median(between)
 
 
 def _kernels_ms(call, calls: int = 5) -> float:

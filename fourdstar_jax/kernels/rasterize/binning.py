@@ -26,7 +26,7 @@ TRACED_PAIRS_LEAST = 2**20
 
 
 class Bins(NamedTuple):
-    """Tile t of all images' tiles owns `ids[offsets[t]:offsets[t + 1]]`, front to back."""
+    """Lists of all images' tiles: tile t owns `ids[offsets[t]:offsets[t + 1]]`, front to back."""
 
     ids: Int[Array, " capacity"]  # image * G + Gaussian
     offsets: Int[Array, " tiles_plus_1"]
@@ -87,14 +87,14 @@ def count_pairs(projected: Projected, grid: Grid) -> Int[Array, ""]:
 
 
 def depth_order(projected: Projected) -> Int[Array, "I G"]:
-    """Front to back; equal depths keep the lower index in front, culled ones go last."""
+    """Indices front to back; equal depths keep the lower one in front, culled ones go last."""
     keys = jnp.where(projected.radii[..., 0] > 0, projected.depths, jnp.inf)
     index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 1)
     return jax.lax.sort((keys, index), dimension=1, num_keys=1, is_stable=True)[1]
 
 
 def bin_gaussians(projected: Projected, grid: Grid, capacity: int) -> Bins:
-    """Makes the lists; `projected` holds I images of G Gaussians each."""
+    """Makes the tiles' lists; `projected` holds I images of G Gaussians each."""
     images, num = projected.depths.shape
     projected = jax.lax.stop_gradient(projected)
     order = depth_order(projected)

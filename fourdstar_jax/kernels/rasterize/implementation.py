@@ -1,4 +1,4 @@
-"""What `rasterize` knows of an implementation, and what it gets from one."""
+"""`Implementation`: all that `rasterize` knows of a way to render, and what it gets from one."""
 
 from collections.abc import Callable
 from typing import NamedTuple

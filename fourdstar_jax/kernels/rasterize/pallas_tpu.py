@@ -44,7 +44,7 @@ MOMENTS = 8  # 1, x, y, x^2, xy, y^2 and two of zeros
 
 
 class _Settings(NamedTuple):
-    """What the kernels are compiled for."""
+    """Sizes and options that the kernels are compiled for."""
 
     grid: Grid
     interpret: Any
@@ -76,7 +76,7 @@ def blend(
 
 
 def why_not() -> str | None:
-    """Why these kernels do not run on the default device, to be read after their name."""
+    """The reason why these kernels do not run on the default device, to follow their name."""
     backend = jax.default_backend()
     return None if backend == "tpu" else f"needs a TPU, and this is a {backend}"
 
@@ -130,7 +130,7 @@ def _pixel_centres(grid: Grid):
 
 
 class _Hit(NamedTuple):
-    """One Gaussian against a tile's pixels, planes."""
+    """One Gaussian's effect on a tile's pixels, a plane for each number."""
 
     raw: jax.Array  # alpha before it is clamped
     visible: jax.Array
@@ -345,7 +345,7 @@ def _plane_spec(planes):
 
 
 def _forward(bounds, rows, num_channels, settings):
-    """[tiles, C + 1, *PLANE], transmittance last."""
+    """Runs the forward kernel; returns [tiles, C + 1, *PLANE], transmittance last."""
     out_shape = (bounds.shape[0], num_channels + 1, *PLANE)
     spec = _plane_spec(num_channels + 1)
     return _call(_forward_kernel, (bounds, rows), [], out_shape, spec, [], settings)

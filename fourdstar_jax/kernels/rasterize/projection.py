@@ -52,7 +52,7 @@ class Planes(NamedTuple):
 def usable_mask(
     gaussians: Gaussians, features: Float[Array, "*b G F"] | None = None
 ) -> Bool[Array, "*c G"]:
-    """Which Gaussians have only finite numbers; the others are dropped whole by `rasterize`."""
+    """Marks Gaussians that have only finite numbers; `rasterize` drops the others whole."""
     usable = jnp.isfinite(gaussians.opacities)
     rows = [gaussians.means, gaussians.quats, gaussians.scales, gaussians.colors]
     for x in rows + ([] if features is None else [features]):

@@ -1,4 +1,4 @@
-"""What implementations share that take a row of channels for each projected Gaussian."""
+"""Shared steps of implementations that take a row of channels for each projected Gaussian."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fourdstar_jax.kernels.rasterize.tiles import Grid, untile
 
 
 class Counts(NamedTuple):
-    """How many (Gaussian, tile) pairs there were, and whether that was too many."""
+    """The number of (Gaussian, tile) pairs, and whether that was too many."""
 
     num_pairs: Int[Array, ""]
     overflow: Bool[Array, ""]

@@ -34,7 +34,7 @@ TILE = 8  # pixels; small tiles waste fewer pairs, and the loops are over blocks
 
 
 class Blocks(NamedTuple):
-    """How many tiles and Gaussians one step of the inner loop takes."""
+    """Numbers of tiles and of Gaussians that one step of the inner loop takes."""
 
     group: int
     chunk: int
@@ -144,7 +144,7 @@ def _groups(offsets, grid: Grid, blocks: Blocks, dtype):
 
 
 def _pending(k, transmittance, start, end, blocks):
-    """Whether any tile of the group has both Gaussians and transmittance left."""
+    """Tells whether any tile of the group has both Gaussians and transmittance left."""
     alive = jnp.any(transmittance > TRANSMITTANCE_MIN, axis=1)
     return jnp.any(alive & (start + k * blocks.chunk < end))
 

@@ -57,7 +57,7 @@ def blend(inputs: Inputs, *, with_depths, width, height, capacity, interpret=Fal
 
 @functools.cache
 def why_not() -> str | None:
-    """Why these kernels do not run on the default device, to be read after their name."""
+    """The reason why these kernels do not run on the default device, to follow their name."""
     if reason := devices.why_no_mosaic_gpu():
         return reason
     inputs = [shape_of(1, 1)] * 7 + [shape_of(1, 1, 3), shape_of(1, 1, 0)]
@@ -72,7 +72,7 @@ def why_not() -> str | None:
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs of the forward pass; flat, each a multiple of the images."""
+    """Residuals for the backward pass: flat arrays, the length of each a multiple of the images."""
 
     rows: Any
     counts: Any
@@ -252,7 +252,7 @@ def _folding(run):
 
 
 def _images_axis(ndim):
-    """Where the images are in an array of `Inputs`, `Kept` or `Blended`: second among channels'."""
+    """The axis of images in an array of `Inputs`, `Kept` or `Blended`; channels come before it."""
     return 1 if ndim == 4 else 0
 
 

@@ -47,7 +47,7 @@ def tile_range(low, high, tiles):
 
 
 class Ellipse(NamedTuple):
-    """Where alpha >= ALPHA_MIN: (a dx + b dy)^2 + (c dy)^2 <= radius2 about the mean (u, v)."""
+    """The region of alpha >= ALPHA_MIN: (a dx + b dy)^2 + (c dy)^2 <= radius2 about (u, v)."""
 
     u: Any
     v: Any
@@ -60,7 +60,7 @@ class Ellipse(NamedTuple):
 
 
 def ellipse_of(geometry) -> tuple[Ellipse, Any]:
-    """The ellipse, and whether there is one."""
+    """The ellipse of a row's geometry, and whether there is one."""
     u, v, a, b, c, log2_opacity = geometry
     reach = log2_opacity + REACH
     radius2 = jnp.maximum(reach, 0.0)
@@ -93,7 +93,7 @@ def tile_columns(ellipse, row, spec):
 
 
 def reaches(geometry, left, top):
-    """Whether the ellipse meets a quad whose first pixel centre is (left, top)."""
+    """Tells whether the ellipse meets a quad whose first pixel centre is (left, top)."""
     u, v, a, b, c, log2_opacity = geometry
     x0, y0 = left - u, top - v
     x1, y1 = x0 + (QUAD - 1), y0 + (QUAD - 1)

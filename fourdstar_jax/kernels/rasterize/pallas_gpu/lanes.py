@@ -98,7 +98,7 @@ class Lockstep:
         return jnp.max(x)
 
     def some(self, condition):
-        """1 if any lane of the warp meets the condition, else 0, as a scalar as of `uniform`."""
+        """1 if any lane of the warp meets the condition, else 0: a scalar, as `uniform` gives."""
         return self.uniform(_int(condition))
 
     def warp_barrier(self):
@@ -109,7 +109,7 @@ class Lockstep:
 
 
 def while_less(bound, body, init):
-    """`init = body(k, init)` for k = 0, 1, ... below a bound that only the warp knows."""
+    """Runs `init = body(k, init)` for k = 0, 1, ... below a bound that only the warp knows."""
     _, out = lax.while_loop(
         lambda x: x[0] < bound, lambda x: (x[0] + 1, body(x[0], x[1])), (jnp.int32(0), init)
     )
@@ -117,7 +117,7 @@ def while_less(bound, body, init):
 
 
 def when(condition, body):
-    """`body()` where a condition of the warp holds, for what it writes."""
+    """Runs `body()`, for what it writes, where a condition of the warp holds."""
     lax.cond(condition, lambda: (body(), None)[1], lambda: None)
 
 
@@ -177,7 +177,7 @@ def _launch_lockstep(body, inputs, outputs, grid, scratch, refs, static):
 
 
 class GpuLanes:
-    """The operations on a warpgroup's lanes, inlined into a Mosaic GPU kernel."""
+    """The operations that `Lockstep` documents, inlined into a Mosaic GPU kernel."""
 
     def lanes(self):
         plgpu, _ = _mosaic()
@@ -279,7 +279,7 @@ def _lane_layout():
 
 
 def _spread(x):
-    """An element for each lane also of what is equal in all, which Pallas holds as one number."""
+    """Gives each lane an element, also of what is equal in all and Pallas holds as one number."""
     plgpu, _ = _mosaic()
     return plgpu.layout_cast(jnp.broadcast_to(x, (LANES,)), _lane_layout())
 

@@ -12,7 +12,7 @@ from fourdstar_jax.kernels.rasterize.projection import ALPHA_MAX, ALPHA_MIN
 
 
 class Quad(NamedTuple):
-    """Where a warp's pixels lie: each lane has one at (x, y) and one at (x, y + 4)."""
+    """Places of a warp's pixels: each lane has one at (x, y) and one at (x, y + 4)."""
 
     warp: Any  # 0 to 3
     lane: Any  # 0 to 31
@@ -27,6 +27,7 @@ class Quad(NamedTuple):
 
 
 def quad_of(lanes, tile, spec) -> Quad:
+    """The quad of each warp of the block that owns a tile."""
     index = lanes.lanes()
     warp, lane = index >> 5, index & 31
     per_image = spec.rows * spec.columns

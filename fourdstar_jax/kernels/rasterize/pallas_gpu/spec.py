@@ -35,7 +35,7 @@ F32, I32 = jnp.float32, jnp.int32
 
 
 class Inputs(NamedTuple):
-    """What is blended: I images, in sets of equally many that share colours and features."""
+    """Projected Gaussians of I images, in sets of equally many that share colours and features."""
 
     u: Float[Array, "I G"]  # means2d, pixels
     v: Float[Array, "I G"]
@@ -84,7 +84,7 @@ class Spec(NamedTuple):
 
     @property
     def total(self):
-        """Gaussians of all images."""
+        """The number of Gaussians of all images."""
         return self.images * self.gaussians
 
     @property
@@ -118,4 +118,5 @@ class Spec(NamedTuple):
 
 
 def shape_of(*shape, dtype=F32):
+    """Shape and type of an array, float32 unless told otherwise."""
     return jax.ShapeDtypeStruct(shape, dtype)
