@@ -1,6 +1,7 @@
 """What `rasterize` promises: conventions, shapes, capacity, bad values, transformations."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -438,3 +439,14 @@ def test_the_default_is_the_first_that_runs(monkeypatch):
     table["good"] = table["good"]._replace(why_not=lambda: "needs a miracle")
     with pytest.raises(NotImplementedError, match="'good' needs a miracle; 'elsewhere' and 'xla'"):
         bad_call(implementation="good")
+
+
+def test_implementations_are_siblings():
+    """None imports another, so each can be read, or go, alone."""
+    folder = Path(api.__file__).parent
+    for name in api.IMPLEMENTATIONS:
+        files = [folder / f"{name}.py", *(folder / name).glob("*.py")]
+        text = "".join(file.read_text() for file in files if file.exists())
+        assert "jnp" in text
+        for other in set(api.IMPLEMENTATIONS) - {name}:
+            assert f"rasterize.{other}" not in text and f"rasterize import {other}" not in text

@@ -27,6 +27,6 @@ in plain JAX there as well: with `interpret=True` the same bodies run on any dev
 
 from fourdstar_jax.kernels.rasterize.pallas_gpu.call import blend, why_not
 from fourdstar_jax.kernels.rasterize.pallas_gpu.scene import blend_scene
-from fourdstar_jax.kernels.rasterize.pallas_gpu.spec import TILE, Blended, Inputs, Spec
+from fourdstar_jax.kernels.rasterize.pallas_gpu.spec import TILE, Inputs
 
-__all__ = ["TILE", "Blended", "Inputs", "Spec", "blend", "blend_scene", "why_not"]
+__all__ = ["TILE", "Inputs", "blend", "blend_scene", "why_not"]
