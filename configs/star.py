@@ -34,16 +34,15 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.warm_start = placeholder(str)
 
     config.model = model(scale, tokenizer or "unitok")
-    config.loss = ConfigDict(
+    config.forcing = ConfigDict(  # what a step draws at random: `star.forcing.corrupt`
         dict(
-            num_groups=placeholder(int),  # of T timesteps are predicted at each step; None: all
             drop_text=0.1,
             drop_video=0.1,
             history_noise=0.0,
-            known_weight=1.0,
-            z_loss=5e-5,
+            num_groups=placeholder(int),  # of T timesteps are predicted at each step; None: all
         )
     )
+    config.loss = ConfigDict(dict(known_weight=1.0, z_loss=5e-5))
     config.schedule = ConfigDict(dict(learning_rate=1e-4, warmup_steps=2000))
     config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0))
 
@@ -74,12 +73,12 @@ def get_config(argument: str = "small") -> ConfigDict:
         case "paper":
             config.data.timesteps = 24
             config.data.text_features = "data/paper_text"
-            config.loss.num_groups = 6
+            config.forcing.num_groups = 6
     return config
 
 
 def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
-    """Constructor arguments of `STAR` at a scale; `text_vocab` comes from the tokens' captions."""
+    """Constructor arguments of `STAR` at a scale; its `text_vocab` is counted from the captions."""
     if tokenizer not in RELEASED:
         raise ValueError(f"{tokenizer=} must be one of {sorted(RELEASED)}")
     if tokenizer != "unitok" and scale not in ("base", "paper"):
@@ -91,8 +90,8 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     num_codebooks=4,
                     vocab_size=64,
                     code_dim=16,
-                    image_size=64,
-                    patch=16,
+                    resolution=64,
+                    grid=4,
                     dim=128,
                     num_layers=4,
                     num_heads=4,
@@ -103,7 +102,6 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     container_slots=8,
                     container_neighbors=3,
                     text_encoder="words",
-                    text_vocab=0,
                     text_length=12,
                     text_dim=64,
                     spe_octaves=4,
@@ -117,8 +115,8 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     num_codebooks=4,
                     vocab_size=512,
                     code_dim=32,
-                    image_size=128,
-                    patch=16,
+                    resolution=128,
+                    grid=8,
                     dim=320,
                     num_layers=8,
                     num_heads=5,
@@ -129,7 +127,6 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     container_slots=64,
                     container_neighbors=5,
                     text_encoder="words",
-                    text_vocab=0,
                     text_length=24,
                     text_dim=64,
                     spe_octaves=4,
@@ -142,8 +139,8 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
             return ConfigDict(
                 dict(
                     **RELEASED[tokenizer],
-                    image_size=256,
-                    patch=16,
+                    resolution=256,
+                    grid=16,
                     dim=1280 if paper else 1024,
                     num_layers=36 if paper else 24,
                     num_heads=20 if paper else 16,
@@ -154,7 +151,6 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     container_slots=512 if paper else 256,
                     container_neighbors=5,
                     text_encoder="t5",
-                    text_vocab=0,
                     text_length=120,
                     text_dim=2048,
                     time_features=256,

@@ -34,8 +34,6 @@ def get_config(argument: str = "small") -> ConfigDict:
             foreground_weight=0.0,
             flow_weight=0.05,
             warp_weight=0.05,
-            lpips_weight=0.0,
-            adversarial_weight=0.0,
             capacity=placeholder(int),  # (Gaussian, tile) pairs of a render; None: see rasterize
         )
     )

@@ -303,7 +303,7 @@ def read(folder: str | os.PathLike[str]) -> Bundle:
             raise ValueError(f"{path}: stage {name} has unknown fields {unknown}")
         if entry["file"] != f"{name}.safetensors":
             raise ValueError(f"{path}: stage {name} names the file {entry['file']!r}")
-        stages[name] = Stage(**entry)
+        stages[name] = Stage(**{**entry, "model": _upgraded(name, entry["model"])})
     spec = description.get("tokenizer")
     return Bundle(
         folder=folder,
@@ -311,6 +311,20 @@ def read(folder: str | os.PathLike[str]) -> Bundle:
         stages=stages,
         packages=description.get("packages", {}),
     )
+
+
+def _upgraded(stage: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments as this version takes them, of a stage that may be older.
+
+    Until 0.1 STAR took `image_size` and `patch` instead of `resolution` and `grid`, and `history`,
+    which had one choice.
+    """
+    new = dict(arguments)
+    if stage == "star" and "image_size" in new:
+        new["resolution"] = new.pop("image_size")
+        new["grid"] = new["resolution"] // new.pop("patch")
+        new.pop("history", None)
+    return new
 
 
 def copy(

@@ -23,6 +23,7 @@ from fourdstar_jax.data import video as video_input
 from fourdstar_jax.data.features import stored
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.star import sample
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text import t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
@@ -184,12 +185,7 @@ class Model:
             raise ValueError(
                 f"{timesteps=} must be from 1 to {self.max_timesteps}, the model's most"
             )
-        if not (temperature >= 0 and np.isfinite(temperature) and np.isfinite(cfg)):
-            raise ValueError(
-                f"{temperature=} and {cfg=} must be finite, and temperature at least 0"
-            )
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"{top_k=} must be at least 1")
+        sample.check_settings(temperature=temperature, top_k=top_k, cfg_scale=cfg)
         images, info = self._read(
             video, timesteps or self.max_timesteps, fit, folder_fps, max_frames
         )
@@ -219,7 +215,8 @@ class Model:
                 tokens.block_until_ready()  # so that the estimate is of work done
                 bar.update()
 
-            tokens = star.generate(
+            tokens = sample.generate(
+                star,
                 condition,
                 key,
                 temperature=temperature,
@@ -318,7 +315,7 @@ def _encode_text(encoder: T5Encoder, ids, mask) -> Float[Array, "B L C"]:
 
 @jax.jit
 def _encode(tokenizer: Tokenizer, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
-    return tokenizer.encode(2 * images - 1)
+    return tokenizer.encode(images)
 
 
 @jax.jit

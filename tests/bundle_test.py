@@ -67,7 +67,7 @@ def test_round_trip(folder, model):
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
     assert bundle.read(folder).spec == model.spec
     assert bundle.read(folder).stages["tokenizer"].info == {"data_sha256": "abc"}
-    images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+    images = np.random.default_rng(0).uniform(0, 1, (3, 16, 16, 3)).astype(np.float32)
     encode = jax.jit(lambda m, x: m.encode(x))
     tokens = encode(loaded, images)
     np.testing.assert_array_equal(tokens, encode(model, images))

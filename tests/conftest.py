@@ -94,7 +94,7 @@ def tiny_bundle(tmp_path_factory):
         ),
         "star": (
             STAR,
-            dict(image_size=16, patch=8, num_layers=1, head_dim=8, head_layers=1, head_heads=2)
+            dict(resolution=16, grid=2, num_layers=1, head_dim=8, head_layers=1, head_heads=2)
             | dict(container_slots=3, container_neighbors=2, text_vocab=words.vocab_size)
             | dict(text_length=7, text_dim=5, **sizes, **codes),
             {"words": words.to_dict()},

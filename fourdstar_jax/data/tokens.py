@@ -43,7 +43,7 @@ def tokenize(
     """Encodes the rig views of every clip of a dataset; returns the content of spec.json.
 
     Args:
-      encode: images [batch_images, h, w, 3] in [-1, 1] to tokens [batch_images, n, K]; the last
+      encode: images [batch_images, h, w, 3] in [0, 1] to tokens [batch_images, n, K]; the last
         batch is filled up, so one compiled shape serves all.
       spec: the tokenizer's spec, a mapping or something with `to_dict()`.
       codebooks: as `codes` uses them.
@@ -70,7 +70,7 @@ def tokenize(
             )
             for i in range(len(source)):
                 clip = source[i]
-                images = 2 * transforms.on_white(clip["rig_rgba"])[0] - 1  # [F, V, h, w, 3]
+                images = transforms.on_white(clip["rig_rgba"])[0]  # [F, V, h, w, 3]
                 tokens = _encode(images, encode, batch_images)
                 if tokens.min() < 0 or tokens.max() >= codebooks.shape[1]:
                     raise ValueError(f"encode gave token {tokens.max()} of {codebooks.shape[1]}")

@@ -20,6 +20,7 @@ from fourdstar_jax.evaluate import counts
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
 from fourdstar_jax.generate import Model
 from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.star.forcing import Forcing
 from fourdstar_jax.star.model import Condition
 from fourdstar_jax.types import Cameras
 
@@ -71,7 +72,7 @@ def _load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
         words=model.words if encoder == "words" else None,
         features=functools.cache(features) if encoder == "t5" else None,
     )
-    encode = jax.jit(lambda tokenizer, images: tokenizer.encode(2 * images - 1))
+    encode = jax.jit(lambda tokenizer, images: tokenizer.encode(images))
     wanted = ["images", "masks", "viewmats", "Ks", "times", "text_ids", "clip"]
     wanted += ["text_features"] if encoder == "t5" else []
     parts = []
@@ -97,7 +98,7 @@ def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
         white = jnp.ones(3)
         options: dict[str, Any] = dict(width=size, height=size, background=white)
         both = [rasterize(g, cameras, **options) for g in (decoded.gaussians, decoded.coarse)]
-        tokenized = (tokenizer.decode(batch["tokens"]) + 1) / 2
+        tokenized = tokenizer.decode(batch["tokens"])
         return both[0].renders, both[1].renders, tokenized, both[0].overflow | both[1].overflow
 
     mean_image = np.broadcast_to(train_images.mean(axis=(0, 1)), clips["images"].shape[1:])
@@ -127,7 +128,9 @@ def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
 
 def _likelihood(model: Model, clips, train) -> dict[str, Any]:
     nll = jax.jit(
-        lambda star, tokens, condition, history: star.nll(tokens, condition, history_tokens=history)
+        lambda star, tokens, condition, history: star.nll(
+            tokens, condition, Forcing(history_tokens=history)
+        )
     )
     other = _another_object(clips)
     count, timesteps, _, n, codes = clips["tokens"].shape

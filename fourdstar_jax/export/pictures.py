@@ -75,9 +75,9 @@ def reconstruct(
             part = images[start : start + batch_size]
             filled = np.zeros((batch_size, *part.shape[1:]), np.float32)
             filled[: len(part)] = part
-            ids = encode(tokenizer, 2 * filled - 1)
+            ids = encode(tokenizer, filled)
             tokens.append(np.asarray(ids)[: len(part)])
-            again.append(np.asarray(decode(tokenizer, ids))[: len(part)] / 2 + 0.5)
+            again.append(np.asarray(decode(tokenizer, ids))[: len(part)])
         tokens, again = np.concatenate(tokens), np.concatenate(again)
         name = path.stem if path.stem not in names else path.name.replace(".", "_")
         names.add(name)

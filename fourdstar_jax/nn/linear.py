@@ -1,6 +1,7 @@
 """Linear maps with named axes, feed-forwards, and how modules are built, stacked and listed."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -57,6 +58,11 @@ def linear(
         bias_init=nnx.with_partitioning(nnx.initializers.zeros, axes[1:]),
         rngs=rngs,
     )
+
+
+def count_parameters(model: Any) -> int:
+    """Number of trained parameters, of a model or of its shapes."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def bias_of(layer: nnx.Linear) -> Float[Array, " D"]:

@@ -122,7 +122,7 @@ class RefineBlock(nnx.Module):
         # The query's channel against the score: scale * (1 / scale) * score = score.
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - head_dim)))
         q = q.at[..., head_dim].set(1 / scale)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None], scale=scale)
+        y = nn.attend(q, k, v, mask=mask[:, None, None], scale=scale)
         y = y[..., :head_dim].reshape(*z.shape)
         z = z + self.out(y)
         return z + self.mlp(self.norm2(z))

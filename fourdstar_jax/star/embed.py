@@ -43,6 +43,8 @@ class TextPrefix(nnx.Module):
         if encoder not in ("words", "t5"):
             raise ValueError(f"text_encoder={encoder!r} must be 'words' or 't5'")
         if encoder == "words":
+            if vocab_size < 1:
+                raise ValueError(f"text_vocab={vocab_size} must be positive: it counts the words")
             self.table = vector(rngs.params(), vocab_size, text_dim, std=1.0, axes=("vocab", None))
             self.slots = vector(rngs.params(), length, text_dim, std=1.0)
         self.pad = vector(rngs.params(), text_dim, std=1.0)
@@ -79,21 +81,21 @@ class RayEncoder(nnx.Module):
     """
 
     def __init__(
-        self, image_size: int, patch: int, dim: int, *, octaves: int, std: float, dtype,
+        self, resolution: int, grid: int, dim: int, *, octaves: int, std: float, dtype,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        if image_size % patch:
-            raise ValueError(f"{image_size=} must be a multiple of {patch=}")
+        if resolution % grid:
+            raise ValueError(f"{resolution=} must be a multiple of {grid=}")
+        patch = resolution // grid
         init = nnx.initializers.normal(std)
         kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.conv = nn.linear(patch * patch * 6, dim, (None, "embed"), init=init, **kw)
         self.waves = nn.linear(12 * octaves, dim, (None, "embed"), **kw) if octaves else None
-        self.image_size, self.patch, self.octaves = image_size, patch, octaves
+        self.resolution, self.grid, self.octaves = resolution, grid, octaves
 
     def __call__(self, cameras: Cameras) -> Float[Array, "B N D"]:
-        """Cameras' intrinsics are those of images of `image_size` pixels; tokens view by view."""
-        grid = self.image_size // self.patch
-        x = patch_rays(cameras, resolution=self.image_size, grid=grid)
+        """Cameras' intrinsics are those of images of `resolution` pixels; tokens view by view."""
+        x = patch_rays(cameras, resolution=self.resolution, grid=self.grid)
         x = x.reshape(x.shape[0], -1, *x.shape[3:])  # [B, N, P, 6]
         y = self.conv(jnp.reshape(x, (*x.shape[:2], -1)))
         if self.waves is None:

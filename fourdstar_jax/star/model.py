@@ -12,9 +12,7 @@ The image tokenizer's MLP is strictly position-wise: attention over an image wou
 the ones it has to predict.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax import nn
 from fourdstar_jax.nn.embedding import lookup
-from fourdstar_jax.star import decode, embed
+from fourdstar_jax.star import embed
 from fourdstar_jax.star.container import Container
 from fourdstar_jax.star.embed import Codebook
+from fourdstar_jax.star.forcing import AS_GIVEN, Forcing
 from fourdstar_jax.star.head import DepthHead
 from fourdstar_jax.star.losses import GroupLosses, group_losses, summarize
 from fourdstar_jax.star.transformer import (
@@ -64,8 +63,8 @@ class STAR(nnx.Module):
         num_codebooks: int,
         vocab_size: int,
         code_dim: int,
-        image_size: int,
-        patch: int,
+        resolution: int,
+        grid: int,
         dim: int,
         num_layers: int,
         num_heads: int,
@@ -74,19 +73,18 @@ class STAR(nnx.Module):
         head_heads: int,
         container_slots: int,
         container_neighbors: int,
-        text_vocab: int,
+        text_encoder: Literal["words", "t5"] = "words",
+        text_vocab: int = 0,
         text_length: int,
         text_dim: int = 64,
-        text_encoder: str = "words",
         hidden_dim: int | None = None,
         head_hidden_dim: int | None = None,
         num_kv_heads: int | None = None,
         refine_blocks: int = 2,
         time_features: int = 32,
         spe_octaves: int = 0,
-        rope: str = "none",
-        prefix: str = "bidirectional",
-        history: str = "container",
+        rope: Literal["none", "axial"] = "none",
+        prefix: Literal["bidirectional", "causal"] = "bidirectional",
         dropout: float = 0.0,
         init_std: float = 0.02,
         remat: bool = False,
@@ -96,7 +94,9 @@ class STAR(nnx.Module):
     ):
         """`code_dim` is the width of a whole code, `codebooks` the tokenizer's `[K, vocab, D/K]`.
 
-        Without `codebooks` random unit vectors stand in for them until the weights are loaded.
+        A view is an image of `resolution` pixels a side and `grid` tokens a side. `text_vocab` is
+        the size of the table of `words`. Without `codebooks` random unit vectors stand in for them
+        until the weights are loaded.
         Feed-forwards are 8/3 of the width, rounded up to a multiple of 32, unless given.
         """
         if rope not in ("none", "axial"):
@@ -105,7 +105,6 @@ class STAR(nnx.Module):
             raise ValueError(f"{prefix=} must be 'bidirectional' or 'causal'")
         if code_dim % num_codebooks:
             raise ValueError(f"{code_dim=} must be a multiple of {num_codebooks=}")
-        group_mask(1, 1, 1, history)  # says so if there is no such history
         shape = (num_codebooks, vocab_size, code_dim // num_codebooks)
         if codebooks is None:
             books = jax.random.normal(rngs.params(), shape)
@@ -119,7 +118,7 @@ class STAR(nnx.Module):
         init = nnx.initializers.normal(init_std)
         # The tokenizers' MLPs keep the variance instead (default init): text, tokens, rays and
         # times are summed, and with N(0, 0.02) twice in a row rays would drown the others.
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = nn.Common(dtype=dtype, rngs=rngs)
         self.codebook = Codebook(books)
         self.text = embed.TextPrefix(
             text_encoder,
@@ -130,9 +129,7 @@ class STAR(nnx.Module):
             **kw,
         )
         self.image = nn.Mlp(code_dim, dim, dim, use_bias=False, **kw)
-        self.rays = embed.RayEncoder(
-            image_size, patch, dim, octaves=spe_octaves, std=init_std, **kw
-        )
+        self.rays = embed.RayEncoder(resolution, grid, dim, octaves=spe_octaves, std=init_std, **kw)
         self.time = embed.TimeEncoder(time_features, dim, **kw)
         self.start = embed.vector(rngs.params(), dim)
         self.video_segment = embed.vector(rngs.params(), dim)
@@ -150,9 +147,8 @@ class STAR(nnx.Module):
             hidden_dim=head_hidden_dim, num_codebooks=num_codebooks, vocab_size=vocab_size,
             init=init, **kw,
         )  # fmt: skip
-        self.grid = image_size // patch
+        self.grid = grid
         self.rotary_dim = dim // num_heads if rope == "axial" else None
-        self.history = history
         self.num_codebooks, self.vocab_size = num_codebooks, vocab_size
         self.dropout, self.dtype = dropout, dtype
 
@@ -218,161 +214,84 @@ class STAR(nnx.Module):
     # ---------------------------------------------------------------- teacher forcing
 
     def hidden(
-        self,
-        tokens: Int[Array, "B T N K"],
-        condition: Condition,
-        *,
-        history_tokens: Int[Array, "B T N K"] | None = None,
-        drop_text: Bool[Array, " B"] | None = None,
-        drop_video: Bool[Array, " B"] | None = None,
-        groups: Int[Array, "B G"] | None = None,
-        key: jax.Array | None = None,
+        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
     ) -> Float[Array, "B G N D"]:
-        """The trunk's hidden states of all groups, or of those named in `groups`.
-
-        The container's history is built from `history_tokens` where given. `key` is for dropout.
-        """
+        """The trunk's hidden states of the groups that are predicted."""
         self.check(condition, tokens.shape)
         batch, _, size, _ = tokens.shape
         places = self.places(condition)
-        prefix, prefix_rotary = self.prefix_stream(condition, places, drop_text, drop_video)
+        prefix, prefix_rotary = self.prefix_stream(
+            condition, places, forcing.drop_text, forcing.drop_video
+        )
         features = self.embed(tokens)
         past, past_tokens = features, tokens
-        if history_tokens is not None:
-            past, past_tokens = self.embed(history_tokens), history_tokens
+        if forcing.history_tokens is not None:
+            past, past_tokens = self.embed(forcing.history_tokens), forcing.history_tokens
 
         x = self.container.normalize(past)
-        clusters = self.container.cluster_history(x, past_tokens)
+        clusters = jax.tree.map(forcing.chosen, self.container.cluster_history(x, past_tokens))
         everywhere = Places(
             spe=places.spe.reshape(batch, -1, places.spe.shape[-1]),
             coordinates=places.coordinates.reshape(batch, -1, 4),
         )
-        if groups is not None:
-            pick = jax.vmap(lambda y, i: y[i])
-            clusters = jax.tree.map(lambda y: pick(y, groups), clusters)
-            features = pick(features, groups)
-            places = jax.tree.map(lambda y: pick(y, groups), places)
+        features, places = jax.tree.map(forcing.chosen, (features, places))
         x = x.reshape(batch, -1, x.shape[-1])
         memory, memory_places = self.container(x, *everywhere, clusters)  # [B, G, M, D]
 
         stream = jnp.concatenate([memory, self.token_slots(features, places.spe)], axis=2)
         rotary = self.group_rotary(memory_places, places.coordinates)
         slots = memory.shape[2]
-        mask = group_mask(prefix.shape[1], slots, size, self.history)
-        dropout_key = key if self.dropout else None
+        mask = group_mask(prefix.shape[1], slots, size)
+        dropout_key = forcing.dropout_key if self.dropout else None
         stream = self.trunk(prefix, stream, mask, prefix_rotary, rotary, dropout_key)
         return stream[:, :, slots:]
 
     def logits(
-        self, tokens: Int[Array, "B T N K"], condition: Condition, **kwargs
-    ) -> Float[Array, "B T N K vocab"]:
-        """Teacher-forced logits of every code, all at once; keyword arguments as `hidden`."""
-        hidden = self.hidden(tokens, condition, **kwargs)
-        flat = self.head(hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1, tokens.shape[-1]))
-        return flat.reshape(*tokens.shape, self.vocab_size)
+        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
+    ) -> Float[Array, "B G N K vocab"]:
+        """Teacher-forced logits of every code, all at once."""
+        hidden, targets = self.hidden(tokens, condition, forcing), forcing.chosen(tokens)
+        codes = targets.shape[-1]
+        flat = self.head(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, codes))
+        return flat.reshape(*targets.shape, self.vocab_size)
 
     def group_losses(
-        self, tokens: Int[Array, "B T N K"], condition: Condition, **kwargs
+        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
     ) -> GroupLosses:
-        """Losses of every code; keyword arguments as `hidden`."""
-        hidden = self.hidden(tokens, condition, **kwargs)
-        if (groups := kwargs.get("groups")) is not None:
-            tokens = jax.vmap(lambda y, i: y[i])(tokens, groups)
-        return group_losses(self.head, hidden, tokens)
+        """Losses of every code, one group's logits at a time."""
+        hidden = self.hidden(tokens, condition, forcing)
+        return group_losses(self.head, hidden, forcing.chosen(tokens))
 
     def nll(
-        self,
-        tokens: Int[Array, "B T N K"],
-        condition: Condition,
-        *,
-        history_tokens: Int[Array, "B T N K"] | None = None,
-        drop_text: Bool[Array, " B"] | None = None,
-        drop_video: Bool[Array, " B"] | None = None,
-    ) -> Float[Array, "B T N K"]:
+        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
+    ) -> Float[Array, "B G N K"]:
         """Negative log-likelihood of every code in nats, for evaluation.
 
-        The condition may be another clip's; `history_tokens` gives the container another object.
+        The condition may be another clip's; `forcing` can give the container another object.
         """
-        return self.group_losses(
-            tokens, condition, history_tokens=history_tokens,
-            drop_text=drop_text, drop_video=drop_video,
-        ).nll  # fmt: skip
+        return self.group_losses(tokens, condition, forcing).nll
 
     def loss(
         self,
         tokens: Int[Array, "B T N K"],
         condition: Condition,
+        forcing: Forcing = AS_GIVEN,
         *,
-        key: jax.Array | None = None,
-        train: bool = True,
-        num_groups: int | None = None,
-        drop_text: float = 0.1,
-        drop_video: float = 0.1,
-        history_noise: float = 0.0,
         known_weight: float = 1.0,
         z_loss: float = 0.0,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Mean cross-entropy over groups, slots and codes (paper Eq. 4), and metrics in nats.
 
-        Training needs a `key`. It drops the text and the video independently (for classifier-free
-        guidance), may predict only `num_groups` random groups of each sample (each container still
-        comes from all groups before), and may replace a share `history_noise` of the container's
-        tokens by random ones, as generation will make mistakes. `train=False` does none of it.
-        `known_weight` weighs the input view's tokens, which the prefix shows.
+        Training draws `forcing` with `corrupt`. `known_weight` weighs the input view's tokens,
+        which the prefix shows; `z_loss` the squared log-sum-exp of the logits.
         """
-        batch, timesteps = tokens.shape[:2]
-        if train and key is None:
-            raise ValueError("loss(train=True) needs a key for dropping conditions")
-        if num_groups is not None and not 1 <= num_groups <= timesteps:
-            raise ValueError(f"{num_groups=} must lie between 1 and the {timesteps} timesteps")
-        kwargs: dict[str, Any] = {}
-        if train and key is not None:
-            text_key, video_key, group_key, noise_key, dropout_key = jax.random.split(key, 5)
-            kwargs["drop_text"] = jax.random.bernoulli(text_key, drop_text, (batch,))
-            kwargs["drop_video"] = jax.random.bernoulli(video_key, drop_video, (batch,))
-            kwargs["key"] = dropout_key
-            if history_noise:
-                where_key, what_key = jax.random.split(noise_key)
-                wrong = jax.random.bernoulli(where_key, history_noise, (*tokens.shape[:-1], 1))
-                other = jax.random.randint(what_key, tokens.shape, 0, self.vocab_size, tokens.dtype)
-                kwargs["history_tokens"] = jnp.where(wrong, other, tokens)
-            if num_groups is not None and num_groups < timesteps:
-                order = jnp.argsort(jax.random.uniform(group_key, (batch, timesteps)), axis=1)
-                kwargs["groups"] = jnp.sort(order[:, :num_groups], axis=1)
         return summarize(
-            self.group_losses(tokens, condition, **kwargs),
+            self.group_losses(tokens, condition, forcing),
             num_known=condition.video_tokens.shape[2],
             known_weight=known_weight,
             z_loss=z_loss,
-            by_group="groups" not in kwargs,
+            by_group=forcing.groups is None,
         )
-
-    # ---------------------------------------------------------------- generation
-
-    def generate(
-        self,
-        condition: Condition,
-        key: jax.Array,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        cfg_scale: float = 1.0,
-        write_known: bool = True,
-        on_group: Callable[[int, Int[Array, "B N K"]], None] | None = None,
-    ) -> Int[Array, "B T N K"]:
-        """Samples an object; the same key and condition give the same tokens.
-
-        `temperature=0` takes the most probable code each time. `top_k` and `top_p` restrict the
-        choice. `cfg_scale` other than 1 guides: logits move from those without the video (text
-        kept, as MVAR) towards and beyond those with it, at twice the cost. `write_known` writes the
-        input view's tokens instead of sampling them. `on_group(t, tokens)` is called after each
-        timestep. Raises ValueError for settings outside their range.
-        """
-        return decode.generate(
-            self, condition, key, temperature=temperature, top_k=top_k, top_p=top_p,
-            cfg_scale=cfg_scale, write_known=write_known, on_group=on_group,
-        )  # fmt: skip
 
     def check(self, condition: Condition, shape: tuple[int, ...] | None = None):
         """Raises ValueError if the condition (or tokens of this shape) do not fit the model."""
@@ -389,8 +308,3 @@ class STAR(nnx.Module):
         if shape is not None and tuple(shape) != expected:
             raise ValueError(f"tokens are {tuple(shape)}; the condition says {expected}")
         self.container.check(timesteps * views * n)
-
-
-def count_params(model: nnx.Module) -> int:
-    """Number of trained parameters, of a model or of its shapes."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

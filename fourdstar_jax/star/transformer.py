@@ -37,19 +37,11 @@ def round_up(x: float, multiple: int = 32) -> int:
     return int(-(-x // multiple) * multiple)
 
 
-def group_mask(
-    num_prefix: int, num_container: int, num_tokens: int, history: str = "container"
-) -> Bool[np.ndarray, "Q S"]:
+def group_mask(num_prefix: int, num_container: int, num_tokens: int) -> Bool[np.ndarray, "Q S"]:
     """Who sees whom, for any group: rows container and tokens, columns prefix, container, tokens.
 
     Container slots see the prefix and each other, token slots those and their own past.
     """
-    if history == "full" or history.startswith("window:"):
-        raise NotImplementedError(
-            f"{history=} is planned: groups see each other only through the container now"
-        )
-    if history != "container":
-        raise ValueError(f"{history=} must be 'container', 'full' or 'window:w'")
     mask = np.zeros((num_container + num_tokens, num_prefix + num_container + num_tokens), bool)
     mask[:, : num_prefix + num_container] = True
     mask[num_container:, num_prefix + num_container :] = np.tri(num_tokens, dtype=bool)
@@ -158,7 +150,7 @@ class Layer(nnx.Module):
             lambda a, b: jnp.concatenate([a, b], axis=1), before, own
         )  # fmt: skip
         shown = None if mask is None else jnp.asarray(mask)[None, None]
-        y = jax.nn.dot_product_attention(q, kv.k, kv.v, mask=shown)
+        y = nn.attend(q, kv.k, kv.v, mask=shown)
         return self.finish(x, y, key), own
 
     def step(

@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
-        """Tokens of images in [-1, 1]."""
+        """Tokens of images in [0, 1]."""
         ...
 
     def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
@@ -69,7 +69,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b h w 3"]:
-        """Images in [-1, 1]."""
+        """Images in [0, 1]."""
         ...
 
     def codebooks(self) -> Float[Array, "K vocab d"]:

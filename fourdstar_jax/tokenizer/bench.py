@@ -109,7 +109,7 @@ def operation(name: str, model: Any, batch: int) -> Program:
     rng = np.random.default_rng(1)
     if name == "encode":
         shape = (batch, model.resolution, model.resolution, 3)
-        images = rng.uniform(-1, 1, shape).astype(np.float32)
+        images = rng.uniform(0, 1, shape).astype(np.float32)
         return compile_flat(lambda model, x: model.encode(x), model, jnp.asarray(images))
     num_codebooks, vocab_size, _ = model.codebooks().shape
     tokens = rng.integers(0, vocab_size, (batch, model.num_tokens, num_codebooks), np.int32)

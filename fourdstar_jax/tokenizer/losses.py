@@ -15,22 +15,19 @@ def tokenizer_loss(
     l2_weight: float = 1.0,
     quantizer_weight: float = 1.0,
     foreground_weight: float = 0.0,
-    lpips_weight: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Loss of images in [-1, 1], and its parts before weighting.
+    """Loss of images in [0, 1], and its parts before weighting; pixels count as in [-1, 1].
 
     A pixel of mask m counts 1 + `foreground_weight` m times (normalised by the sum): on a white
     background the object is a small share of the picture, and plain means would let it blur.
     """
-    if lpips_weight > 0:
-        raise NotImplementedError("the perceptual loss needs VGG weights, which are not here yet")
     if foreground_weight > 0 and masks is None:
         raise ValueError(f"{foreground_weight=} needs masks")
     weight = jnp.ones(images.shape[:-1] + (1,), jnp.float32)
     if masks is not None:
         weight = weight + foreground_weight * masks
     weight = weight / jnp.mean(weight)
-    error = output.images - images
+    error = 2 * (output.images - images)  # UniTok's pixels lie in [-1, 1]
     l1 = jnp.mean(weight * jnp.abs(error))
     l2 = jnp.mean(weight * error**2)
     loss = l1_weight * l1 + l2_weight * l2 + quantizer_weight * output.quantizer_loss

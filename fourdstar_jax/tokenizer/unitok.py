@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
 class Reconstruction(NamedTuple):
     """What a training step of a tokenizer needs."""
 
-    images: Float[Array, "*b h w 3"]  # not clamped, so that the loss has a gradient everywhere
+    images: Float[Array, "*b h w 3"]  # not clamped to [0, 1]: the loss has a gradient everywhere
     tokens: Int[Array, "*b n K"]
     quantizer_loss: Float[Array, ""]
     perplexity: Float[Array, ""]  # of the codes of this batch, at most vocab_size
@@ -177,7 +177,7 @@ class UniTok(nnx.Module):
         self.num_tokens = grid * grid
 
     def _features(self, images: Array) -> Array:
-        """Vectors before the quantiser, leading axes folded: [b, n, D]."""
+        """Vectors [b, n, D] before the quantiser of images in [-1, 1], leading axes folded."""
         size = images.shape[-3:-1]
         if size != (self.resolution, self.resolution):
             raise ValueError(f"images of {size}; this tokenizer reads {self.resolution} squared")
@@ -185,12 +185,12 @@ class UniTok(nnx.Module):
         return self.quant_proj(self.encoder(x).astype(jnp.float32))
 
     def _images(self, codes: Array) -> Array:
-        """Pictures of folded codes [b, n, D], not clamped."""
+        """Pictures in [-1, 1] of folded codes [b, n, D], not clamped."""
         return self.decoder(self.post_quant_proj(codes)).astype(jnp.float32)
 
     def encode(self, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
-        """Tokens of images in [-1, 1]."""
-        tokens = self.quantizer.encode(self._features(images))
+        """Tokens of images in [0, 1]."""
+        tokens = self.quantizer.encode(self._features(2 * images - 1))
         return tokens.reshape(*images.shape[:-3], *tokens.shape[-2:])
 
     def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
@@ -198,9 +198,9 @@ class UniTok(nnx.Module):
         return self.quantizer.codes(tokens)
 
     def decode(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b h w 3"]:
-        """Images in [-1, 1]."""
+        """Images in [0, 1]."""
         images = self._images(self.codes(tokens.reshape(-1, *tokens.shape[-2:])))
-        return jnp.clip(images, -1.0, 1.0).reshape(*tokens.shape[:-2], *images.shape[-3:])
+        return jnp.clip((images + 1) / 2, 0.0, 1.0).reshape(*tokens.shape[:-2], *images.shape[-3:])
 
     def codebooks(self) -> Float[Array, "K vocab d"]:
         """The unit vectors `codes` looks up."""
@@ -225,10 +225,10 @@ class UniTok(nnx.Module):
         )
 
     def __call__(self, images: Float[Array, "*b h w 3"]) -> Reconstruction:
-        """One training pass over images in [-1, 1]; changes nothing in place."""
-        quantized = self.quantizer(self._features(images))
+        """One training pass over images in [0, 1]; changes nothing in place."""
+        quantized = self.quantizer(self._features(2 * images - 1))
         return Reconstruction(
-            images=self._images(quantized.codes).reshape(images.shape),
+            images=(self._images(quantized.codes).reshape(images.shape) + 1) / 2,
             tokens=quantized.tokens.reshape(*images.shape[:-3], *quantized.tokens.shape[-2:]),
             quantizer_loss=quantized.loss,
             perplexity=quantized.perplexity,
@@ -246,7 +246,7 @@ class UniTok(nnx.Module):
         codebooks, stats, count = quantize.repair_dead_codes(
             self.codebooks(),
             self.quantizer.stats(),
-            self.quantizer.chunks(self._features(images)),
+            self.quantizer.chunks(self._features(2 * images - 1)),
             key,
             max_idle_steps=max_idle_steps,
         )

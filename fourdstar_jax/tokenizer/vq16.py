@@ -244,7 +244,7 @@ class VQ16(nnx.Module):
         self.grid = resolution // patch
 
     def _features(self, images: Array) -> Array:
-        """Vectors before the quantiser, leading axes folded: [b, n, D]."""
+        """Vectors [b, n, D] before the quantiser of images in [-1, 1], leading axes folded."""
         size = images.shape[-3:-1]
         if size != (self.resolution, self.resolution):
             raise ValueError(f"images of {size}; this tokenizer reads {self.resolution} squared")
@@ -253,13 +253,13 @@ class VQ16(nnx.Module):
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
     def _images(self, codes: Array) -> Array:
-        """Pictures of folded codes [b, n, D], not clamped."""
+        """Pictures in [-1, 1] of folded codes [b, n, D], not clamped."""
         x = codes.reshape(codes.shape[0], self.grid, self.grid, -1)
         return self.decoder(self.post_quant_conv(x)).astype(jnp.float32)
 
     def encode(self, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n 1"]:
-        """Tokens of images in [-1, 1]. Raises ValueError for images of another size."""
-        tokens = self.quantizer.encode(self._features(images))
+        """Tokens of images in [0, 1]. Raises ValueError for images of another size."""
+        tokens = self.quantizer.encode(self._features(2 * images - 1))
         return tokens.reshape(*images.shape[:-3], *tokens.shape[-2:])
 
     def codes(self, tokens: Int[Array, "*b n 1"]) -> Float[Array, "*b n D"]:
@@ -267,9 +267,9 @@ class VQ16(nnx.Module):
         return self.quantizer.codes(tokens)
 
     def decode(self, tokens: Int[Array, "*b n 1"]) -> Float[Array, "*b h w 3"]:
-        """Images in [-1, 1]."""
+        """Images in [0, 1]."""
         images = self._images(self.codes(tokens.reshape(-1, *tokens.shape[-2:])))
-        return jnp.clip(images, -1.0, 1.0).reshape(*tokens.shape[:-2], *images.shape[-3:])
+        return jnp.clip((images + 1) / 2, 0.0, 1.0).reshape(*tokens.shape[:-2], *images.shape[-3:])
 
     def codebooks(self) -> Float[Array, "1 vocab D"]:
         """The unit vectors `codes` looks up."""

@@ -13,6 +13,7 @@ from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import tokens
 from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.star import warm_start
+from fourdstar_jax.star.forcing import corrupt
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.train import optim
@@ -41,26 +42,24 @@ def groups_of(batch: dict) -> jax.Array:
     return views.reshape(*views.shape[:2], -1, views.shape[-1])
 
 
-def train_step(graphdef, state, batch, key, *, tx, loss_config):
+def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config):
     """One optimizer step. Pure; the randomness of step s is `key` folded with s."""
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.rest)
-        return model.loss(
-            groups_of(batch),
-            condition_of(batch),
-            key=jax.random.fold_in(key, state.step),
-            **loss_config,
-        )
+        tokens = groups_of(batch)
+        step_key = jax.random.fold_in(key, state.step)
+        forcing = corrupt(step_key, tokens, model.vocab_size, **forcing_config)
+        return model.loss(tokens, condition_of(batch), forcing, **loss_config)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     return train_state.apply_gradients(state, grads, tx), metrics
 
 
 def eval_step(graphdef, state, batch):
-    """Metrics without dropped conditions."""
+    """Metrics of the tokens and conditions as they are."""
     model = nnx.merge(graphdef, state.params, state.rest)
-    return model.loss(groups_of(batch), condition_of(batch), train=False)[1]
+    return model.loss(groups_of(batch), condition_of(batch))[1]
 
 
 def text_features(config: Any, folder: tokens.TokenFolder) -> TextFeatures | None:
@@ -134,8 +133,6 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         features = text_features(config, folder)
         words = folder.word_tokenizer(config.model.text_length)
-        if features is None:
-            config.model.text_vocab = words.vocab_size
         loader = functools.partial(
             tokens.make_loader,
             folder,
@@ -150,7 +147,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
-        arguments = bundle.module_arguments(config.model.to_dict())
+        sizes = config.model.to_dict()
+        if features is None:
+            sizes["text_vocab"] = words.vocab_size
+        arguments = bundle.module_arguments(sizes)
         arguments["codebooks"] = jnp.asarray(folder.codebooks)
         graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
@@ -159,7 +159,13 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         state, batches = checkpoints.restore(state, batches)
 
         step_fn = jax.jit(
-            functools.partial(train_step, graphdef, tx=tx, loss_config=config.loss.to_dict()),
+            functools.partial(
+                train_step,
+                graphdef,
+                tx=tx,
+                forcing_config=config.forcing.to_dict(),
+                loss_config=config.loss.to_dict(),
+            ),
             donate_argnums=0,
         )
         eval_fn = jax.jit(functools.partial(eval_step, graphdef))
@@ -199,7 +205,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             f"{workdir}/bundle",
             "star",
             model,
-            config,
+            {**config.to_dict(), "model": sizes},
             storage=config.storage,
             top_k=config.top_k,
             **info,

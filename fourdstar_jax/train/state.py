@@ -105,8 +105,3 @@ def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A pytree of arrays, whole on every device: a frozen model."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def count_parameters(tree: Any) -> int:
-    """Number of scalars in a pytree of arrays."""
-    return sum(x.size for x in jax.tree.leaves(tree))

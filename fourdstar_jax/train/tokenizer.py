@@ -19,14 +19,14 @@ from fourdstar_jax.train.metrics import Mean, MetricWriter
 
 
 def pictures(batch: dict) -> dict:
-    """All views of a batch, extra ones too, as single images in [-1, 1] with their masks."""
+    """All views of a batch, extra ones too, as single images in [0, 1] with their masks."""
 
     def flat(rig, extra):
         both = jnp.concatenate([rig, extra], axis=2)  # [B, T, V + E, h, w, c]
         return both.reshape(-1, *both.shape[-3:])
 
     return {
-        "images": 2 * flat(batch["images"], batch["extra_images"]) - 1,
+        "images": flat(batch["images"], batch["extra_images"]),
         "masks": flat(batch["masks"], batch["extra_masks"]),
     }
 

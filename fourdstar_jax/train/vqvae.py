@@ -26,7 +26,7 @@ FEW_PAIRS = 2**18
 
 def loss_of(model, tokenizer, batch, key, *, render_config, loss_config, capacity=None):
     """Loss and metrics of a batch: tokens of everything in, a few pictures compared."""
-    codes = tokenizer.codes(tokenizer.encode(2 * batch["images"] - 1))  # [B, T, V, n, D]
+    codes = tokenizer.codes(tokenizer.encode(batch["images"]))  # [B, T, V, n, D]
     decoded = model(codes, Cameras(batch["viewmats"], batch["Ks"]), batch["times"])
     supervision = choose_supervision(key, batch, **render_config)
     if capacity is not None:

@@ -277,8 +277,6 @@ def reconstruction_loss(
     foreground_weight: float = 0.0,
     flow_weight: float = 0.0,
     warp_weight: float = 0.0,
-    lpips_weight: float = 0.0,
-    adversarial_weight: float = 0.0,
     capacity: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -290,10 +288,6 @@ def reconstruction_loss(
     most, for `pick_capacity`; `overflow` tells that `capacity` (of `rasterize`) was too small:
     the step's gradients are then not to be used.
     """
-    if lpips_weight > 0:
-        raise NotImplementedError("the perceptual loss needs VGG weights, which are not here yet")
-    if adversarial_weight > 0:
-        raise NotImplementedError("the discriminator loss is not written yet; use weight 0")
     images, masks, cameras = supervision.images, supervision.masks, supervision.cameras
     height, width = images.shape[-3:-1]
     options: dict[str, Any] = dict(

@@ -285,11 +285,12 @@ def compare(folder: Path) -> list[Row]:
         row("decoder", relative_l2(decoded, last), END_TO_END_LIMIT)
         near = jax.jit(lambda m, x: m.quantizer.encode(x))(model, written["quant_proj"])
         row("quantizer: wrong tokens", wrong(near), 0.0)
-        tokens = jax.jit(lambda m, x: m.encode(x))(model, images)
+        # Theirs take and give pictures in [-1, 1], ours in [0, 1].
+        tokens = jax.jit(lambda m, x: m.encode((x + 1) / 2))(model, images)
         row("images to tokens: wrong tokens", wrong(tokens), 0.0)
         # Where a tie fell the other way the pictures may differ by right.
         if np.array_equal(tokens, their_tokens):
-            again = jax.jit(lambda m, x: m.decode(x))(model, tokens)
+            again = jax.jit(lambda m, x: 2 * m.decode(x) - 1)(model, tokens)
             value = relative_l2(again, np.clip(last, -1, 1))
             row("images to tokens to images", value, END_TO_END_LIMIT)
     return rows

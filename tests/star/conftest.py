@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import geometry, nn, sharding
+from fourdstar_jax.star.forcing import Forcing
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.types import Cameras
 
 SIZES = dict(
-    num_codebooks=3, vocab_size=7, code_dim=6, image_size=10, patch=5,
+    num_codebooks=3, vocab_size=7, code_dim=6, resolution=10, grid=2,
     dim=24, num_layers=2, num_heads=3, head_dim=10, head_layers=1, head_heads=1,
     container_slots=5, container_neighbors=2, text_vocab=11, text_length=5, text_dim=6,
     time_features=8, spe_octaves=2, rope="axial", init_std=0.2,
@@ -25,14 +26,14 @@ def build(**changes):
 
 def example(batch=2, timesteps=3, views=3, key=2, sizes=SIZES):
     """Random tokens and a condition that shows their first view; some text slots are padded."""
-    grid, codes = sizes["image_size"] // sizes["patch"], sizes["num_codebooks"]
+    grid, codes = sizes["grid"], sizes["num_codebooks"]
     token_key, text_key = jax.random.split(jax.random.key(key))
     shape = (batch, timesteps, views * grid**2, codes)
     tokens = jax.random.randint(token_key, shape, 0, sizes["vocab_size"], jnp.int32)
     text_shape = (batch, sizes["text_length"])
     text = jax.random.randint(text_key, text_shape, 1, sizes["text_vocab"], jnp.int32)
     azimuths = list(np.arange(views) * 360 / views)
-    size = sizes["image_size"]
+    size = sizes["resolution"]
     rig = geometry.orbit_cameras(azimuths, width=size, height=size)
     return tokens, Condition(
         text_ids=text.at[:, -2:].set(0),
@@ -57,9 +58,11 @@ def data():
 @pytest.fixture(scope="session")
 def logits():
     """`STAR.logits`, compiled once for all tests."""
-    return jax.jit(lambda m, tokens, condition, past=None: m.logits(
-        tokens, condition, history_tokens=past
-    ))  # fmt: skip
+    return jax.jit(
+        lambda m, tokens, condition, past=None: m.logits(
+            tokens, condition, Forcing(history_tokens=past)
+        )
+    )
 
 
 @pytest.fixture(scope="session")

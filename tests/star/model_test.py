@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import nn, sharding
-from fourdstar_jax.star.model import STAR, count_params
+from fourdstar_jax.star.forcing import Forcing, corrupt
+from fourdstar_jax.star.model import STAR
 from fourdstar_jax.types import Cameras
 
 pytestmark = pytest.mark.ci
@@ -122,7 +123,9 @@ def test_dropped_conditions_hide_what_they_held(model, data):
     other = condition._replace(
         text_ids=condition.text_ids % 10 + 1, video_tokens=(condition.video_tokens + 1) % 7
     )
-    nll = jax.jit(lambda c, text, video: model.nll(tokens, c, drop_text=text, drop_video=video))
+    nll = jax.jit(
+        lambda c, text, video: model.nll(tokens, c, Forcing(drop_text=text, drop_video=video))
+    )
     yes, no = jnp.array([True, True]), jnp.array([False, False])
     np.testing.assert_array_equal(nll(condition, yes, yes), nll(other, yes, yes))
     for drop in ((no, yes), (yes, no)):
@@ -137,7 +140,7 @@ def test_losses_agree_with_logits(model, data, logits):
     want = -jnp.take_along_axis(
         jax.nn.log_softmax(logits(model, tokens, condition, tokens)), tokens[..., None], axis=-1
     )[..., 0]
-    both = jax.jit(lambda m: (m.nll(tokens, condition), m.loss(tokens, condition, train=False)))
+    both = jax.jit(lambda m: (m.nll(tokens, condition), m.loss(tokens, condition)))
     got, (loss, metrics) = both(model)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
@@ -152,14 +155,12 @@ def test_groups_can_be_chosen_and_change_nothing(model, data):
     @jax.jit
     def hidden(model):
         whole = model.hidden(tokens, condition)
-        return model.hidden(tokens, condition, groups=groups), whole
+        return model.hidden(tokens, condition, Forcing(groups=groups)), whole
 
     some, whole = hidden(model)
     np.testing.assert_allclose(some, whole[jnp.arange(2)[:, None], groups], atol=1e-4)
     with pytest.raises(ValueError, match="num_groups=4"):
-        model.loss(tokens, condition, key=jax.random.key(0), num_groups=4)
-    with pytest.raises(ValueError, match="key"):
-        model.loss(tokens, condition)
+        corrupt(jax.random.key(0), tokens, 7, num_groups=4)
 
 
 def test_gradient_reaches_every_parameter(model, data):
@@ -168,10 +169,8 @@ def test_gradient_reaches_every_parameter(model, data):
     @jax.jit
     @jax.grad
     def gradient(model):
-        return jnp.mean(model.group_losses(
-            tokens, condition,
-            drop_text=jnp.array([False, True]), drop_video=jnp.array([True, False]),
-        ).nll)  # fmt: skip
+        drop = dict(drop_text=jnp.array([False, True]), drop_video=jnp.array([True, False]))
+        return jnp.mean(model.nll(tokens, condition, Forcing(**drop)))
 
     grads = nnx.state(gradient(model), nnx.Param)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
@@ -191,9 +190,9 @@ def test_training_starts_at_the_entropy_of_the_vocabulary(data, make_model):
     tokens, condition = data
     model = make_model()
     model.head.output[...] = jnp.zeros(model.head.output.shape)
-    loss, metrics = jax.jit(
-        lambda m, key: m.loss(tokens, condition, key=key, num_groups=2, history_noise=0.3)
-    )(model, jax.random.key(0))
+    forcing = corrupt(jax.random.key(0), tokens, 7, num_groups=2, history_noise=0.3)
+    assert forcing.groups.shape == (2, 2) and (forcing.history_tokens != tokens).any()
+    loss, metrics = jax.jit(lambda m: m.loss(tokens, condition, forcing))(model)
     np.testing.assert_allclose(loss, math.log(7), rtol=1e-5)
     np.testing.assert_allclose(metrics["nll_code3"], math.log(7), rtol=1e-5)
     assert "nll_group1" not in metrics  # the groups differ from sample to sample
@@ -210,10 +209,9 @@ def test_training_starts_at_the_entropy_of_the_vocabulary(data, make_model):
 def test_options_train(data, make_model, changes):
     tokens, condition = data
     model = make_model(**changes)
-    step = jax.jit(jax.value_and_grad(
-        lambda m, key: m.loss(tokens, condition, key=key)[0], argnums=0
-    ))  # fmt: skip
-    loss, grads = step(model, jax.random.key(0))
+    forcing = corrupt(jax.random.key(0), tokens, 7)
+    step = jax.jit(jax.value_and_grad(lambda m: m.loss(tokens, condition, forcing)[0]))
+    loss, grads = step(model)
     assert np.isfinite(loss)
     kernel = grads.trunk.layers.k.kernel[...]
     assert np.isfinite(np.asarray(kernel)).all() and jnp.abs(kernel).max() > 0
@@ -265,11 +263,11 @@ def test_codebooks_are_taken_and_stay(make_model):
     [
         (dict(rope="2d"), ValueError),
         (dict(prefix="none"), ValueError),
-        (dict(history="full"), NotImplementedError),
         (dict(code_dim=7), ValueError),
         (dict(num_heads=5), ValueError),
         (dict(text_encoder="hash"), ValueError),
-        (dict(patch=3), ValueError),
+        (dict(grid=3), ValueError),
+        (dict(text_vocab=0), ValueError),
     ],
 )
 def test_bad_options_are_named(make_model, changes, error):
@@ -293,7 +291,7 @@ def test_inputs_that_do_not_fit_are_named(model, data):
 def test_eight_devices_agree_with_one(make_example):
     """Weights sharded over fsdp and tensor, the batch over data and fsdp."""
     sizes = dict(
-        num_codebooks=2, vocab_size=8, code_dim=4, image_size=10, patch=5, dim=32, num_layers=2,
+        num_codebooks=2, vocab_size=8, code_dim=4, resolution=10, grid=2, dim=32, num_layers=2,
         num_heads=4, num_kv_heads=2, head_dim=16, head_layers=1, head_heads=2, container_slots=5,
         container_neighbors=2, text_vocab=12, text_length=5, text_dim=6, time_features=8,
     )  # fmt: skip
@@ -309,7 +307,7 @@ def test_eight_devices_agree_with_one(make_example):
             @jax.jit
             @jax.value_and_grad
             def step(model, tokens, condition):
-                return model.loss(tokens, condition, train=False)[0]
+                return model.loss(tokens, condition)[0]
 
             loss, grads = step(model, *data)
             got.append((loss, grads.trunk.layers.q.kernel[...], grads.image.up.kernel[...]))
@@ -324,10 +322,10 @@ def test_eight_devices_agree_with_one(make_example):
 
 def test_paper_size_builds_without_memory():
     sizes = dict(
-        num_codebooks=8, vocab_size=4096, code_dim=64, image_size=256, patch=16,
+        num_codebooks=8, vocab_size=4096, code_dim=64, resolution=256, grid=16,
         dim=1280, num_layers=36, num_heads=20, hidden_dim=3584, head_dim=768, head_layers=3,
         head_heads=12, container_slots=512, container_neighbors=5, text_encoder="t5",
-        text_vocab=0, text_length=120, text_dim=2048, time_features=256,
+        text_length=120, text_dim=2048, time_features=256,
     )  # fmt: skip
     model = jax.eval_shape(lambda: nn.build(STAR, jax.random.key(0), **sizes))
-    assert 800e6 < count_params(model) < 900e6
+    assert 800e6 < nn.count_parameters(model) < 900e6

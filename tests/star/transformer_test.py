@@ -22,14 +22,6 @@ def test_mask_of_a_group():
     np.testing.assert_array_equal(mask, want)
 
 
-def test_histories_that_are_not_there_say_so():
-    for history in ("full", "window:2"):
-        with pytest.raises(NotImplementedError, match="container"):
-            group_mask(2, 3, 5, history)
-    with pytest.raises(ValueError, match="recent"):
-        group_mask(2, 3, 5, "recent")
-
-
 def test_rotary_products_depend_on_differences_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 16))
     a, b, shift = jax.random.uniform(jax.random.key(1), (3, 1, 1, 4), maxval=9.0)

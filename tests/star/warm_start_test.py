@@ -22,7 +22,7 @@ LLAMAGEN = dict(family="llamagen", **TRUNK, text_length=4, text_dim=5, vocab_siz
 MVAR = dict(LLAMAGEN, family="mvar", patch=5, num_condition_layers=3, align_dim=4)
 MVAR |= dict(align_hidden_dim=9)
 SIZES = dict(
-    num_codebooks=1, vocab_size=7, code_dim=6, image_size=10, patch=5, dim=12, num_layers=3,
+    num_codebooks=1, vocab_size=7, code_dim=6, resolution=10, grid=2, dim=12, num_layers=3,
     num_heads=2, hidden_dim=14, head_dim=10, head_layers=1, head_heads=1, container_slots=5,
     container_neighbors=2, text_vocab=0, text_length=4, text_dim=5, time_features=8,
     text_encoder="t5", prefix="causal",

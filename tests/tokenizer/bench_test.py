@@ -68,7 +68,7 @@ def test_cast_weights(model):
     assert cast.quantizer.idle_steps[...].dtype == jnp.int32
     assert model.encoder.blocks[0].attn.qkv.kernel[...].dtype == jnp.float32  # a copy
     assert jax.tree.structure(nnx.state(cast)) == jax.tree.structure(nnx.state(model))
-    images = np.random.default_rng(0).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
+    images = np.random.default_rng(0).uniform(0, 1, (5, 32, 32, 3)).astype(np.float32)
     encode = jax.jit(lambda m, x: m.encoder(x))
     np.testing.assert_array_equal(encode(cast, images), encode(model, images))
     tokens = jax.jit(lambda m, x: m.encode(x))(model, images)

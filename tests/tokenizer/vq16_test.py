@@ -50,7 +50,7 @@ def folder(tmp_path, model):
 
 
 def pictures(*leading, seed=0):
-    return jax.random.uniform(jax.random.key(seed), (*leading, SIZE, SIZE, 3), minval=-1.0)
+    return jax.random.uniform(jax.random.key(seed), (*leading, SIZE, SIZE, 3))
 
 
 def test_protocol(model):
@@ -66,7 +66,7 @@ def test_protocol(model):
     np.testing.assert_allclose(np.linalg.norm(codes, axis=-1), 1, rtol=1e-6)
     decoded = model.decode(tokens)
     assert decoded.shape == images.shape
-    assert np.abs(decoded).max() <= 1 and np.std(decoded) > 0.1
+    assert 0 <= decoded.min() and decoded.max() <= 1 and np.std(decoded) > 0.05
     np.testing.assert_allclose(model.decode(tokens[1, 2]), decoded[1, 2], atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_spec(model):
 def test_tokens_are_nearest_by_euclidean_distance(model):
     """The definition in the paper and in LlamaGen, in float64."""
     images = pictures(3)
-    z = np.asarray(model._features(images), np.float64)
+    z = np.asarray(model._features(2 * images - 1), np.float64)
     z /= np.linalg.norm(z, axis=-1, keepdims=True)
     book = np.asarray(model.quantizer.codebooks[...][0], np.float64)
     book /= np.linalg.norm(book, axis=-1, keepdims=True)

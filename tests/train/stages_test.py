@@ -28,9 +28,9 @@ VQVAE = dict(
     unet_channels=(8, 8), unet_blocks=1,
 )  # fmt: skip
 STAR_MODEL = dict(
-    num_codebooks=2, vocab_size=16, code_dim=8, image_size=SIZE, patch=8, dim=16, num_layers=2,
-    num_heads=2, hidden_dim=32, head_dim=16, head_layers=1, head_heads=2, container_slots=3,
-    container_neighbors=2, text_vocab=11, text_length=3, text_dim=8,
+    num_codebooks=2, vocab_size=16, code_dim=8, resolution=SIZE, grid=SIZE // 8, dim=16,
+    num_layers=2, num_heads=2, hidden_dim=32, head_dim=16, head_layers=1, head_heads=2,
+    container_slots=3, container_neighbors=2, text_vocab=11, text_length=3, text_dim=8,
 )  # fmt: skip
 
 
@@ -89,7 +89,9 @@ def run(stage, mesh_shape, devices, steps=3):
                 graphdef, state = train_state.create(STAR, STAR_MODEL, tx, key, mesh)
 
                 def step(state, data):
-                    return star.train_step(graphdef, state, data, key, tx=tx, loss_config={})
+                    return star.train_step(
+                        graphdef, state, data, key, tx=tx, forcing_config={}, loss_config={}
+                    )
 
         step = jax.jit(step)
         losses = []

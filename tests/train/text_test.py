@@ -87,7 +87,7 @@ def config_of(token_dir, source, feature_dir):
     spec.loader.exec_module(module)
     config = module.get_config("tiny")
     config.model.update(
-        num_codebooks=2, vocab_size=5, code_dim=6, image_size=16, patch=8, dim=16, num_layers=1,
+        num_codebooks=2, vocab_size=5, code_dim=6, resolution=16, grid=2, dim=16, num_layers=1,
         num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,
         container_neighbors=2, text_encoder="t5", text_length=120, text_dim=6,
     )  # fmt: skip

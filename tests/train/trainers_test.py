@@ -47,7 +47,7 @@ def config_of(stage, data_dir, source=None, steps=4):
             unet_channels=(8, 8),
         ),
         star=dict(
-            num_codebooks=2, vocab_size=16, code_dim=8, image_size=16, patch=4, dim=16,
+            num_codebooks=2, vocab_size=16, code_dim=8, resolution=16, grid=4, dim=16,
             num_layers=2, num_heads=2, hidden_dim=32, head_dim=16, head_heads=2,
             container_slots=3, container_neighbors=2, text_length=5, text_dim=8,
         ),

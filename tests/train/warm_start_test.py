@@ -58,7 +58,7 @@ def save_trunk(folder):
 def config_of(token_dir, source, warm_start, steps=2):
     config = cli.read_config("configs/star.py:tiny", [])
     config.model.update(
-        num_codebooks=2, vocab_size=5, code_dim=6, image_size=16, patch=8, dim=16, num_layers=2,
+        num_codebooks=2, vocab_size=5, code_dim=6, resolution=16, grid=2, dim=16, num_layers=2,
         num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,
         container_neighbors=2, text_length=5, text_dim=6,
     )  # fmt: skip

@@ -1,10 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from fourdstar_jax import geometry
-from fourdstar_jax.types import Cameras, Gaussians
+from fourdstar_jax.types import Gaussians
 from fourdstar_jax.vqvae import losses
 from fourdstar_jax.vqvae.model import Decoded
 
@@ -225,20 +224,3 @@ def test_warp_loss_sees_flicker_only():
     occluded = images.at[:, 1, :, 4, 4].add(0.5)
     assert losses.warp_loss(occluded, occluded, masks, flow, known) < 1e-6
     assert losses.warp_loss(occluded, images, masks, flow, known) > 1e-3
-
-
-def test_unwritten_losses_say_so():
-    cloud = moving_cloud([0, 0, 0])
-    s = losses.Supervision(
-        timesteps=jnp.array([[0, 1]]),
-        views=jnp.array([[0]]),
-        images=jnp.ones((1, 2, 1, SIZE, SIZE, 3)),
-        masks=jnp.zeros((1, 2, 1, SIZE, SIZE, 1)),
-        cameras=Cameras(*rig([0], batch=1)),
-        flow=None,
-        flow_known=jnp.zeros((1, 1)),
-    )
-    with pytest.raises(NotImplementedError, match="perceptual"):
-        losses.reconstruction_loss(Decoded(cloud, cloud), s, lpips_weight=1.0)
-    with pytest.raises(NotImplementedError, match="discriminator"):
-        losses.reconstruction_loss(Decoded(cloud, cloud), s, adversarial_weight=0.1)

@@ -5,16 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fourdstar_jax.star import decode
+from fourdstar_jax.star import sample
 
 n = 4  # tokens of a view
+
+
+@jax.jit
+def forced_group(model, prefix, memory, t, tokens):
+    """The logits on the way to given tokens of timestep t, slot by slot, and the memory after."""
+    group = sample.begin_group(model, prefix, memory, t, tokens[:, :0])
+
+    def choose(slot, hidden):
+        return model.head.decode(hidden, lambda k, logits: tokens[:, slot, k])
+
+    found, logits = sample.decode_slots(model, prefix, group, 0, choose)
+    return logits, sample.end_group(model, memory, found)
+
+
+def forced_logits(model, condition, tokens):
+    """What cached decoding computes on the way to these tokens; equals `STAR.logits`."""
+    prefix, memory = sample.prefill(model, condition)
+    logits = []
+    for t in range(tokens.shape[1]):
+        y, memory = forced_group(model, prefix, memory, jnp.int32(t), tokens[:, t])
+        logits.append(y)
+    return jnp.stack(logits, axis=1)
 
 
 def test_cached_decoding_equals_teacher_forcing(model, data, logits):
     """All three groups, so that the container is rebuilt twice."""
     tokens, condition = data
     want = logits(model, tokens, condition, tokens)
-    got = decode.forced_logits(model, condition, tokens)
+    got = forced_logits(model, condition, tokens)
     assert jnp.abs(want).max() > 1
     np.testing.assert_allclose(got, want, atol=1e-4)
 
@@ -24,26 +46,26 @@ def test_cached_decoding_equals_teacher_forcing(model, data, logits):
 def test_it_does_so_with_other_options(data, logits, make_model, changes):
     tokens, condition = data
     model = make_model(**changes)
-    got = decode.forced_logits(model, condition, tokens)
+    got = forced_logits(model, condition, tokens)
     np.testing.assert_allclose(got, logits(model, tokens, condition, tokens), atol=1e-4)
 
 
 def test_one_timestep(model, logits, make_example):
     tokens, condition = make_example(timesteps=1)
     want = logits(model, tokens, condition, tokens)
-    np.testing.assert_allclose(decode.forced_logits(model, condition, tokens), want, atol=1e-4)
-    out = model.generate(condition, jax.random.key(0), temperature=0)
+    np.testing.assert_allclose(forced_logits(model, condition, tokens), want, atol=1e-4)
+    out = sample.generate(model, condition, jax.random.key(0), temperature=0)
     assert out.shape == (2, 1, 3 * n, 3)
 
 
 def test_greedy_tokens_are_the_most_probable_of_their_own_logits(model, data, logits):
     """With the input view written: its parallel pass gives what one slot after the other gives."""
     _, condition = data
-    out = model.generate(condition, jax.random.key(0), temperature=0)
+    out = sample.generate(model, condition, jax.random.key(0), temperature=0)
     np.testing.assert_array_equal(out[:, :, :n], condition.video_tokens)
     best = logits(model, out, condition, out).argmax(-1)
     np.testing.assert_array_equal(out[:, :, n:], best[:, :, n:])
-    sampled = model.generate(condition, jax.random.key(0), temperature=0, write_known=False)
+    sampled = sample.generate(model, condition, jax.random.key(0), temperature=0, write_known=False)
     best = logits(model, sampled, condition, sampled).argmax(-1)
     np.testing.assert_array_equal(sampled, best)
 
@@ -52,18 +74,22 @@ def test_the_key_decides(model, data):
     _, condition = data
     seen = []
     kw = dict(top_k=5, top_p=0.9, temperature=1.3)
-    a = model.generate(condition, jax.random.key(0), **kw)
-    b = model.generate(
-        condition, jax.random.key(0), on_group=lambda t, tokens: seen.append((t, tokens)), **kw
+    a = sample.generate(model, condition, jax.random.key(0), **kw)
+    b = sample.generate(
+        model,
+        condition,
+        jax.random.key(0),
+        on_group=lambda t, tokens: seen.append((t, tokens)),
+        **kw,
     )
     np.testing.assert_array_equal(a, b)
     assert [t for t, _ in seen] == [0, 1, 2]
     np.testing.assert_array_equal(jnp.stack([x for _, x in seen], axis=1), a)
-    assert (a != model.generate(condition, jax.random.key(1), **kw)).any()
+    assert (a != sample.generate(model, condition, jax.random.key(1), **kw)).any()
     assert a.dtype == jnp.int32 and 0 <= a.min() and a.max() < 7
     # Next to no mass left: the same as greedy.
-    one = model.generate(condition, jax.random.key(0), **(kw | dict(top_p=1e-6)))
-    greedy = model.generate(condition, jax.random.key(1), temperature=0)
+    one = sample.generate(model, condition, jax.random.key(0), **(kw | dict(top_p=1e-6)))
+    greedy = sample.generate(model, condition, jax.random.key(1), temperature=0)
     np.testing.assert_array_equal(one, greedy)
 
 
@@ -72,7 +98,7 @@ def test_samples_follow_the_probabilities(model, data, logits, make_example):
     """The first sampled code of 700 objects that differ in their random numbers only."""
     tokens, condition = make_example(batch=1, timesteps=1)
     many = jax.tree.map(lambda x: jnp.repeat(x, 700, axis=0), condition)
-    out = np.asarray(model.generate(many, jax.random.key(0)))[:, 0, n, 0]
+    out = np.asarray(sample.generate(model, many, jax.random.key(0)))[:, 0, n, 0]
     want = jax.nn.softmax(logits(model, tokens, condition, tokens)[0, 0, n, 0])
     share = np.bincount(out, minlength=7) / 700
     np.testing.assert_allclose(share, want, atol=4 * np.sqrt(0.25 / 700))
@@ -82,16 +108,18 @@ def test_guidance_moves_away_from_the_model_without_video(model, data):
     _, condition = data
     kw = dict(temperature=0, write_known=False)
     key = jax.random.key(0)
-    plain = model.generate(condition, key, **kw)
-    np.testing.assert_array_equal(model.generate(condition, key, cfg_scale=1.0 + 1e-6, **kw), plain)
+    plain = sample.generate(model, condition, key, **kw)
+    np.testing.assert_array_equal(
+        sample.generate(model, condition, key, cfg_scale=1.0 + 1e-6, **kw), plain
+    )
     # Scale 0 is the model that does not see the video; it must not depend on it.
     other = condition._replace(video_tokens=(condition.video_tokens + 1) % 7)
-    blind = model.generate(condition, key, cfg_scale=0.0, **kw)
-    np.testing.assert_array_equal(model.generate(other, key, cfg_scale=0.0, **kw), blind)
+    blind = sample.generate(model, condition, key, cfg_scale=0.0, **kw)
+    np.testing.assert_array_equal(sample.generate(model, other, key, cfg_scale=0.0, **kw), blind)
     assert (blind != plain).any()
 
 
 @pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)])
 def test_bad_settings_are_named(model, data, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        model.generate(data[1], jax.random.key(0), **bad)
+        sample.generate(model, data[1], jax.random.key(0), **bad)
