@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key, Shaped
 
 
 class Forcing(NamedTuple):
@@ -16,7 +16,7 @@ class Forcing(NamedTuple):
     groups: Int[Array, "B G"] | None = None  # the timesteps to predict, in order
     dropout_key: Key[Array, ""] | None = None
 
-    def chosen(self, x: Float[Array, "B T ..."] | Int[Array, "B T ..."]):
+    def chosen(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B G ..."]:
         """Those timesteps of an array that are predicted."""
         return x if self.groups is None else jax.vmap(lambda y, i: y[i])(x, self.groups)
 
