@@ -20,7 +20,6 @@ Tensors are named by their place in the module, `blocks/0/attention/qkv/kernel`.
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -35,9 +34,11 @@ import safetensors
 import safetensors.numpy
 
 from fourdstar_jax import nn, sharding, tokenizer
+from fourdstar_jax.folders import file_sha256, partial_file, replace_file
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.text.t5 import T5Encoder
-from fourdstar_jax.tokenizer.base import Tokenizer, TokenizerSpec
+from fourdstar_jax.tokenizer.base import Tokenizer
+from fourdstar_jax.types import TokenizerSpec
 from fourdstar_jax.vqvae.model import VQVAE4D
 
 FORMAT = "fourdstar_jax bundle"
@@ -180,7 +181,7 @@ class Bundle:
             "packages": self.packages,
         }
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-        _replace(self.folder / FILE, text.encode())
+        replace_file(self.folder / FILE, text.encode())
 
 
 def versions() -> dict[str, str]:
@@ -251,7 +252,7 @@ def save_arrays(
         arrays[name] = np.ascontiguousarray(array)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage}.safetensors"
-    aside = _aside(path)
+    aside = partial_file(path)
     safetensors.numpy.save_file(arrays, aside)
     entry = Stage(
         file=path.name,
@@ -342,25 +343,9 @@ def copy(
     folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         file = found.stages[stage].file
-        _replace(folder / file, (found.folder / file).read_bytes())
+        replace_file(folder / file, (found.folder / file).read_bytes())
     copied = {stage: found.stages[stage] for stage in stages}
     dataclasses.replace(found, folder=folder, stages=copied)._write()
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, which is read a piece at a time."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    aside = _aside(path)
-    aside.write_bytes(data)
-    aside.replace(path)
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:

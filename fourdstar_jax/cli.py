@@ -345,8 +345,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     if not 16 <= arguments.size <= 2048:
         raise ValueError(f"--size {arguments.size} must be from 16 to 2048")
     from fourdstar_jax import export
+    from fourdstar_jax.folders import OBJECT, output_folder
 
-    with export.output_folder(arguments.out, overwrite=arguments.overwrite) as folder:
+    with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
         model = _load_model(arguments.model)
         _say_device()
         object4d = model.generate(
@@ -371,8 +372,9 @@ def _reconstruct_pictures(arguments: argparse.Namespace) -> None:
         raise ValueError("--input needs --tokenizer unitok or vq16")
     if arguments.batch < 1:
         raise ValueError(f"--batch {arguments.batch} must be positive")
-    from fourdstar_jax import bundle, export
+    from fourdstar_jax import bundle
     from fourdstar_jax.export import pictures
+    from fourdstar_jax.folders import PICTURES, output_folder
 
     spec = bundle.read(arguments.model).spec
     if spec.name != arguments.tokenizer:
@@ -380,7 +382,7 @@ def _reconstruct_pictures(arguments: argparse.Namespace) -> None:
             f"the tokenizer of {arguments.model} is {spec.name}, not {arguments.tokenizer}: "
             f"`fourdstar convert {arguments.tokenizer} FILE BUNDLE` makes one, for --model BUNDLE"
         )
-    with export.output_folder(arguments.out, overwrite=arguments.overwrite) as folder:
+    with output_folder(arguments.out, PICTURES, overwrite=arguments.overwrite) as folder:
         tokenizer = bundle.read(arguments.model).load("tokenizer")
         _say_device()
         result = pictures.reconstruct(
@@ -407,8 +409,9 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     from fourdstar_jax import export
     from fourdstar_jax.data import pipeline, transforms
     from fourdstar_jax.evaluate import metrics
+    from fourdstar_jax.folders import OBJECT, output_folder
 
-    with export.output_folder(arguments.out, overwrite=arguments.overwrite) as folder:
+    with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
         model = _load_model(arguments.model)
         clips = pipeline.ClipSource(arguments.data, arguments.split)
         if not 0 <= arguments.clip < len(clips):
@@ -489,18 +492,18 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.tokens:
         if arguments.data is None or arguments.bundle is None:
             raise ValueError("--tokens needs --data DIR and --bundle DIR")
-        from fourdstar_jax.train import tokens
+        from fourdstar_jax.train import encode
 
-        tokens.prepare_tokens(
+        encode.prepare_tokens(
             arguments.data, arguments.bundle, arguments.out, overwrite=arguments.overwrite
         )
         return
     if arguments.text_features:
         if arguments.data is None or arguments.bundle is None:
             raise ValueError("--text_features needs --data DIR and --bundle DIR")
-        from fourdstar_jax.train import text
+        from fourdstar_jax.train import encode
 
-        text.prepare_features(
+        encode.prepare_features(
             arguments.data,
             arguments.bundle,
             arguments.out,

@@ -18,14 +18,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 from tqdm import tqdm
 
-from fourdstar_jax import bundle
+from fourdstar_jax import bundle, folders
 from fourdstar_jax.data import video as video_input
 from fourdstar_jax.data.features import stored
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.star import sample
 from fourdstar_jax.star.model import STAR, Condition
-from fourdstar_jax.text import t5
+from fourdstar_jax.text import pieces
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.text.t5 import T5Encoder
 from fourdstar_jax.text.words import WordTokenizer
@@ -140,7 +140,7 @@ class Model:
             return self.words([prompt])[0], None
         star = self.bundle.stage("star")
         arguments = star.model
-        ids, mask = t5.tokenize([prompt], arguments["text_length"])
+        ids, mask = pieces.tokenize([prompt], arguments["text_length"])
         features = np.asarray(_encode_text(self.text, ids, mask))
         if features.shape[-1] != arguments["text_dim"]:
             raise ValueError(
@@ -331,7 +331,7 @@ def _decode(
 def _sha256_of(path: Path) -> str:
     """SHA-256 of a file, or of the names and hashes of a folder's files, sorted by name."""
     if not path.is_dir():
-        return bundle.file_sha256(path)
+        return folders.file_sha256(path)
     digest = hashlib.sha256()
     for file in sorted(f for f in path.iterdir() if f.is_file()):
         digest.update(f"{file.name}\0{_sha256_of(file)}\n".encode())

@@ -1,6 +1,8 @@
-"""Gaussians, Cameras, Rendered: the few arrays that travel together everywhere."""
+"""The few things that travel everywhere: Gaussians, Cameras, Rendered, and a TokenizerSpec."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,3 +41,39 @@ class Rendered(NamedTuple):
     features: Float[Array, "*b V h w F"] | None  # alpha-blended extra channels, no background
     num_intersections: Int[Array, ""]  # (Gaussian, tile) pairs over the whole call
     overflow: Bool[Array, ""]  # pairs exceeded the capacity: the images are not to be used
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSpec:
+    """What the integers of a token file mean. Stored in every token file, checked on reading."""
+
+    name: str
+    resolution: int  # height and width of the images, pixels
+    num_tokens: int  # n, of one image, row-major
+    num_codebooks: int  # K
+    vocab_size: int  # of each codebook
+    code_dim: int  # D, of a whole code: K times the width of one codebook
+    weights_sha256: str  # of all parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TokenizerSpec":
+        """Raises ValueError naming the fields that are missing or unknown."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if missing := names - set(values):
+            raise ValueError(f"tokenizer spec lacks {sorted(missing)}")
+        if unknown := set(values) - names:
+            raise ValueError(f"tokenizer spec has unknown fields {sorted(unknown)}")
+        return cls(**values)
+
+    def check(self, other: "TokenizerSpec") -> None:
+        """Raises ValueError naming each field in which `other` differs."""
+        differing = [
+            f"{field.name} {getattr(self, field.name)!r} != {getattr(other, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+        if differing:
+            raise ValueError(f"tokens of another tokenizer: {', '.join(differing)}")

@@ -16,7 +16,7 @@ ROOT = Path(fourdstar_jax.__file__).parent
 # Every module or package of fourdstar_jax and its floor. A module may import from lower floors
 # and from its own package.
 FLOORS = [
-    {"types", "timing"},
+    {"types", "timing", "folders"},
     {"geometry"},
     {"kernels", "sharding"},
     {"nn"},
@@ -114,6 +114,21 @@ def python(code, *argv):
         text=True,
         cwd=ROOT.parent,
     )
+
+
+def test_data_needs_no_flax():
+    """Its worker processes would otherwise import it each; nor does reading tokens or captions."""
+    code = """
+import pkgutil, importlib
+from fourdstar_jax import data
+for module in pkgutil.walk_packages(data.__path__, "fourdstar_jax.data."):
+    if module.name.split(".")[-1] not in ("untrusted",):
+        importlib.import_module(module.name)
+assert "flax" not in sys.modules
+"""
+    blocked = BLOCKED.replace(repr(TRAINING), repr(["flax", "optax"]))
+    result = subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_everything_public_without_the_training_packages():

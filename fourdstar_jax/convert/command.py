@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax import bundle, nn
+from fourdstar_jax import bundle, folders, nn
 from fourdstar_jax.convert import rules, torch_file
 
 # kind of file -> stage of the bundle that it becomes
@@ -152,8 +152,8 @@ def convert(
         "kind": kind,
         "key_map": names.VERSION,
         "source": Path(source).name,
-        "source_sha256": bundle.file_sha256(source),
-        "shards_sha256": {shard.name: bundle.file_sha256(shard) for shard in shards},
+        "source_sha256": folders.file_sha256(source),
+        "shards_sha256": {shard.name: folders.file_sha256(shard) for shard in shards},
         "tensors": len(used),
         "not_needed": len(state) - len(used & set(state)),
     }

@@ -15,8 +15,6 @@ FLAN-T5 XL's 120 x 2048 features in bfloat16 take 0.5 MB a caption. They are rea
 import functools
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from fourdstar_jax.data import pipeline
-from fourdstar_jax.text import t5
+from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.folders import FEATURES, file_sha256, output_folder
+from fourdstar_jax.text import pieces
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -67,7 +67,7 @@ def write(
     encode: Callable[[np.ndarray, np.ndarray], Any],
     *,
     encoder: Mapping[str, Any],
-    length: int = t5.LENGTH,
+    length: int = pieces.LENGTH,
     dtype: str = "bfloat16",
     batch: int = 8,
     overwrite: bool = False,
@@ -85,21 +85,16 @@ def write(
     """
     from safetensors.numpy import save
 
-    out_dir = Path(out_dir)
     if dtype not in DTYPES:
         raise ValueError(f"{dtype=} must be one of {sorted(DTYPES)}")
     if batch < 1:
         raise ValueError(f"{batch=} must be positive")
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
-        raise ValueError(f"out_dir={str(out_dir)!r} is not empty (overwrite replaces it)")
     texts = captions_of(data_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
-    try:
+    with output_folder(out_dir, FEATURES, overwrite=overwrite) as partial:
         files, dim = [], 0
         for start in range(0, len(texts), ROWS_A_FILE):
             part = texts[start : start + ROWS_A_FILE]
-            ids, mask = t5.tokenize(part, length)
+            ids, mask = pieces.tokenize(part, length)
             features = _encode(part, ids, mask, encode, batch, dtype)
             dim = features.shape[-1]
             arrays = {"features": features, "ids": ids, "num_tokens": mask.sum(1, dtype=np.int32)}
@@ -120,11 +115,7 @@ def write(
             "files": files,
             "rows": {key_of(text): row for row, text in enumerate(texts)},
         }
-        (partial / "manifest.json").write_text(json.dumps(content, indent=1) + "\n")
-        pipeline.rename_into_place(partial, out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (partial / FEATURES.manifest).write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -140,16 +131,8 @@ def stored(features: np.ndarray, dtype: str, texts: Iterable[str]) -> np.ndarray
 
 
 def _encode(texts, ids, mask, encode, batch: int, dtype: str) -> np.ndarray:
-    out = []
-    for lo in range(0, len(texts), batch):
-        count = len(texts[lo : lo + batch])
-        filled = [np.zeros((batch, ids.shape[1]), x.dtype) for x in (ids, mask)]
-        for whole, x in zip(filled, (ids, mask), strict=True):
-            whole[:count] = x[lo : lo + count]
-        features = np.asarray(encode(*filled), np.float32)[:count]
-        features = np.where(mask[lo : lo + count, :, None], features, 0)
-        out.append(stored(features, dtype, texts[lo : lo + count]))
-    return np.concatenate(out)
+    features = in_batches(encode, (ids, mask), batch).astype(np.float32)
+    return stored(np.where(mask[..., None], features, 0), dtype, texts)
 
 
 class TextFeatures:
@@ -238,9 +221,7 @@ class TextFeatures:
         path = self.path / f"rows_{number:05d}.safetensors"
         if not path.is_file():
             raise ValueError(f"{self.path} lacks {path.name}")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry["sha256"]:
+        if file_sha256(path) != entry["sha256"]:
             raise ValueError(f"{path} is not the file that manifest.json describes (SHA-256)")
         return safetensors.safe_open(path, "numpy")
 

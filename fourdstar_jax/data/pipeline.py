@@ -13,8 +13,6 @@ A batch is a dict of numpy arrays (float32 unless it says otherwise):
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +57,7 @@ def rig(data_dir: str | Path) -> Rig:
 
 
 def open_split(data_dir: str | Path, split: str):
-    """Random access to a split's records (a tensorflow-datasets source, schema in fourdstar.py).
+    """Random access to a split's records (a tensorflow-datasets source, schema in builder.py).
 
     Raises ValueError for a split that the dataset does not have.
     """
@@ -291,15 +289,3 @@ def batches(
     if worker_count:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_count))
     return dataset
-
-
-def rename_into_place(partial: Path, out_dir: Path) -> None:
-    """Gives a finished temporary folder its name, putting aside and then removing an older one."""
-    partial.chmod(0o755)  # mkdtemp's is private
-    if out_dir.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.old-", dir=out_dir.parent))
-        out_dir.rename(old / "replaced")
-        partial.rename(out_dir)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out_dir)

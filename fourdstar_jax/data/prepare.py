@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fourdstar_jax import geometry
-from fourdstar_jax.data import gltf, pipeline, posing, render, splits
+from fourdstar_jax.data import gltf, posing, render, splits
+from fourdstar_jax.folders import DATASET, output_folder
 from fourdstar_jax.text import captions
 from fourdstar_jax.types import Cameras
 
@@ -75,7 +75,7 @@ def prepare(
       licence: keep assets whose licence in `assets_dir/assets.csv` begins so (such as "CC0").
       limit: keep the first so many assets, in order of their paths.
       workers: processes that render; None is one a core, 0 renders in this process.
-      overwrite: replace `out_dir` if it holds something.
+      overwrite: replace `out_dir` if it holds a dataset.
 
     Raises ValueError for settings out of range, a folder without usable clips and an `out_dir`
     that is not empty; RuntimeError when there is no EGL.
@@ -85,19 +85,13 @@ def prepare(
     assets_dir, out_dir = Path(assets_dir), Path(out_dir)
     if not assets_dir.is_dir():
         raise ValueError(f"assets_dir={str(assets_dir)!r} is not a folder")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"out_dir={str(out_dir)!r} is a file")
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
-        raise ValueError(f"out_dir={str(out_dir)!r} is not empty (overwrite replaces it)")
     files, licences, skipped = _find(assets_dir, licence)
     files = files[:limit]
     if not files:
         raise ValueError(f"no .glb file below {str(assets_dir)!r} with {licence=}")
     render.Renderer(image_size, 1).close()  # a missing EGL is said here, once
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
-    try:
+    with output_folder(out_dir, DATASET, overwrite=overwrite) as partial:
         start = time.perf_counter()
         spool = partial / "spool"
         spool.mkdir()
@@ -138,13 +132,9 @@ def prepare(
             "images_per_second": round(frames / render_s, 1),
         }
         manifest = _manifest(clips, settings)
-        for name, content in (("report.json", report), ("manifest.json", manifest)):
+        for name, content in (("report.json", report), (DATASET.manifest, manifest)):
             (partial / name).write_text(json.dumps(content, indent=1) + "\n")
         shutil.rmtree(spool)
-        pipeline.rename_into_place(partial, out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     counts = ", ".join(f"{n} {s}" for s, n in manifest["splits"].items())
     log(
         f"{len(clips)} clips ({counts}), {len(report['dropped'])} dropped, "
@@ -352,14 +342,14 @@ def _content_hash(record: dict[str, np.ndarray]) -> str:
 
 def _build(folder: Path, clips: list[dict], s: Settings) -> None:
     """Writes the records with tensorflow-datasets and moves them to the top of `folder`."""
-    from fourdstar_jax.data import fourdstar
+    from fourdstar_jax.data.builder import Fourdstar, FourdstarConfig
 
     def records(split: str):
         for index, clip in enumerate(clips):
             if clip["split"] == split:
                 yield clip["clip_id"], _example(clip["spool"], index, s)
 
-    config = fourdstar.FourdstarConfig(
+    config = FourdstarConfig(
         name=f"{s.image_size}px_{s.views}+{s.extra_views}views",
         image_size=s.image_size,
         views=s.views,
@@ -371,9 +361,7 @@ def _build(folder: Path, clips: list[dict], s: Settings) -> None:
     )
     built = folder / "built"
     with _quiet():
-        builder = fourdstar.Fourdstar(
-            data_dir=str(built), config=config, file_format="array_record"
-        )
+        builder = Fourdstar(data_dir=str(built), config=config, file_format="array_record")
         builder.download_and_prepare()
     for path in Path(builder.data_dir).iterdir():
         path.rename(folder / path.name)

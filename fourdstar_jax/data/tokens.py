@@ -13,10 +13,8 @@ Readers compare the tokenizer's spec: tokens of another tokenizer are numbers wi
 
 import functools
 import json
-import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,10 @@ import numpy as np
 from jaxtyping import Float
 
 from fourdstar_jax.data import pipeline, splits, transforms
+from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.folders import TOKENS, output_folder
 from fourdstar_jax.text.words import WordTokenizer
+from fourdstar_jax.types import TokenizerSpec
 
 _TEXT = ("clip_id", "object_id", "asset_sha256", "split", "appearance", "motion")
 
@@ -34,7 +35,7 @@ def tokenize(
     out_dir: str | Path,
     encode: Callable[[np.ndarray], Any],
     *,
-    spec: Any,
+    spec: TokenizerSpec,
     codebooks: Float[np.ndarray, "K vocab d"],
     batch_images: int = 64,
     overwrite: bool = False,
@@ -45,7 +46,7 @@ def tokenize(
     Args:
       encode: images [batch_images, h, w, 3] in [0, 1] to tokens [batch_images, n, K]; the last
         batch is filled up, so one compiled shape serves all.
-      spec: the tokenizer's spec, a mapping or something with `to_dict()`.
+      spec: the tokenizer's.
       codebooks: as `codes` uses them.
 
     Raises ValueError when `out_dir` holds something (unless `overwrite`), or for more than 65,536
@@ -54,15 +55,10 @@ def tokenize(
     from array_record.python import array_record_module  # pyright: ignore
     from safetensors.numpy import save, save_file
 
-    out_dir = Path(out_dir)
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite:
-        raise ValueError(f"out_dir={str(out_dir)!r} is not empty (overwrite replaces it)")
     if codebooks.shape[1] > 1 << 16:
         raise ValueError(f"{codebooks.shape[1]} codes do not fit 16 bits")
     manifest = pipeline.read_manifest(data_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
-    try:
+    with output_folder(out_dir, TOKENS, overwrite=overwrite) as partial:
         for split in manifest["splits"]:
             source = pipeline.ClipSource(data_dir, split, cache_bytes=0)
             writer = array_record_module.ArrayRecordWriter(
@@ -90,7 +86,7 @@ def tokenize(
             log(f"{split}: {len(source)} clips")
         content = {
             "schema": 1,
-            "tokenizer": _plain(spec),
+            "tokenizer": spec.to_dict(),
             "data": {k: manifest[k] for k in ("sha256", "split_sha256", "settings")},
             "splits": manifest["splits"],
             "train_captions": manifest["train_captions"],
@@ -99,33 +95,8 @@ def tokenize(
             {"codebooks": np.ascontiguousarray(codebooks, np.float32)},
             partial / "codebooks.safetensors",
         )
-        (partial / "spec.json").write_text(json.dumps(content, indent=1) + "\n")
-        pipeline.rename_into_place(partial, out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (partial / TOKENS.manifest).write_text(json.dumps(content, indent=1) + "\n")
     return content
-
-
-class Spec:
-    """The tokenizer's spec as a folder of tokens stores it."""
-
-    def __init__(self, fields: Mapping[str, Any]):
-        self.fields = dict(fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.fields)
-
-    def check(self, other: Any) -> None:
-        """Raises ValueError that names each field in which `other` (a spec or mapping) differs."""
-        theirs = _plain(other)
-        different = [
-            f"{key} (tokens {self.fields.get(key)!r}, tokenizer {theirs.get(key)!r})"
-            for key in sorted(self.fields.keys() | theirs.keys())
-            if self.fields.get(key) != theirs.get(key)
-        ]
-        if different:
-            raise ValueError(f"the tokens are of another tokenizer: {', '.join(different)}")
 
 
 class TokenFolder:
@@ -134,7 +105,7 @@ class TokenFolder:
     With `spec`, the spec of the tokenizer in use, a difference is a ValueError that names it.
     """
 
-    def __init__(self, token_dir: str | Path, *, spec: Any = None):
+    def __init__(self, token_dir: str | Path, *, spec: TokenizerSpec | None = None):
         self.path = Path(token_dir)
         path = self.path / "spec.json"
         if not path.is_file():
@@ -142,7 +113,7 @@ class TokenFolder:
         self.content = json.loads(path.read_text())
         if self.content.get("schema") != 1:
             raise ValueError(f"{path} has schema {self.content.get('schema')}, not 1")
-        self.spec = Spec(self.content["tokenizer"])
+        self.spec = TokenizerSpec.from_dict(self.content["tokenizer"])
         if spec is not None:
             self.spec.check(spec)
 
@@ -285,18 +256,5 @@ class _TokenWindows(pipeline.Windows):
 
 def _encode(images: np.ndarray, encode, batch_images: int) -> np.ndarray:
     flat = images.reshape(-1, *images.shape[2:])
-    out = []
-    for lo in range(0, len(flat), batch_images):
-        part = flat[lo : lo + batch_images]
-        filled = np.zeros((batch_images, *part.shape[1:]), part.dtype)
-        filled[: len(part)] = part
-        out.append(np.asarray(encode(filled))[: len(part)])
-    tokens = np.concatenate(out)
+    tokens = in_batches(encode, (flat,), batch_images)
     return tokens.reshape(*images.shape[:2], *tokens.shape[1:])
-
-
-def _plain(spec: Any) -> dict:
-    """A spec as JSON would give it back, so that tuples and lists compare equal."""
-    if not isinstance(spec, Mapping):
-        spec = spec.to_dict()
-    return json.loads(json.dumps(dict(spec)))

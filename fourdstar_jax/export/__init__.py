@@ -11,14 +11,13 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
-from fourdstar_jax.bundle import file_sha256
 from fourdstar_jax.export import video
-from fourdstar_jax.export.folder import MANIFEST, output_folder
 from fourdstar_jax.export.ply import read_ply, write_ply
 from fourdstar_jax.export.splats import read_splats, write_splats
+from fourdstar_jax.folders import OBJECT, file_sha256, output_folder
 from fourdstar_jax.generate import Object4D
 
-__all__ = ["output_folder", "read_ply", "read_splats", "save", "write", "write_ply", "write_splats"]
+__all__ = ["read_ply", "read_splats", "save", "write", "write_ply", "write_splats"]
 
 SCHEMA_VERSION = 1
 AXES = "RUB: x right, y up, z towards the camera of azimuth 0"
@@ -42,7 +41,7 @@ def save(
 
     Raises ValueError if the folder is not empty, unless `overwrite` and it is an earlier output.
     """
-    with output_folder(path, overwrite=overwrite) as folder:
+    with output_folder(path, OBJECT, overwrite=overwrite) as folder:
         write(object4d, folder, size=size, progress=progress)
 
 
@@ -73,7 +72,7 @@ def write(
         images = video.repeated(images, object4d.fps)
         video.write_video(folder / f"fixed_{azimuth:03.0f}.mp4", images, fps=object4d.fps)
     (folder / "README.txt").write_text(README)
-    (folder / MANIFEST).write_text(json.dumps(manifest(object4d, folder), indent=2) + "\n")
+    (folder / OBJECT.manifest).write_text(json.dumps(manifest(object4d, folder), indent=2) + "\n")
 
 
 def manifest(object4d: Object4D, folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Pictures and videos through an image tokenizer and back: the paper's 2D baselines."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from fourdstar_jax.data import video
+from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.evaluate import metrics
-from fourdstar_jax.export.folder import MANIFEST
 from fourdstar_jax.export.video import write_video
+from fourdstar_jax.folders import PICTURES
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VIDEOS = {".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi"}
@@ -70,15 +72,8 @@ def reconstruct(
             path, resolution=spec.resolution, timesteps=max_frames, fps=fps, fit=fit,
             max_frames=max_frames,
         )  # fmt: skip
-        tokens, again = [], []
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            filled = np.zeros((batch_size, *part.shape[1:]), np.float32)
-            filled[: len(part)] = part
-            ids = encode(tokenizer, filled)
-            tokens.append(np.asarray(ids)[: len(part)])
-            again.append(np.asarray(decode(tokenizer, ids))[: len(part)])
-        tokens, again = np.concatenate(tokens), np.concatenate(again)
+        tokens = in_batches(functools.partial(encode, tokenizer), (images,), batch_size)
+        again = in_batches(functools.partial(decode, tokenizer), (tokens,), batch_size)
         name = path.stem if path.stem not in names else path.name.replace(".", "_")
         names.add(name)
         pairs = np.concatenate([images, again], axis=2)
@@ -102,5 +97,5 @@ def reconstruct(
         "mean_psnr": float(np.mean([result["psnr"] for result in results])),
         "mean_l1": float(np.mean([result["l1"] for result in results])),
     }
-    (out / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    (out / PICTURES.manifest).write_text(json.dumps(content, indent=1) + "\n")
     return content

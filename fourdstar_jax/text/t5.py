@@ -7,13 +7,9 @@ What differs from other transformers: RMSNorm (no mean) before each sublayer, no
 that are not scaled (the initialisation has it), heads whose width is independent of the model's,
 and a bias on the attention logits by bucketed distance that all layers share.
 
-Captions are tokenised in lower case and without surrounding blanks. LlamaGen and MVAR clean theirs
-further (links, markup, article numbers of web captions). Of captions made from names
-(`text.captions`) that cleaning leaves exactly this, so we leave it out.
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +19,6 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from fourdstar_jax import nn
 from fourdstar_jax.sharding import constrain
-from fourdstar_jax.text.words import t5_ids
-
-PAD, END = 0, 1
-LENGTH = 120  # tokens, LlamaGen's and MVAR's
-
-
-def tokenize(
-    texts: Sequence[str], length: int = LENGTH
-) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-    """T5's ids of the texts in lower case with the end mark, cut and padded, and where they are.
-
-    Raises ValueError for a length below 1.
-    """
-    if length < 1:
-        raise ValueError(f"{length=} must be positive")
-    ids = np.full((len(texts), length), PAD, np.int32)
-    mask = np.zeros(ids.shape, bool)
-    for row, seen, text in zip(ids, mask, texts, strict=True):
-        pieces = [*t5_ids(text)[: length - 1], END]
-        row[: len(pieces)], seen[: len(pieces)] = pieces, True
-    return ids, mask
 
 
 def relative_buckets(
@@ -181,9 +156,9 @@ class T5Encoder(nnx.Module):
     def __call__(
         self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
-        """Features (float32) of ids as `tokenize` gives them; without a mask all places are seen.
+        """Features (float32) of ids as `pieces.tokenize` gives them.
 
-        Features at places that the mask hides mean nothing.
+        Without a mask all places are seen. Features at places that it hides mean nothing.
         """
         mask = jnp.ones(ids.shape, bool) if mask is None else mask
         bias = self.bias(ids.shape[1])

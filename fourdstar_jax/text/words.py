@@ -1,38 +1,19 @@
 """Captions as rows of a small learned table: T5's word pieces, numbered anew by what occurs.
 
-The table of `text.encoder = words` has one row for every piece of the training captions, so a
-model carries a few hundred rows and not T5's 32,100. Row 0 pads, row 1 stands for all other pieces.
-The tokenizer file is T5's (Apache-2.0, Google), gzipped beside this file.
+The table of STAR's `text_encoder="words"` has one row for every piece of the training captions, so
+a model carries a few hundred rows and not T5's 32,100. Row 0 pads, row 1 stands for all other
+pieces.
 """
 
-import functools
-import gzip
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
+from fourdstar_jax.text import pieces
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 
 PAD, UNKNOWN = 0, 1
-TOKENIZER_FILE = Path(__file__).parent / "t5_tokenizer.json.gz"
-
-
-@functools.cache
-def t5_tokenizer():
-    """T5's SentencePiece model as a `tokenizers.Tokenizer`."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(gzip.decompress(TOKENIZER_FILE.read_bytes()).decode())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def t5_ids(text: str) -> list[int]:
-    """T5's ids without the end mark, of the text in lower case."""
-    return t5_tokenizer().encode(text.lower().strip(), add_special_tokens=False).ids
 
 
 class WordTokenizer:
@@ -50,8 +31,8 @@ class WordTokenizer:
     @classmethod
     def from_captions(cls, captions: Iterable[str], max_len: int = 12) -> "WordTokenizer":
         """A table for the pieces of these captions and of the neutral prompt, in T5's order."""
-        pieces = {i for caption in [*captions, NEUTRAL_PROMPT] for i in t5_ids(caption)}
-        return cls(sorted(pieces), max_len)
+        found = {i for caption in [*captions, NEUTRAL_PROMPT] for i in pieces.ids(caption)}
+        return cls(sorted(found), max_len)
 
     @property
     def vocab_size(self) -> int:
@@ -61,7 +42,7 @@ class WordTokenizer:
     def __call__(self, captions: Sequence[str]) -> Int32[np.ndarray, "B L"]:
         out = np.full((len(captions), self.max_len), PAD, np.int32)
         for row, caption in zip(out, captions, strict=True):
-            ids = [self._row.get(i, UNKNOWN) for i in t5_ids(caption)[: self.max_len]]
+            ids = [self._row.get(i, UNKNOWN) for i in pieces.ids(caption)[: self.max_len]]
             row[: len(ids)] = ids
         return out
 

@@ -1,50 +1,14 @@
-"""What every tokenizer has in common: its spec, which travels with the tokens, and its protocol."""
+"""What every tokenizer has in common: its protocol, and the hash that its spec carries."""
 
-import dataclasses
 import hashlib
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerSpec:
-    """What the integers of a token file mean. Stored in every token file, checked on reading."""
-
-    name: str
-    resolution: int  # height and width of the images, pixels
-    num_tokens: int  # n, of one image, row-major
-    num_codebooks: int  # K
-    vocab_size: int  # of each codebook
-    code_dim: int  # D, of a whole code: K times the width of one codebook
-    weights_sha256: str  # of all parameters
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TokenizerSpec":
-        """Raises ValueError naming the fields that are missing or unknown."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if missing := names - set(values):
-            raise ValueError(f"tokenizer spec lacks {sorted(missing)}")
-        if unknown := set(values) - names:
-            raise ValueError(f"tokenizer spec has unknown fields {sorted(unknown)}")
-        return cls(**values)
-
-    def check(self, other: "TokenizerSpec") -> None:
-        """Raises ValueError naming each field in which `other` differs."""
-        differing = [
-            f"{field.name} {getattr(self, field.name)!r} != {getattr(other, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
-        ]
-        if differing:
-            raise ValueError(f"tokens of another tokenizer: {', '.join(differing)}")
+from fourdstar_jax.types import TokenizerSpec
 
 
 @runtime_checkable

@@ -19,7 +19,8 @@ from fourdstar_jax.nn.embedding import learned_embedding
 from fourdstar_jax.nn.vit import BLOCK_EPS, AttnProjection, Block, run_blocks
 from fourdstar_jax.nn.vitamin import ConvStem, ConvTail, HybridStem, HybridTail
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.tokenizer.base import TokenizerSpec, weights_sha256
+from fourdstar_jax.tokenizer.base import weights_sha256
+from fourdstar_jax.types import TokenizerSpec
 
 
 class Encoder(nnx.Module):

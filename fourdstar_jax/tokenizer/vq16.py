@@ -17,7 +17,8 @@ from fourdstar_jax import sharding
 from fourdstar_jax.nn import Common, Dtype, attend
 from fourdstar_jax.nn.conv import conv, upsample
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.tokenizer.base import TokenizerSpec, weights_sha256
+from fourdstar_jax.tokenizer.base import weights_sha256
+from fourdstar_jax.types import TokenizerSpec
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fourdstar_jax import bundle, cli, nn
+from fourdstar_jax import bundle, cli, folders, nn
 from fourdstar_jax.convert import command, torch_file
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
@@ -48,7 +48,7 @@ def test_the_bundle_tells_where_it_is_from(tmp_path, capsys):
     assert "tensors" in capsys.readouterr().out
     entry = bundle.read(tmp_path / "b").stages["tokenizer"]
     converted = entry.info["converted"]
-    assert converted["source_sha256"] == bundle.file_sha256(UNITOK)
+    assert converted["source_sha256"] == folders.file_sha256(UNITOK)
     assert converted["key_map"] == 1 and converted["kind"] == "unitok"
     assert converted["source"] == "weights.pth"
     tokenizer = bundle.read(tmp_path / "b").load("tokenizer")

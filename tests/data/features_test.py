@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax.data import features, pipeline, tokens
-from fourdstar_jax.text import t5
+from fourdstar_jax.text import pieces
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 
 L, C, BATCH = 11, 6, 2
@@ -43,7 +43,7 @@ def test_every_caption_has_its_features(dataset_dir, folder):
     assert len(texts) == opened.content["count"] == len(opened.content["rows"]) == 4
     for text in texts:
         ids, values = opened(text)
-        expected_ids, mask = t5.tokenize([text], L)
+        expected_ids, mask = pieces.tokenize([text], L)
         np.testing.assert_array_equal(ids, expected_ids[0])
         exact = np.sin(ids[:, None] * np.arange(1, C + 1, dtype=np.float32)) + 2
         expected = np.where(mask[0][:, None], exact, 0).astype(ml_dtypes.bfloat16)
@@ -65,7 +65,7 @@ def test_the_manifest_says_what_made_it(dataset_dir, folder):
 
     count = load_file(folder / "rows_00000.safetensors")
     row = content["rows"][features.key_of(NEUTRAL_PROMPT)]
-    assert count["num_tokens"][row] == t5.tokenize([NEUTRAL_PROMPT], L)[1].sum()
+    assert count["num_tokens"][row] == pieces.tokenize([NEUTRAL_PROMPT], L)[1].sum()
 
 
 def test_several_files(dataset_dir, tmp_path, monkeypatch, folder):
@@ -91,7 +91,7 @@ def test_a_caption_without_features_is_named(folder):
 
 def test_float16_that_overflows_names_the_caption(dataset_dir, tmp_path):
     def large(ids, mask):
-        neutral = t5.tokenize([NEUTRAL_PROMPT], L)[0]
+        neutral = pieces.tokenize([NEUTRAL_PROMPT], L)[0]
         return encode(ids, mask) * np.where((ids == neutral).all(axis=1), 1e5, 1)[:, None, None]
 
     kw = dict(encoder=ENCODER, length=L, batch=BATCH, log=len)

@@ -121,33 +121,3 @@ def test_truth_stands_beside(object4d, tmp_path):
     assert frames.shape[1:3] == (32, 64)
     assert frames[:, :, :28].max() < 30 and frames[:, 2, 60].min() > 220
     assert len(frames) >= 16  # short clips repeat
-
-
-def test_output_folder_is_all_or_nothing(tmp_path):
-    out = tmp_path / "new" / "out"
-    with pytest.raises(RuntimeError), export.output_folder(out) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
-    assert not out.exists() and not list(out.parent.iterdir())
-    with export.output_folder(out) as folder:
-        (folder / "manifest.json").write_text("1")
-    with pytest.raises(ValueError, match="not empty"), export.output_folder(out):
-        pass
-    with pytest.raises(RuntimeError), export.output_folder(out, overwrite=True):
-        raise RuntimeError
-    assert (out / "manifest.json").read_text() == "1"  # a failure keeps the old one
-    with export.output_folder(out, overwrite=True) as folder:
-        (folder / "manifest.json").write_text("2")
-    assert [f.name for f in out.parent.iterdir()] == ["out"]
-    assert (out / "manifest.json").read_text() == "2"
-
-
-def test_overwrite_spares_folders_that_are_not_ours(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="not an output"):
-        with export.output_folder(tmp_path, overwrite=True):
-            pass
-    with pytest.raises(ValueError, match="is a file"):
-        with export.output_folder(tmp_path / "thesis.tex", overwrite=True):
-            pass
-    assert (tmp_path / "thesis.tex").read_text() == "x"

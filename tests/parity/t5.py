@@ -162,7 +162,7 @@ def compare(folder: str | Path) -> list[Row]:
     import jax.numpy as jnp
     import safetensors
 
-    from fourdstar_jax.text import t5
+    from fourdstar_jax.text import pieces, t5
 
     folder = Path(folder)
     file = folder / "weights.bin"
@@ -173,7 +173,7 @@ def compare(folder: str | Path) -> list[Row]:
     ids, mask = jnp.asarray(saved["ids"]), jnp.asarray(saved["mask"]).astype(bool)
     bias = encoder.bias(ids.shape[1])
     name = f"t5 {about['width']} x{about['layers']}"
-    tokens, seen = t5.tokenize(about["captions"], ids.shape[1])
+    tokens, seen = pieces.tokenize(about["captions"], ids.shape[1])
     rows = []
 
     def row(block, ours, theirs, limit=BLOCK_LIMIT):

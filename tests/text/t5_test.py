@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import nn, sharding
-from fourdstar_jax.text import t5
+from fourdstar_jax.text import pieces, t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 
 SIZES = dict(vocab_size=19, dim=10, num_layers=2, num_heads=3, head_dim=4, hidden_dim=14)
@@ -49,21 +49,25 @@ def test_ids_are_those_of_transformers(original, length):
         truncation=True,
         return_tensors="np",
     )
-    ids, mask = t5.tokenize(TEXTS, length)
+    ids, mask = pieces.tokenize(TEXTS, length)
     np.testing.assert_array_equal(ids, expected["input_ids"])
     np.testing.assert_array_equal(mask, expected["attention_mask"].astype(bool))
 
 
 def test_ids_end_with_the_end_mark_and_are_padded():
-    ids, mask = t5.tokenize(TEXTS, 11)
+    ids, mask = pieces.tokenize(TEXTS, 11)
     assert ids.shape == mask.shape == (len(TEXTS), 11) and ids.dtype == np.int32
     for row, seen in zip(ids, mask, strict=True):
         count = seen.sum()
-        assert row[count - 1] == t5.END and (row[count:] == t5.PAD).all() and seen[:count].all()
+        assert (
+            row[count - 1] == pieces.END
+            and (row[count:] == pieces.PAD).all()
+            and seen[:count].all()
+        )
         assert (row[: count - 1] > 1).all()
     assert mask.sum(axis=1)[3] == 1 and mask.sum(axis=1)[4] == 11  # the empty and the long one
     with pytest.raises(ValueError, match="length=0"):
-        t5.tokenize(["a"], 0)
+        pieces.tokenize(["a"], 0)
 
 
 def test_padding_is_not_seen_and_its_amount_does_not_matter(encoder):

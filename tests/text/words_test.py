@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fourdstar_jax.text import words
+from fourdstar_jax.text import pieces, words
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 
 
@@ -13,10 +13,10 @@ def test_pieces_are_those_of_t5():
     """The example of Hugging Face's T5 documentation, without its end mark."""
     text = "translate English to German: The house is wonderful."
     expected = [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5]
-    assert words.t5_tokenizer().encode(text, add_special_tokens=False).ids == expected
-    assert words.t5_ids("  Translate ") == expected[:1]
-    assert words.t5_ids("") == []
-    assert words.t5_tokenizer().get_vocab_size() == 32100
+    assert pieces.tokenizer().encode(text, add_special_tokens=False).ids == expected
+    assert pieces.ids("  Translate ") == expected[:1]
+    assert pieces.ids("") == []
+    assert pieces.tokenizer().get_vocab_size() == 32100
 
 
 def test_rows_pad_cut_and_know_what_is_unknown():

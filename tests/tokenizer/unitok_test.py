@@ -10,10 +10,10 @@ from flax import nnx
 
 from fourdstar_jax import nn, sharding
 from fourdstar_jax.tokenizer import UNITOK
-from fourdstar_jax.tokenizer.base import TokenizerSpec
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.tokenizer.quantize import CodeUsage
 from fourdstar_jax.tokenizer.unitok import UniTok
+from fourdstar_jax.types import TokenizerSpec
 
 SMALLEST = dict(
     resolution=24,

@@ -10,10 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from fourdstar_jax import bundle, nn, sharding, tokenizer
-from fourdstar_jax.tokenizer.base import TokenizerSpec
 from fourdstar_jax.tokenizer.unitok import UniTok
 from fourdstar_jax.tokenizer.vq16 import VQ16, Downsample
 from fourdstar_jax.train import tokenizer as trainer
+from fourdstar_jax.types import TokenizerSpec
 
 pytestmark = pytest.mark.ci
 

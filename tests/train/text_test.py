@@ -16,9 +16,9 @@ from fourdstar_jax.data import prepare
 from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.evaluate import unseen
 from fourdstar_jax.star.model import STAR
-from fourdstar_jax.text import t5
+from fourdstar_jax.text import pieces, t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
-from fourdstar_jax.train import star, text, tokens
+from fourdstar_jax.train import encode, star
 
 pytestmark = pytest.mark.ci
 
@@ -62,7 +62,7 @@ def with_text(tiny_bundle, tmp_path_factory):
 @pytest.fixture(scope="module")
 def token_dir(data_dir, with_text, tmp_path_factory):
     out = tmp_path_factory.mktemp("text") / "tokens"
-    tokens.prepare_tokens(data_dir, with_text, out)
+    encode.prepare_tokens(data_dir, with_text, out)
     return out
 
 
@@ -103,7 +103,7 @@ def test_features_are_the_encoders(feature_dir, with_text):
     opened = TextFeatures(feature_dir)
     encoder = bundle.read(with_text).load("text")
     ids, values = opened(NEUTRAL_PROMPT)
-    expected_ids, mask = t5.tokenize([NEUTRAL_PROMPT])
+    expected_ids, mask = pieces.tokenize([NEUTRAL_PROMPT])
     np.testing.assert_array_equal(ids, expected_ids[0])
     exact = np.asarray(encoder(jnp.asarray(expected_ids), jnp.asarray(mask)))[0]
     assert values.shape == (120, 6) and values.dtype == ml_dtypes.bfloat16
@@ -235,7 +235,7 @@ def _key(caption):
 
 def test_a_bundle_without_text_cannot_prepare(data_dir, tiny_bundle, tmp_path, capsys):
     with pytest.raises(ValueError, match="has no text yet"):
-        text.prepare_features(data_dir, tiny_bundle, tmp_path / "a")
+        encode.prepare_features(data_dir, tiny_bundle, tmp_path / "a")
     assert cli.main(["prepare", "--text_features", "--out", str(tmp_path / "a")]) == 2
     assert "--bundle" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

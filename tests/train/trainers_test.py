@@ -12,7 +12,7 @@ import pytest
 from fourdstar_jax import bundle, generate, nn, sharding
 from fourdstar_jax.data import prepare
 from fourdstar_jax.tokenizer import make
-from fourdstar_jax.train import star, tokenizer, tokens, vqvae
+from fourdstar_jax.train import encode, star, tokenizer, vqvae
 
 pytestmark = pytest.mark.ci
 
@@ -78,7 +78,7 @@ def test_stages_build_on_each_other_and_resume_exactly(data_dir, tmp_path, one_d
     assert all(np.isfinite(row["train/loss"]) for row in metrics)
 
     token_dir = tmp_path / "tokens"
-    tokens.prepare_tokens(data_dir, tmp_path / "v/bundle", token_dir)
+    encode.prepare_tokens(data_dir, tmp_path / "v/bundle", token_dir)
     config = config_of("star", token_dir, tmp_path / "v/bundle")
     star.train(config, tmp_path / "s")  # straight through; then killed after 2 of 4 steps
     stop_after(2, config, tmp_path / "again")
@@ -117,7 +117,7 @@ def test_stages_build_on_vq16(data_dir, tmp_path, one_device):
     config.model.code_dim = 4
     vqvae.train(config, tmp_path / "v")
     token_dir = tmp_path / "tokens"
-    tokens.prepare_tokens(data_dir, tmp_path / "v/bundle", token_dir)
+    encode.prepare_tokens(data_dir, tmp_path / "v/bundle", token_dir)
     spec = json.loads((token_dir / "spec.json").read_text())["tokenizer"]
     assert (spec["name"], spec["num_codebooks"], spec["vocab_size"]) == ("vq16", 1, 32)
     config = config_of("star", token_dir, tmp_path / "v/bundle", steps=2)
@@ -157,7 +157,7 @@ def stop_after(step, config, workdir):
 
 def test_tokens_of_another_tokenizer_are_refused(data_dir, tmp_path, one_device):
     tokenizer.train(config_of("tokenizer", data_dir, steps=1), tmp_path / "t")
-    tokens.prepare_tokens(data_dir, tmp_path / "t/bundle", tmp_path / "tokens")
+    encode.prepare_tokens(data_dir, tmp_path / "t/bundle", tmp_path / "tokens")
     other = config_of("tokenizer", data_dir, steps=2)
     tokenizer.train(other, tmp_path / "other")
     with pytest.raises(ValueError, match="weights_sha256"):

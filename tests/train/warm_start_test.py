@@ -10,7 +10,7 @@ import pytest
 from fourdstar_jax import bundle, cli
 from fourdstar_jax.convert import llamagen
 from fourdstar_jax.data import prepare
-from fourdstar_jax.train import star, tokens
+from fourdstar_jax.train import encode, star
 
 pytestmark = pytest.mark.ci
 
@@ -35,7 +35,7 @@ def token_dir(objects_dir, tiny_bundle, tmp_path_factory):
         workers=0,
         log=lambda line: None,
     )
-    tokens.prepare_tokens(folder / "data", tiny_bundle, folder / "tokens")
+    encode.prepare_tokens(folder / "data", tiny_bundle, folder / "tokens")
     return folder / "tokens"
 
 

@@ -1,4 +1,4 @@
-"""Decodes untrusted pictures and videos, in a process of its own: `decode.py REQUEST_JSON`.
+"""Decodes untrusted pictures and videos, in a process of its own: `untrusted.py REQUEST_JSON`.
 
 `data/video.py` starts this file with a time limit; the process takes away its own right to much
 memory, processor time and large files before it opens anything. It imports nothing of the

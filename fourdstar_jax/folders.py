@@ -1,0 +1,141 @@
+"""Output folders and files that are there whole or not at all, and their hashes.
+
+One rule for every writer: what is written goes to a sibling first and gets its name when it is
+complete, and only a folder that this project wrote, of the same kind, is ever replaced.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MAX_MANIFEST = 64 << 20  # bytes
+_HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
+_LEFT = re.compile(r"\.(?P<what>partial|replaced)-(?:(?P<host>.+)\.)?(?P<pid>\d+)")
+
+
+class Kind(NamedTuple):
+    """A kind of folder that this project writes, and how one is told from anybody's."""
+
+    name: str
+    manifest: str  # a JSON file in it
+    keys: frozenset[str]  # that the manifest holds
+
+
+OBJECT = Kind("object", "manifest.json", frozenset({"timesteps", "gaussians", "files"}))
+PICTURES = Kind("pictures", "manifest.json", frozenset({"tokenizer", "files"}))
+DATASET = Kind("dataset", "manifest.json", frozenset({"settings", "splits", "split_sha256"}))
+TOKENS = Kind("tokens", "spec.json", frozenset({"tokenizer", "splits", "data"}))
+FEATURES = Kind("text features", "manifest.json", frozenset({"encoder", "rows", "data"}))
+
+
+def is_of_kind(path: str | os.PathLike[str], kind: Kind) -> bool:
+    """Whether a folder is one that this project wrote."""
+    file = Path(path) / kind.manifest
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_MANIFEST:
+            return False
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and kind.keys <= content.keys()
+
+
+@contextlib.contextmanager
+def output_folder(
+    path: str | os.PathLike[str], kind: Kind, *, overwrite: bool = False
+) -> Iterator[Path]:
+    """A temporary sibling of `path` to write to, which becomes `path` when the block succeeds.
+
+    After an error nothing is left, and what a killed process left of the same target is removed.
+    Raises ValueError, before anything is written, if `path` is a file or a folder that is not
+    empty; `overwrite` allows the latter, but only for a folder of this kind, which is replaced
+    whole.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output folder {path} is a file")
+    with contextlib.suppress(OSError):
+        _clear_up(path)
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise ValueError(f"output folder {path} is not empty (--overwrite replaces it)")
+        if not is_of_kind(path, kind):
+            raise ValueError(
+                f"{path} is no {kind.name} folder of fourdstar_jax ({kind.manifest} says so): "
+                "it is not overwritten"
+            )
+    partial = _sibling(path, "partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise ValueError(f"output folder {path} cannot be made: {error.strerror}") from error
+    try:
+        yield partial
+        replaced = _sibling(path, "replaced")
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file aside and gives it its name: at any moment it is the old one or the new one."""
+    aside = partial_file(path)
+    aside.write_bytes(data)
+    aside.replace(path)
+
+
+def partial_file(path: Path) -> Path:
+    """Where a file is written before `Path.replace` gives it its name."""
+    return _sibling(path, "partial")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, which is read a piece at a time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sibling(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}-{_HOST}.{os.getpid()}")
+
+
+def _clear_up(path: Path) -> None:
+    """Removes what processes that are gone have left of a target.
+
+    One that was killed between putting an older folder aside and naming its own left neither: the
+    older one gets its name back. Processes of other machines may still run, and are left alone.
+    """
+    for left in path.parent.glob(f".{path.name}.*"):
+        found = _LEFT.fullmatch(left.name[len(path.name) + 1 :])
+        if found is None or found["host"] not in (None, _HOST) or _runs(int(found["pid"])):
+            continue
+        if found["what"] == "replaced" and not path.exists():
+            left.rename(path)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
+
+
+def _runs(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
