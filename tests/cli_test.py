@@ -1,9 +1,13 @@
 """The command: bad input is one line and exit code 2, with nothing left behind."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 import time
+import tomllib
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,11 @@ import pytest
 from PIL import Image
 
 from fourdstar_jax import cli
+from fourdstar_jax.cli import doctor
+from fourdstar_jax.cli.common import TRAINING_PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
+MAIN = importlib.import_module("fourdstar_jax.cli.main")  # the package has a function so called
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +52,9 @@ def test_help_is_there_in_a_second():
     )  # fmt: skip
     elapsed = time.perf_counter() - start
     assert result.returncode == 0
-    for command in (*cli.NOT_YET, "prepare", "train", "generate", "reconstruct", "bench", "doctor"):
-        assert command in result.stdout
+    for command in MAIN.COMMANDS:
+        assert command.SUMMARY.split()[0] in result.stdout
+    assert "encode-text" in result.stdout
     # The process imports nothing slow; the margin is for a busy machine.
     assert elapsed < 5
     code = "import sys, fourdstar_jax.cli; print({'jax', 'numpy', 'flax'} & set(sys.modules))"
@@ -54,10 +62,29 @@ def test_help_is_there_in_a_second():
     assert result.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", cli.NOT_YET)
-def test_commands_to_come_say_so(capsys, command):
-    code, _, lines = run(capsys, command, "anything", "--at=all")
-    assert code == 2 and len(lines) == 1 and "not there yet" in lines[0]
+def test_a_command_is_a_module_and_a_line_of_the_table(capsys, monkeypatch):
+    seen = []
+    module = types.ModuleType("somewhere.count_views")
+    module.SUMMARY = "count the views"
+    module.add_flags = lambda parser: parser.add_argument("--views", type=int)
+    module.run = lambda arguments: seen.append(arguments.views)
+    monkeypatch.setattr(MAIN, "COMMANDS", (*MAIN.COMMANDS, module))
+    assert run(capsys, "count-views", "--views", "3")[0] == 0 and seen == [3]
+    code, _, lines = run(capsys, "count-views", "--vews", "3")
+    assert code == 2 and "--vews" in lines[0]
+
+
+def test_every_command_has_flags_and_a_run_of_its_own():
+    files = {path.stem for path in Path(MAIN.__file__).parent.glob("*.py")}
+    named = {command.__name__.split(".")[-1] for command in MAIN.COMMANDS}
+    assert files - {"__init__", "__main__", "main", "common"} <= named
+    assert all(callable(getattr(command, "add_flags", None)) for command in MAIN.COMMANDS)
+
+
+def test_training_packages_are_the_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {re.split("[<>=]", line)[0] for line in project["optional-dependencies"]["train"]}
+    assert extra == set(TRAINING_PACKAGES)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +118,8 @@ def test_generate_writes_a_whole_output_and_again_the_same(capsys, tmp_path, tin
     assert code == 2 and "not empty" in lines[0] and len(lines) == 1
     (tmp_path / "one").rename(tmp_path / "first")
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "manifest.json").write_text("an earlier output")
+    earlier = {"timesteps": 1, "gaussians": 2, "files": {}}
+    (tmp_path / "one" / "manifest.json").write_text(json.dumps(earlier))
     code, _, _ = run(
         capsys, *arguments, "--out", tmp_path / "one", "--text", "a dog", "--overwrite"
     )
@@ -164,7 +192,7 @@ def test_bad_bundle_and_bad_numbers(capsys, tmp_path, tiny_bundle):
 def test_unexpected_errors_keep_their_traceback(monkeypatch, capsys):
     code = "def surprise(arguments): int('x')"  # a check of nobody's
     exec(code, {"__name__": "library"}, scope := {})
-    monkeypatch.setattr(cli, "_doctor", scope["surprise"])
+    monkeypatch.setattr(doctor, "run", scope["surprise"])
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["doctor"])
 
@@ -328,6 +356,6 @@ def test_interrupt(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupted)
+    monkeypatch.setattr(doctor, "run", interrupted)
     code, _, lines = run(capsys, "doctor")
     assert code == 130 and lines == ["fourdstar: interrupted"]

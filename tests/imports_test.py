@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fourdstar_jax
+from fourdstar_jax.cli.common import TRAINING_PACKAGES
 
 pytestmark = pytest.mark.ci
 
@@ -91,10 +92,7 @@ def test_the_walk_finds_climbers(tmp_path):
 
 
 # optax is not among them: flax.nnx itself imports it.
-TRAINING = [
-    *("orbax", "grain", "array_record", "tensorflow_datasets", "tensorboardX"),
-    *("moderngl", "transformers", "tensorflow"),
-]
+TRAINING = [*(set(TRAINING_PACKAGES.values()) - {"optax"}), "tensorflow"]
 BLOCKED = f"""
 import sys
 

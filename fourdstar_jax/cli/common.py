@@ -1,0 +1,80 @@
+"""What commands share: flags, the model, and how a command becomes a parser."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fourdstar_jax.generate import Model
+
+# The model that comes with the package, and the demo's video beside it.
+BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "tiny"
+# Of the extra `train`: the name on the package index, and the module.
+TRAINING_PACKAGES = {
+    "optax": "optax",
+    "orbax-checkpoint": "orbax",
+    "grain": "grain",
+    "array-record": "array_record",
+    "tensorflow-datasets": "tensorflow_datasets",
+    "importlib_resources": "importlib_resources",
+    "transformers": "transformers",
+    "tensorboardX": "tensorboardX",
+    "moderngl": "moderngl",
+}
+EXIT_BAD_INPUT = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def add_command(commands: Any, module: Any) -> None:
+    """Adds a module of this package as a subcommand of its name.
+
+    It has a SUMMARY, `add_flags(parser)`, `run(arguments)` unless it has subcommands, and perhaps a
+    DESCRIPTION for its own help.
+    """
+    summary = module.SUMMARY
+    parser = commands.add_parser(
+        module.__name__.split(".")[-1].replace("_", "-"),
+        help=summary,
+        description=getattr(module, "DESCRIPTION", summary[0].upper() + summary[1:] + "."),
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=getattr(module, "run", None), parser=parser)
+    module.add_flags(parser)
+
+
+def model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, default=BUNDLED_MODEL, metavar="BUNDLE", help="model bundle"
+    )
+
+
+def output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, default=256, help="of the videos, pixels a side")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+
+
+def load_model(folder: Path) -> "Model":
+    """The model of a bundle. Raises ValueError if there is none."""
+    from fourdstar_jax import generate
+
+    if folder == BUNDLED_MODEL and not folder.exists():
+        raise ValueError(f"this installation has no bundled model ({folder}): give --model BUNDLE")
+    if not folder.exists():
+        raise ValueError(f"model bundle {folder} does not exist")
+    return generate.load(folder)
+
+
+def say_device() -> None:
+    import jax
+
+    device = jax.devices()[0]
+    print(f"device: {device.platform} ({device.device_kind}), {jax.device_count()} there")

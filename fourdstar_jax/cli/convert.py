@@ -1,0 +1,46 @@
+"""`fourdstar convert`: released weights to a bundle, and back."""
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "turn released PyTorch weights into a bundle, or a bundle's back"
+DESCRIPTION = """
+Turn a released file into a stage of a bundle: unitok and vq16 into its tokenizer, t5 into its text
+encoder, llamagen and mvar into weights that star can start from. Nothing in the file is run,
+PyTorch is not needed, and every tensor is accounted for. --reverse writes a stage as safetensors
+with the original's names.
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=["unitok", "vq16", "t5", "llamagen", "mvar"])
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help=".pth .pt .bin .safetensors .index.json; or BUNDLE"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="bundle; or FILE.safetensors")
+    parser.add_argument("--reverse", action="store_true", help="from the bundle FILE to OUT")
+    parser.add_argument("--storage", choices=["float32", "float16"], default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the arithmetic; bfloat16 is made for GPUs and TPUs",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from fourdstar_jax.convert import command
+
+    if arguments.reverse:
+        shapes = command.reverse(arguments.kind, arguments.file, arguments.out)
+        print(f"{len(shapes)} tensors with {arguments.kind}'s names: {arguments.out}")
+        return
+    info = command.convert(
+        arguments.kind,
+        arguments.file,
+        arguments.out,
+        storage=arguments.storage,
+        dtype=arguments.dtype,
+    )
+    skipped = f", {info['not_needed']} not needed" if info["not_needed"] else ""
+    print(f"{info['tensors']} tensors{skipped}: {arguments.out}")

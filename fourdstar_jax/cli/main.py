@@ -1,0 +1,95 @@
+"""The `fourdstar` command: a module of this package a subcommand.
+
+Only argparse is imported before a subcommand runs; each imports what it needs then. Input that
+cannot be used ends with one line on stderr and exit code 2.
+"""
+
+import os
+import sys
+
+import fourdstar_jax
+from fourdstar_jax.cli import (
+    bench,
+    convert,
+    doctor,
+    encode_text,
+    evaluate,
+    generate,
+    inspect,
+    prepare,
+    reconstruct,
+    tokenize,
+    train,
+)
+from fourdstar_jax.cli.common import EXIT_BAD_INPUT, TRAINING_PACKAGES, Parser, add_command
+
+# In the order of --help.
+COMMANDS = (
+    generate,
+    reconstruct,
+    train,
+    prepare,
+    tokenize,
+    encode_text,
+    evaluate,
+    convert,
+    inspect,
+    bench,
+    doctor,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    arguments, extra = parser.parse_known_args(argv)
+    if extra and not getattr(arguments, "takes_overrides", False):
+        arguments.parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    arguments.overrides = extra
+    try:
+        arguments.run(arguments)
+    except (ValueError, NotImplementedError) as error:
+        if not _ours(error):
+            raise
+        line = " ".join(str(error).split())
+        print(f"fourdstar: {line}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in TRAINING_PACKAGES.values():
+            raise
+        print(
+            f"fourdstar: {error.name} is missing, which training needs: "
+            "pip install 'fourdstar-jax[train]' (in a checkout: launch/setup.sh dev)",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("fourdstar: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether this package raised it as a check, rather than some library by surprise."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return name.split(".")[0] in ("fourdstar_jax", "__main__") or name.endswith("_config")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fourdstar",
+        description="4DSTAR in JAX: a video goes in, 3D Gaussians that move come out.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fourdstar_jax {fourdstar_jax.__version__}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        add_command(commands, command)
+    return parser

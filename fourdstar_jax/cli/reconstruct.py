@@ -1,0 +1,100 @@
+"""`fourdstar reconstruct`: through the tokenizer and back, beside the truth."""
+
+import argparse
+from pathlib import Path
+
+from fourdstar_jax.cli.common import load_model, model_flag, output_flags, say_device
+
+SUMMARY = "encode and decode a clip of a dataset, or pictures and videos, beside the truth"
+DESCRIPTION = """Encode and decode a clip of a dataset (--data) into a moving 3D object, or with
+--tokenizer pictures and videos (--input) by the bundle's 2D tokenizer alone."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset")
+    source.add_argument("--input", type=Path, metavar="PATH", help="folder of pictures and videos")
+    parser.add_argument(
+        "--tokenizer", choices=["unitok", "vq16"], help="of the bundle, which must have this one"
+    )
+    parser.add_argument(
+        "--fit",
+        choices=["none", "crop", "object"],
+        default="none",
+        help="pictures to squares: pad, take the middle, or cut the object out (--input)",
+    )
+    parser.add_argument("--fps", type=float, default=8.0, help="sampling of videos (--input)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures at a time (--input)")
+    parser.add_argument("--split", default="unseen_clip", help="train, unseen_clip, unseen_object")
+    parser.add_argument("--clip", type=int, default=0, metavar="N", help="which clip of the split")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    model_flag(parser)
+    output_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.input is not None:
+        return _pictures(arguments)
+    if arguments.tokenizer is not None:
+        raise ValueError("--tokenizer goes with --input: --data needs the whole bundle")
+    if not 16 <= arguments.size <= 2048:
+        raise ValueError(f"--size {arguments.size} must be from 16 to 2048")
+    import numpy as np
+
+    from fourdstar_jax import export
+    from fourdstar_jax.data import pipeline, transforms
+    from fourdstar_jax.evaluate import metrics
+    from fourdstar_jax.folders import OBJECT, output_folder
+
+    with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
+        model = load_model(arguments.model)
+        clips = pipeline.ClipSource(arguments.data, arguments.split)
+        if not 0 <= arguments.clip < len(clips):
+            raise ValueError(f"--clip {arguments.clip}: the split has {len(clips)} clips")
+        clip = clips[arguments.clip]
+        timesteps = min(model.max_timesteps, len(clip["frame_times"]))
+        images, masks = transforms.on_white(clip["rig_rgba"][:timesteps])
+        say_device()
+        object4d = model.reconstruct(
+            images, clip=clip["clip_id"], split=arguments.split, licence=clip["licence"]
+        )
+        size = model.resolution
+        renders = np.asarray(object4d.render(model.rig.cameras(size), width=size, height=size))
+        psnr = {
+            "whole": metrics.psnr(renders, images),
+            "inside": metrics.psnr(renders, images, masks),
+        }
+        object4d.meta["psnr"] = psnr
+        export.write(object4d, folder, size=arguments.size, truth=images, progress=True)
+    line = f"PSNR {psnr['whole']:.2f} dB, inside the mask {psnr['inside']:.2f} dB"
+    print(f"{line}: {arguments.out}")
+
+
+def _pictures(arguments: argparse.Namespace) -> None:
+    if arguments.tokenizer is None:
+        raise ValueError("--input needs --tokenizer unitok or vq16")
+    if arguments.batch < 1:
+        raise ValueError(f"--batch {arguments.batch} must be positive")
+    from fourdstar_jax import bundle
+    from fourdstar_jax.export import pictures
+    from fourdstar_jax.folders import PICTURES, output_folder
+
+    spec = bundle.read(arguments.model).spec
+    if spec.name != arguments.tokenizer:
+        raise ValueError(
+            f"the tokenizer of {arguments.model} is {spec.name}, not {arguments.tokenizer}: "
+            f"`fourdstar convert {arguments.tokenizer} FILE BUNDLE` makes one, for --model BUNDLE"
+        )
+    with output_folder(arguments.out, PICTURES, overwrite=arguments.overwrite) as folder:
+        tokenizer = bundle.read(arguments.model).load("tokenizer")
+        say_device()
+        result = pictures.reconstruct(
+            tokenizer,
+            arguments.input,
+            folder,
+            fit=arguments.fit,
+            fps=arguments.fps,
+            batch_size=arguments.batch,
+        )
+    line = f"{len(result['files'])} files, mean PSNR {result['mean_psnr']:.2f} dB"
+    print(f"{line}: {arguments.out}")
