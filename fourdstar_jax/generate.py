@@ -42,6 +42,7 @@ class Object4D:
     rig: Rig  # the views it was made from
     tokens: Int[np.ndarray, "T N K"]
     meta: dict[str, Any]  # JSON: seed, text, input, model, versions; see the export's manifest
+    frames: Float[np.ndarray, "T h w 3"] | None = None  # of the input, as the model saw it
 
     @property
     def fps(self) -> float:
@@ -235,7 +236,7 @@ class Model:
                 ("tokenizer", "vqvae", "star", *(["text"] if self.text_encoder == "t5" else []))
             ),
         }
-        return self._object(tokens, meta)
+        return dataclasses.replace(self._object(tokens, meta), frames=images)
 
     def reconstruct(self, images: Float[np.ndarray, "T V h w 3"], **info: Any) -> Object4D:
         """The object of a clip seen by the whole rig, through tokenizer and 4D VQ-VAE alone.

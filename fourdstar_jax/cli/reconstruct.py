@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from fourdstar_jax.cli.common import load_model, model_flag, output_flags, say_device
+from fourdstar_jax.tokenizer import FAMILIES
 
 SUMMARY = "encode and decode a clip of a dataset, or pictures and videos, beside the truth"
 DESCRIPTION = """Encode and decode a clip of a dataset (--data) into a moving 3D object, or with
@@ -15,7 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset")
     source.add_argument("--input", type=Path, metavar="PATH", help="folder of pictures and videos")
     parser.add_argument(
-        "--tokenizer", choices=["unitok", "vq16"], help="of the bundle, which must have this one"
+        "--tokenizer", choices=list(FAMILIES), help="of the bundle, which must have this one"
     )
     parser.add_argument(
         "--fit",

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 from tqdm import tqdm
 
 from fourdstar_jax.export import video
@@ -23,7 +22,8 @@ SCHEMA_VERSION = 1
 AXES = "RUB: x right, y up, z towards the camera of azimuth 0"
 UNITS = "the object's longest side over the clip is 0.9 in training; cameras stand at `radius`"
 README = """\
-Watch orbit.mp4 (around the object while it moves) and fixed_*.mp4 (azimuth in degrees).
+Watch input_and_orbit.webp (what the model saw, and the object from all around), orbit.mp4 and
+fixed_*.mp4 (azimuth in degrees).
 ply/ is a sequence of 3D Gaussian PLY files, y up: drop the folder into a splat viewer that plays
 sequences, such as SuperSplat. splats.safetensors has the same as arrays (see manifest.json).
 """
@@ -63,11 +63,15 @@ def write(
 
     render = video.Renderer(gaussians, size=size, radius=rig.radius, fov_deg=rig.fov_deg)
     track = functools.partial(tqdm, desc="orbit", unit="frame", disable=not progress)
-    video.write_orbit(folder / "orbit.mp4", render, fps=object4d.fps, track=track)
+    turn = video.orbit(render, fps=object4d.fps, track=track)
+    video.write_video(folder / "orbit.mp4", turn, fps=video.ORBIT_FPS)
+    if object4d.frames is not None:
+        beside = folder / "input_and_orbit.webp"
+        video.write_beside(beside, object4d.frames, turn, fps=object4d.fps)
     for view, azimuth in enumerate(rig.azimuths_deg):
         images = video.fixed_view(render, azimuth)
         if truth is not None:
-            left = np.stack([_resized(image, size) for image in truth[:, view]])
+            left = np.stack([video.resized(image, size) for image in truth[:, view]])
             images = np.concatenate([left, images], axis=2)
         images = video.repeated(images, object4d.fps)
         video.write_video(folder / f"fixed_{azimuth:03.0f}.mp4", images, fps=object4d.fps)
@@ -90,8 +94,3 @@ def manifest(object4d: Object4D, folder: Path) -> dict[str, Any]:
         **object4d.meta,
         "files": {str(f.relative_to(folder)): file_sha256(f) for f in files},
     }
-
-
-def _resized(image: Float[np.ndarray, "h w 3"], size: int) -> Float[np.ndarray, "s s 3"]:
-    picture = Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255

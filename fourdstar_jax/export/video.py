@@ -7,6 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
 from fourdstar_jax import geometry
 from fourdstar_jax.kernels.rasterize import pick_capacity, rasterize
@@ -79,20 +80,42 @@ class Renderer:
         return np.asarray(out.renders[0])
 
 
-def write_orbit(
-    path: str | os.PathLike[str],
-    render: Renderer,
-    *,
-    fps: float,
-    track: Callable[[Iterable], Iterable] = iter,
-) -> None:
-    """One turn around the object while its clip repeats; `track` may show the progress."""
+def orbit(
+    render: Renderer, *, fps: float, track: Callable[[Iterable], Iterable] = iter
+) -> Float[np.ndarray, "frames h w 3"]:
+    """One turn around the object at ORBIT_FPS, while its clip repeats.
+
+    `track` may show the progress.
+    """
     timesteps = len(render.gaussians.means)
     count = round(ORBIT_SECONDS * ORBIT_FPS)
-    images = [
-        render(int(i * fps / ORBIT_FPS) % timesteps, 360 * i / count) for i in track(range(count))
-    ]
-    write_video(path, np.stack(images), fps=ORBIT_FPS)
+    return np.stack(
+        [render(int(i * fps / ORBIT_FPS) % timesteps, 360 * i / count) for i in track(range(count))]
+    )
+
+
+def write_beside(
+    path: str | os.PathLike[str],
+    frames: Float[np.ndarray, "T h w 3"],
+    turn: Float[np.ndarray, "frames s s 3"],
+    *,
+    fps: float,
+) -> None:
+    """An endless WebP: frames of `fps`, repeated, left of `orbit`'s; every second one of those."""
+    size = turn.shape[1]
+    left = np.stack([resized(frame, size) for frame in frames])
+    shown = range(0, len(turn), 2)
+    times = [int(i * fps / ORBIT_FPS) % len(left) for i in shown]
+    both = np.concatenate([left[times], turn[::2]], axis=2)
+    first, *rest = (Image.fromarray(np.rint(255 * np.clip(x, 0, 1)).astype(np.uint8)) for x in both)
+    milliseconds = round(2000 / ORBIT_FPS)
+    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0, quality=80)
+
+
+def resized(image: Float[np.ndarray, "h w 3"], size: int) -> Float[np.ndarray, "s s 3"]:
+    """An image in [0, 1] with `size` pixels a side, bicubic."""
+    picture = Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
 
 
 def fixed_view(render: Renderer, azimuth_deg: float) -> Float[np.ndarray, "T h w 3"]:

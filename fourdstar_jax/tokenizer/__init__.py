@@ -1,5 +1,6 @@
 """Image tokenizers, images to integers and back: UniTok's family and LlamaGen's VQ."""
 
+import importlib
 from typing import Any
 
 # Codes of the released tokenizers, both of 16 x 16 tokens an image of 256 pixels: what the configs
@@ -28,21 +29,20 @@ UNITOK: dict[str, Any] = dict(
 )
 
 
+# family -> module and class; a module is imported when its family is made
+FAMILIES = {
+    "unitok": ("fourdstar_jax.tokenizer.unitok", "UniTok"),
+    "vq16": ("fourdstar_jax.tokenizer.vq16", "VQ16"),
+}
+
+
 def make(family: str = "unitok", **arguments: Any) -> Any:
     """A tokenizer, behind `base.Tokenizer`, from the arguments of its family's constructor.
 
-    `family` is "unitok" (`unitok.UniTok`) or "vq16" (`vq16.VQ16`). Configs and bundles name it
-    beside the other arguments; those that do not are of UniTok's family. Raises ValueError for
-    another one.
+    `family` is one of FAMILIES. Configs and bundles name it beside the other arguments; those that
+    do not are of UniTok's family. Raises ValueError for another one.
     """
-    match family:
-        case "unitok":
-            from fourdstar_jax.tokenizer.unitok import UniTok
-
-            return UniTok(**arguments)
-        case "vq16":
-            from fourdstar_jax.tokenizer.vq16 import VQ16
-
-            return VQ16(**arguments)
-        case _:
-            raise ValueError(f"tokenizer {family=} must be unitok or vq16")
+    if family not in FAMILIES:
+        raise ValueError(f"tokenizer {family=} must be {' or '.join(FAMILIES)}")
+    module, name = FAMILIES[family]
+    return getattr(importlib.import_module(module), name)(**arguments)

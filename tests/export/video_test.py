@@ -6,6 +6,7 @@ import json
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from fourdstar_jax import export
 from fourdstar_jax.export import video
@@ -57,7 +58,9 @@ def object4d():
         colors=np.broadcast_to(np.float32([[1, 0, 0], [0, 0, 1]]), (T, 2, 3)).copy(),
     )
     rig = Rig.around(2, fps=8.0)
-    return Object4D(gaussians, rig, np.zeros((T, 4, 2), np.int32), {"seed": 0})
+    frames = np.ones((T, 9, 9, 3), np.float32)
+    frames[1, :, :, 1:] = 0
+    return Object4D(gaussians, rig, np.zeros((T, 4, 2), np.int32), {"seed": 0}, frames)
 
 
 def test_fixed_views_see_the_motion_from_their_side(object4d):
@@ -92,7 +95,7 @@ def test_save_writes_everything_and_again_the_same(object4d, tmp_path):
     export.save(object4d, tmp_path / "a", size=32)
     names = {p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.*")}
     assert names == {
-        *("manifest.json", "README.txt", "splats.safetensors", "orbit.mp4"),
+        *("manifest.json", "README.txt", "splats.safetensors", "orbit.mp4", "input_and_orbit.webp"),
         *("fixed_000.mp4", "fixed_180.mp4"),
         *(f"ply/frame_000{t}.ply" for t in range(3)),
     }
@@ -106,6 +109,11 @@ def test_save_writes_everything_and_again_the_same(object4d, tmp_path):
     np.testing.assert_array_equal(splats.means, object4d.gaussians.means)
     ply = export.read_ply(tmp_path / "a" / "ply" / "frame_0002.ply")
     np.testing.assert_allclose(ply.means, object4d.gaussians.means[2])
+    with Image.open(tmp_path / "a" / "input_and_orbit.webp") as beside:
+        assert beside.size == (64, 32) and beside.n_frames == 36 and beside.info["loop"] == 0
+        beside.seek(2)  # 1/6 s: the second frame of the input
+        shown = np.asarray(beside.convert("RGB"), int)
+    assert (np.abs(shown[8:24, 8:24] - [255, 0, 0]) < 12).all() and shown[4, 36].min() > 240
     frames, fps = decode(tmp_path / "a" / "orbit.mp4")
     assert len(frames) == 72 and fps == video.ORBIT_FPS
 

@@ -7,7 +7,7 @@ from fourdstar_jax.kernels.rasterize.bench import PASSES
 
 
 def table(json_file: Path) -> str:
-    """A results file as Markdown, as in the README."""
+    """A results file as Markdown, as in docs/RASTERIZER.md."""
     results = json.loads(json_file.read_text())
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     driver = f", driver {results['driver']}" if results["driver"] else ""
