@@ -68,8 +68,8 @@ def output_folder(
             raise ValueError(f"output folder {path} is not empty (--overwrite replaces it)")
         if not is_of_kind(path, kind):
             raise ValueError(
-                f"{path} is no {kind.name} folder of fourdstar_jax ({kind.manifest} says so): "
-                "it is not overwritten"
+                f"{path} is no {kind.name} folder that fourdstar_jax wrote (it has no such "
+                f"{kind.manifest}): it is not overwritten"
             )
     partial = _sibling(path, "partial")
     try:

@@ -10,6 +10,7 @@ import pytest
 from fourdstar_jax.data import features, pipeline, tokens
 from fourdstar_jax.text import pieces
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
+from fourdstar_jax.types import TokenizerSpec
 
 L, C, BATCH = 11, 6, 2
 ENCODER = {"sha256": "ab" * 32, "model": {"dim": C}}
@@ -155,7 +156,7 @@ def test_batches_of_images_and_of_tokens_carry_them(dataset_dir, folder, tmp_pat
         dataset_dir,
         tmp_path / "tokens",
         lambda images: np.zeros((len(images), 4, 2), int),
-        spec={"name": "zeros"},
+        spec=TokenizerSpec("zeros", 17, 4, 2, vocab_size=50, code_dim=6, weights_sha256=""),
         codebooks=np.zeros((2, 50, 3), np.float32),
         log=len,
     )

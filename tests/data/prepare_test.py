@@ -123,9 +123,14 @@ def test_a_folder_with_something_in_it_is_left_alone(objects_dir, tmp_path):
     (out / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="not empty"):
         prepare.prepare(objects_dir, out, **TINY)
+    with pytest.raises(ValueError, match="not overwritten"):
+        prepare.prepare(objects_dir, out, **TINY, overwrite=True)
     assert names(out) == ["mine.txt"]
-    prepare.prepare(objects_dir, out, **TINY, overwrite=True)
-    assert "mine.txt" not in names(out) and "manifest.json" in names(out)
+    (out / "mine.txt").unlink()
+    prepare.prepare(objects_dir, out, **TINY)
+    (out / "spare").touch()
+    prepare.prepare(objects_dir, out, **TINY, overwrite=True)  # a dataset of ours is replaced
+    assert "spare" not in names(out) and "manifest.json" in names(out)
     assert names(tmp_path) == ["out"]
 
 
