@@ -3,6 +3,7 @@
 from fourdstar_jax.nn.attention import Attention, attend
 from fourdstar_jax.nn.linear import (
     Common,
+    CommonInit,
     Dtype,
     Mlp,
     SwiGLU,
@@ -17,6 +18,7 @@ from fourdstar_jax.nn.linear import (
 __all__ = [
     "Attention",
     "Common",
+    "CommonInit",
     "Dtype",
     "Mlp",
     "SwiGLU",

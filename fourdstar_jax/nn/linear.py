@@ -21,6 +21,12 @@ class Common(TypedDict):
     rngs: nnx.Rngs
 
 
+class CommonInit(Common):
+    """The same for layers whose weights start from a common distribution."""
+
+    init: Initializer | None
+
+
 def build(make: Callable[..., Any], key: jax.Array, **kwargs: Any) -> Any:
     """`make(**kwargs, rngs=...)` as a plain pytree: Flax NNX in tree mode, no shared references.
 

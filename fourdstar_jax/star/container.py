@@ -77,7 +77,7 @@ class RefineBlock(nnx.Module):
     """Attention of merged tokens over tokens, scores added to the logits; then a feed-forward."""
 
     def __init__(self, dim: int, num_heads: int, *, init, dtype, rngs: nnx.Rngs):
-        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
+        kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(dim, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         # Without biases: both uses of the score are blind to a constant.
         self.score_up = nn.linear(dim, max(dim // 4, 1), ("embed", "mlp"), **kw)
@@ -153,7 +153,7 @@ class Container(nnx.Module):
     ):
         if refine_blocks < 1:
             raise ValueError(f"{refine_blocks=} must be at least 1")
-        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
+        kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([RefineBlock(dim, num_heads, **kw) for _ in range(refine_blocks)])
         self.mlp = nn.Mlp(dim, dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
         self.segment = vector(rngs.params(), dim)

@@ -1,7 +1,5 @@
 """What STAR's sequence is made of: text, image tokens, rays, timesteps and their coordinates."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -88,7 +86,7 @@ class RayEncoder(nnx.Module):
             raise ValueError(f"{resolution=} must be a multiple of {grid=}")
         patch = resolution // grid
         init = nnx.initializers.normal(std)
-        kw: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        kw = nn.Common(dtype=dtype, rngs=rngs)
         self.conv = nn.linear(patch * patch * 6, dim, (None, "embed"), init=init, **kw)
         self.waves = nn.linear(12 * octaves, dim, (None, "embed"), **kw) if octaves else None
         self.resolution, self.grid, self.octaves = resolution, grid, octaves

@@ -6,7 +6,6 @@ output matrix per codebook, zero at the start, so that training starts at ln(voc
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ class DepthHead(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
+        kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
         self.input = nn.linear(dim, head_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         shape, axes = (num_codebooks - 1, vocab_size, head_dim), (None, "vocab", None)
         # One code a token has none before it, and checkpoints hold no empty arrays.

@@ -7,7 +7,7 @@ prefix to all groups. Decoding runs the same layers with the prefix and the grou
 Blocks are Llama's (RMSNorm, SwiGLU, no biases) as in LlamaGen.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ class Layer(nnx.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if dim % num_heads or num_heads % num_kv_heads:
             raise ValueError(f"{dim=}, {num_heads=}, {num_kv_heads=} must divide one another")
-        kw: dict[str, Any] = dict(init=init, dtype=dtype, rngs=rngs)
+        kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
         head_dim = dim // num_heads
         self.attention_norm = nnx.RMSNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.q = nn.linear(dim, dim, ("embed", "heads"), **kw)
