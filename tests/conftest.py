@@ -1,5 +1,6 @@
 """Every test runs with shapes checked, inside a mesh over one CPU device unless it makes one."""
 
+import collections
 import json
 import os
 import struct
@@ -42,6 +43,18 @@ def pytest_collection_modifyitems(config, items):
         for platform in ("gpu", "tpu"):
             if platform in item.keywords and jax.default_backend() != platform:
                 item.add_marker(pytest.mark.skip(reason=f"needs a {platform.upper()}"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The ten files that took longest, so that they are seen before they grow."""
+    seconds = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("slowest files")
+    for name, total in seconds.most_common(10):
+        terminalreporter.line(f"{total:7.1f} s  {name}")
 
 
 @pytest.fixture(autouse=True)
