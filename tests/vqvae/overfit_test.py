@@ -1,5 +1,7 @@
 """The 4D VQ-VAE learns: one moving object to more than 30 dB over all its timesteps and views."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +79,8 @@ def test_overfits_one_object():
         optax.adam(optax.warmup_cosine_decay_schedule(1e-4, 4e-3, 30, steps, 1e-4)),
     )
 
-    @jax.jit
+    # It runs for longer than it compiles.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def step(model, opt_state, key):
         def loss(model):
             supervision = losses.choose_supervision(key, batch, num_timesteps=2, num_views=4)
