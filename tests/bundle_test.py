@@ -14,6 +14,8 @@ import safetensors.numpy
 from fourdstar_jax import bundle, nn, sharding
 from fourdstar_jax.tokenizer.unitok import UniTok
 
+pytestmark = pytest.mark.central
+
 CONFIG = {
     "stage": "tokenizer",
     "model": {

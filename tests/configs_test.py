@@ -14,8 +14,6 @@ from fourdstar_jax.tokenizer import RELEASED, make
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.model import VQVAE4D
 
-pytestmark = pytest.mark.ci
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
 STAGES = {"tokenizer": make, "vqvae": VQVAE4D, "star": STAR}

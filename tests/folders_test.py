@@ -11,6 +11,8 @@ import pytest
 from fourdstar_jax import folders
 from fourdstar_jax.folders import DATASET, OBJECT, TOKENS, output_folder
 
+pytestmark = pytest.mark.central
+
 MANIFEST = {"timesteps": 1, "gaussians": 2, "files": {}}
 
 

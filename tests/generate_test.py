@@ -10,8 +10,6 @@ import fourdstar_jax as fs
 from fourdstar_jax import bundle, generate, geometry
 from fourdstar_jax.generate import NEUTRAL_PROMPT
 
-pytestmark = pytest.mark.ci
-
 T, V, G = 2, 2, 2 * 4 * 4
 
 

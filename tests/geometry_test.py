@@ -10,6 +10,8 @@ import pytest
 from fourdstar_jax import geometry
 from fourdstar_jax.types import Gaussians
 
+pytestmark = pytest.mark.central
+
 
 def random_quats(n, seed=0):
     return np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float32)

@@ -11,7 +11,8 @@ import pytest
 import fourdstar_jax
 from fourdstar_jax.cli.common import TRAINING_PACKAGES
 
-pytestmark = pytest.mark.ci
+pytestmark = pytest.mark.central
+
 
 ROOT = Path(fourdstar_jax.__file__).parent
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.ci
-
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("bash", "cat", "dirname", "env", "sha256sum")
 

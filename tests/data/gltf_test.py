@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+from helpers import glb
 
 from fourdstar_jax.data import gltf
 
@@ -28,7 +29,7 @@ def rotation(axis, degrees):
     return q, m
 
 
-def test_linear_step_and_cubic_keys_follow_the_specification(glb):
+def test_linear_step_and_cubic_keys_follow_the_specification():
     w = glb.box_writer()
     t = np.array([0.0, 0.5, 2.0])
     # Hermite keys reproduce a cubic exactly: value t^3, tangent 3 t^2, one component
@@ -50,7 +51,7 @@ def test_linear_step_and_cubic_keys_follow_the_specification(glb):
     np.testing.assert_allclose(moved[:, 0, 1], at**3, atol=TOLERANCE)
 
 
-def test_rotations_turn_evenly_the_short_way(glb):
+def test_rotations_turn_evenly_the_short_way():
     w = glb.box_writer()
     start, end = rotation(2, 0)[0], -rotation(2, 120)[0]  # -q is the same rotation
     w.animate("turn", (0, "rotation", [0, 1], [start, end]))
@@ -60,7 +61,7 @@ def test_rotations_turn_evenly_the_short_way(glb):
         np.testing.assert_allclose(asset.pose(0, np.array([u])).positions[0], expected, atol=1e-5)
 
 
-def test_nodes_multiply_down_the_tree(glb):
+def test_nodes_multiply_down_the_tree():
     w = glb.box_writer()
     q, m = rotation(1, 90)
     shift = np.eye(4)
@@ -76,10 +77,10 @@ def test_nodes_multiply_down_the_tree(glb):
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
-def skinned(glb, joint_type="u1"):
+def skinned(joint_type="u1"):
     """Seven vertices on two bones, the second one unit above the first and turned by the clip."""
     rng = np.random.default_rng(3)
-    w = glb.Writer()
+    w = glb.GlbWriter()
     points = rng.uniform(-1, 1, (7, 3))
     joints = np.array([[0, 1, 0, 0]] * 7)
     first = np.array([1.0, 0.75, 0.5, 0.5, 0.25, 0.0, 0.0])
@@ -118,8 +119,8 @@ def skinned(glb, joint_type="u1"):
 
 
 @pytest.mark.parametrize("joint_type", ["u1", "u2", "f4"])
-def test_skins_blend_the_bones(glb, joint_type):
-    w, points, expected, normals = skinned(glb, joint_type)
+def test_skins_blend_the_bones(joint_type):
+    w, points, expected, normals = skinned(joint_type)
     asset = gltf.load(w.bytes())
     out = asset.pose(0, np.array([0.0, 1.0]))
     np.testing.assert_allclose(out.positions[0], points, atol=TOLERANCE)
@@ -128,7 +129,7 @@ def test_skins_blend_the_bones(glb, joint_type):
     assert asset.joint_names == {"hip", "knee"}
 
 
-def test_morph_targets_add_up_and_sparse_ones_are_read(glb):
+def test_morph_targets_add_up_and_sparse_ones_are_read():
     w = glb.box_writer()
     dense = np.arange(24, dtype=float).reshape(8, 3) / 24
     rows, values = [1, 6], [[1.0, 0, 0], [0, 2.0, 0]]
@@ -162,7 +163,7 @@ def test_morph_targets_add_up_and_sparse_ones_are_read(glb):
 
 
 @pytest.mark.parametrize("dtype, limit", [("u1", 255), ("i1", 127), ("u2", 65535), ("i2", 32767)])
-def test_normalized_integers_are_fractions(glb, dtype, limit):
+def test_normalized_integers_are_fractions(dtype, limit):
     w = glb.box_writer()
     numbers = np.array([[0, limit, limit // 2]] * 8)
     primitive = w.tree["meshes"][0]["primitives"][0]
@@ -174,7 +175,7 @@ def test_normalized_integers_are_fractions(glb, dtype, limit):
     np.testing.assert_allclose(asset.positions[0], [low, 1, (limit // 2) / limit], atol=1e-6)
 
 
-def test_interleaved_attributes_are_read_by_their_stride(glb):
+def test_interleaved_attributes_are_read_by_their_stride():
     w = glb.box_writer()
     corners = glb.box()[0].astype("<f4")
     view = w.view(np.concatenate([corners, corners * 10], 1).astype("<f4").tobytes())
@@ -187,7 +188,7 @@ def test_interleaved_attributes_are_read_by_their_stride(glb):
     np.testing.assert_allclose(gltf.load(w.bytes()).positions, corners * 10)
 
 
-def test_strips_and_fans_become_triangles(glb):
+def test_strips_and_fans_become_triangles():
     w = glb.box_writer()
     primitive = w.tree["meshes"][0]["primitives"][0]
     primitive["indices"] = w.accessor([0, 1, 2, 3, 4], "u1")
@@ -197,7 +198,7 @@ def test_strips_and_fans_become_triangles(glb):
     assert gltf.load(w.bytes()).triangles.tolist() == [[0, 1, 2], [0, 2, 3], [0, 3, 4]]
 
 
-def test_colors_textures_and_their_transform(glb):
+def test_colors_textures_and_their_transform():
     import io
 
     from PIL import Image
@@ -222,7 +223,7 @@ def test_colors_textures_and_their_transform(glb):
     assert [d.texture for d in asset.draws] == [0]
 
 
-def test_an_image_outside_the_file_is_never_opened(glb, tmp_path):
+def test_an_image_outside_the_file_is_never_opened(tmp_path):
     w = glb.box_writer()
     (tmp_path / "secret.png").write_bytes(b"not to be read")
     w.tree["images"] = [{"uri": "secret.png"}]
@@ -236,8 +237,8 @@ def test_an_image_outside_the_file_is_never_opened(glb, tmp_path):
 
 
 def _edit(change):
-    def make(glb):
-        w, *_ = skinned(glb)
+    def make():
+        w, *_ = skinned()
         change(w.tree, w)
         return w.bytes()
 
@@ -267,15 +268,13 @@ def _huge_image(tree, w):
 
 
 BROKEN = {
-    "first bytes": lambda glb: b"GIF89a" + b"\0" * 100,
-    "cut short": lambda glb: skinned(glb)[0].bytes()[:-9],
-    "leaves the file": lambda glb: (
-        (data := skinned(glb)[0].bytes())[:12] + struct.pack("<I", 1 << 31) + data[16:]
+    "first bytes": lambda: b"GIF89a" + b"\0" * 100,
+    "cut short": lambda: skinned()[0].bytes()[:-9],
+    "leaves the file": lambda: (
+        (data := skinned()[0].bytes())[:12] + struct.pack("<I", 1 << 31) + data[16:]
     ),
-    "no JSON chunk": lambda glb: (
-        struct.pack("<4sII", b"glTF", 2, 20) + struct.pack("<I4s", 0, b"X")
-    ),
-    "not an object": lambda glb: (
+    "no JSON chunk": lambda: struct.pack("<4sII", b"glTF", 2, 20) + struct.pack("<I4s", 0, b"X"),
+    "not an object": lambda: (
         struct.pack("<4sII", b"glTF", 2, 24) + struct.pack("<I4s", 4, b"JSON") + b"[1] "
     ),
     "missing field": _edit(lambda t, w: t.pop("asset")),
@@ -316,18 +315,18 @@ BROKEN = {
         lambda t, w: t["animations"][0]["channels"][0]["target"].update(node=50)
     ),
     "no triangles": _edit(lambda t, w: t["nodes"][3].pop("mesh")),
-    "GLB version 1": lambda glb: b"glTF\1\0\0\0" + skinned(glb)[0].bytes()[8:],
+    "GLB version 1": lambda: b"glTF\1\0\0\0" + skinned()[0].bytes()[8:],
 }
 
 
 @pytest.mark.parametrize("reason", BROKEN)
-def test_broken_files_say_why_in_one_line(glb, reason):
+def test_broken_files_say_why_in_one_line(reason):
     with pytest.raises(gltf.MalformedAsset, match=reason) as caught:
-        gltf.load(BROKEN[reason](glb))
+        gltf.load(BROKEN[reason]())
     assert "\n" not in str(caught.value)
 
 
-def test_buffers_elsewhere_are_refused_and_data_uris_read(glb):
+def test_buffers_elsewhere_are_refused_and_data_uris_read():
     w = glb.box_writer()
     data = w.bytes()
     length = struct.unpack_from("<I", data, 12)[0]
@@ -346,9 +345,9 @@ def test_buffers_elsewhere_are_refused_and_data_uris_read(glb):
             gltf.load(with_uri(uri))
 
 
-def test_damaged_bytes_never_raise_anything_else(glb):
+def test_damaged_bytes_never_raise_anything_else():
     """Random damage in the JSON and the data: it is read, or it is a MalformedAsset."""
-    data = np.frombuffer(skinned(glb)[0].bytes(), np.uint8)
+    data = np.frombuffer(skinned()[0].bytes(), np.uint8)
     rng = np.random.default_rng(0)
     refused = 0
     for _ in range(150):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import glb
 
 from fourdstar_jax import geometry
 from fourdstar_jax.data import pipeline, posing, prepare, splits
@@ -79,7 +80,7 @@ def test_images_depth_and_flow_belong_together(dataset_dir):
     assert clip["rig_rgba"][..., 1:3].max() == 0
 
 
-def test_the_box_of_the_whole_clip_is_centred(glb):
+def test_the_box_of_the_whole_clip_is_centred():
     from fourdstar_jax.data import gltf
 
     asset = gltf.load(glb.moving_box(3.0, 2.0))

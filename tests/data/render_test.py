@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import glb
 
 from fourdstar_jax import geometry
 from fourdstar_jax.data import gltf, render
@@ -40,16 +41,16 @@ def project(point, cameras, v):
     return pixel[:2] / pixel[2], x[2]
 
 
-def placed_box(glb, center, side=0.08, color=(1.0, 0.0, 0.0, 1.0)):
+def placed_box(center, side=0.08, color=(1.0, 0.0, 0.0, 1.0)):
     w = glb.box_writer((side, side, side), color)
     w.tree["nodes"][0]["translation"] = list(center)
     return w.bytes()
 
 
-def test_a_point_lands_where_the_camera_says(glb):
+def test_a_point_lands_where_the_camera_says():
     cameras = geometry.orbit_cameras([0, 75, 200, 310], [0, -25, 5, 10], width=SIZE, height=SIZE)
     point = np.array([0.25, 0.1, -0.15])
-    frame = drawn(placed_box(glb, point), cameras)
+    frame = drawn(placed_box(point), cameras)
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     for v in range(4):
         weight = frame.rgba[v, ..., 3] / 255.0
@@ -58,7 +59,7 @@ def test_a_point_lands_where_the_camera_says(glb):
         np.testing.assert_allclose(center, pixel, atol=0.15)
 
 
-def test_depth_and_flow_are_those_of_the_surface(glb):
+def test_depth_and_flow_are_those_of_the_surface():
     """A board facing the camera: depth is constant; after a shift every pixel moves alike."""
     w = glb.box_writer((0.6, 0.5, 0.2))
     cameras = geometry.orbit_cameras([0.0], width=SIZE, height=SIZE)
@@ -78,11 +79,11 @@ def test_depth_and_flow_are_those_of_the_surface(glb):
     assert (frame.flow[0][~inside] == 0).all()
 
 
-def test_flow_of_a_seen_vertex_is_its_own_path(glb):
+def test_flow_of_a_seen_vertex_is_its_own_path():
     """Depth unprojects every pixel to the surface; the point, moved, lands where flow says."""
     cameras = geometry.orbit_cameras([40, 160], [-20, 5], width=SIZE, height=SIZE)
     shift = np.array([0.05, 0.04, -0.06])
-    frame = drawn(placed_box(glb, (0.1, -0.1, 0.05), 0.5), cameras, shift)
+    frame = drawn(placed_box((0.1, -0.1, 0.05), 0.5), cameras, shift)
     for v in range(2):
         rows, columns = np.nonzero(frame.depth[v])
         assert len(rows) > 300
@@ -94,9 +95,9 @@ def test_flow_of_a_seen_vertex_is_its_own_path(glb):
             np.testing.assert_allclose(frame.flow[v, y, x], pixel - [x + 0.5, y + 0.5], atol=5e-3)
 
 
-def test_alpha_is_straight_and_background_clear(glb):
+def test_alpha_is_straight_and_background_clear():
     cameras = geometry.orbit_cameras([0.0], width=SIZE, height=SIZE)
-    frame = drawn(placed_box(glb, (0.013, 0.017, 0), 0.4), cameras)
+    frame = drawn(placed_box((0.013, 0.017, 0), 0.4), cameras)
     alpha = frame.rgba[0, ..., 3]
     edge, full = (alpha > 0) & (alpha < 255), alpha == 255
     assert edge.sum() > 20 and (alpha[0] == 0).all()
@@ -104,7 +105,7 @@ def test_alpha_is_straight_and_background_clear(glb):
     assert (frame.rgba[0][full][:, 1:3] == 0).all()
 
 
-def test_textures_are_drawn_upright_and_masked(glb):
+def test_textures_are_drawn_upright_and_masked():
     """A board with a 2x2 picture, one quarter of it clear: glTF's v = 0 is the picture's top."""
     import io
 
@@ -115,7 +116,7 @@ def test_textures_are_drawn_upright_and_masked(glb):
     picture[1, 0], picture[1, 1] = (0, 0, 255, 255), (0, 0, 0, 0)
     png = io.BytesIO()
     Image.fromarray(picture).resize((64, 64), 0).save(png, "PNG")
-    w = glb.Writer()
+    w = glb.GlbWriter()
     w.tree["images"] = [{"bufferView": w.view(png.getvalue())}]
     w.tree["textures"] = [{"source": 0}]
     w.tree["materials"] = [
@@ -139,18 +140,18 @@ def test_textures_are_drawn_upright_and_masked(glb):
     assert rgba[high, high, 3] == 0
 
 
-def test_each_side_is_seen_from_its_azimuth(glb):
+def test_each_side_is_seen_from_its_azimuth():
     """Boxes on the axes: azimuth 90 stands on +x, a negative elevation looks from above."""
     cameras = geometry.orbit_cameras([0, 90, 0], [0, 0, -30], width=SIZE, height=SIZE)
-    frame = drawn(placed_box(glb, (0.4, 0, 0), 0.1), cameras)
+    frame = drawn(placed_box((0.4, 0, 0), 0.1), cameras)
     x = [np.nonzero(frame.rgba[v, ..., 3])[1].mean() + 0.5 for v in range(3)]
     assert x[0] > SIZE / 2 + 5 and abs(x[1] - SIZE / 2) < 0.5
-    frame = drawn(placed_box(glb, (0, 0, 0.4), 0.1), cameras)
+    frame = drawn(placed_box((0, 0, 0.4), 0.1), cameras)
     rows = [np.nonzero(frame.rgba[v, ..., 3])[0].mean() + 0.5 for v in range(3)]
     assert abs(rows[0] - SIZE / 2) < 0.5 and rows[2] > SIZE / 2 + 5  # what is near sinks
 
 
-def test_renderers_do_not_disturb_each_other(glb):
+def test_renderers_do_not_disturb_each_other():
     """Each has its own OpenGL context, and only one is current at a time."""
     asset = gltf.load(glb.moving_box())
     cameras = geometry.orbit_cameras([0.0, 120.0], width=9, height=9)
@@ -169,7 +170,7 @@ def test_renderers_do_not_disturb_each_other(glb):
     np.testing.assert_array_equal(before.rgba, last.rgba)
 
 
-def test_wrong_calls_name_the_argument(glb):
+def test_wrong_calls_name_the_argument():
     cameras = geometry.orbit_cameras([0.0, 90.0], width=8, height=8)
     with pytest.raises(ValueError, match="size=0"):
         render.Renderer(0, 1)

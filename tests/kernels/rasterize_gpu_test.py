@@ -17,8 +17,6 @@ from fourdstar_jax.kernels.rasterize import api, rasterize
 from fourdstar_jax.kernels.rasterize.pallas_gpu import lanes, spec
 from fourdstar_jax.types import Cameras, Gaussians
 
-pytestmark = pytest.mark.ci
-
 WIDTH, HEIGHT, NUM = 37, 21, 53
 # Compiling the twin takes most of this file's time.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -15,8 +15,6 @@ from fourdstar_jax import sharding
 from fourdstar_jax.kernels.rasterize import binning, pallas_tpu, reference, tiles
 from fourdstar_jax.kernels.rasterize.projection import Projected
 
-pytestmark = pytest.mark.ci
-
 SIZE = dict(width=37, height=53)  # two by two tiles, cut off at the edges
 NUM, CHANNELS = 199, 3
 ATOL = 1e-5

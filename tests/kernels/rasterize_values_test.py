@@ -9,8 +9,6 @@ from fourdstar_jax import geometry
 from fourdstar_jax.kernels.rasterize import api, binning
 from fourdstar_jax.types import Gaussians
 
-pytestmark = pytest.mark.ci
-
 WIDTH, HEIGHT, VIEWS = 37, 29, 2  # no multiples of a tile
 NUM = 500  # one size for most scenes: compiling takes longer than rendering
 # float32 against float64; needles lose digits of their slope before any implementation sees them.
@@ -221,7 +219,10 @@ def check_gradients(gradients, wanted, factor=1):
         assert relative_error(x, wanted[label]) < GRADIENT_RTOL * factor, label
 
 
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.central] if n == "random" else []) for n in SCENES],
+)
 def test_hard_scenes(name):
     """All implementations against float64 numpy, and their gradients against each other."""
     arguments = full_arguments(make_scene(name))

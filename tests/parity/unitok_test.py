@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-pytestmark = pytest.mark.ci
-
 HERE = Path(__file__).parent
 FIXTURE = HERE / "fixtures" / "unitok"
 

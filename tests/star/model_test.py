@@ -14,8 +14,6 @@ from fourdstar_jax.star.forcing import Forcing, corrupt
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.types import Cameras
 
-pytestmark = pytest.mark.ci
-
 n = 4  # tokens of a view
 
 
@@ -28,6 +26,7 @@ def differs(a, b):
     return np.asarray(jnp.abs(a - b).max(axis=-1)[0] > 1e-5)
 
 
+@pytest.mark.central
 @pytest.mark.parametrize("t, j, k", [(0, 0, 0), (0, 11, 2), (1, 3, 1), (1, 4, 0), (2, 7, 2)])
 def test_a_code_changes_nothing_before_it(model, data, logits, t, j, k):
     tokens, condition = data
@@ -41,6 +40,7 @@ def test_a_code_changes_nothing_before_it(model, data, logits, t, j, k):
     np.testing.assert_array_equal(before[1], after[1])  # the other sample
 
 
+@pytest.mark.central
 def test_groups_reach_later_groups_only_through_the_container(model, data, logits):
     tokens, condition = data
     before = logits(model, tokens, condition, tokens)
@@ -54,6 +54,7 @@ def test_groups_reach_later_groups_only_through_the_container(model, data, logit
     assert changed[2].all() and not changed[:2].any()
 
 
+@pytest.mark.central
 def test_causality_by_gradient(model, data):
     """The same seen from the input embeddings, which tokens enter through."""
     tokens, condition = data
@@ -136,6 +137,7 @@ def test_dropped_conditions_hide_what_they_held(model, data):
     np.testing.assert_allclose(mixed[1], nll(condition, no, no)[1], atol=1e-5)
 
 
+@pytest.mark.central
 def test_losses_agree_with_logits(model, data, logits):
     tokens, condition = data
     want = -jnp.take_along_axis(

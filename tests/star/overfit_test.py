@@ -10,8 +10,6 @@ from fourdstar_jax import nn
 from fourdstar_jax.star import sample
 from fourdstar_jax.star.model import STAR
 
-pytestmark = pytest.mark.ci
-
 TINY = dict(
     num_codebooks=4, vocab_size=64, code_dim=16, resolution=64, grid=4, dim=128, num_layers=4,
     num_heads=4, hidden_dim=352, head_dim=64, head_layers=1, head_heads=4, container_slots=8,

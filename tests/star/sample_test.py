@@ -32,6 +32,7 @@ def forced_logits(model, condition, tokens):
     return jnp.stack(logits, axis=1)
 
 
+@pytest.mark.central
 def test_cached_decoding_equals_teacher_forcing(model, data, logits):
     """All three groups, so that the container is rebuilt twice."""
     tokens, condition = data

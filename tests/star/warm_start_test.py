@@ -13,8 +13,6 @@ from fourdstar_jax.convert import llamagen, mvar
 from fourdstar_jax.star import warm_start
 from fourdstar_jax.star.model import STAR
 
-pytestmark = pytest.mark.ci
-
 # float32 sums in another order.
 ATOL = 1e-5
 TRUNK = dict(dim=12, num_layers=3, num_heads=2, num_kv_heads=2, hidden_dim=14)

@@ -15,8 +15,6 @@ from fourdstar_jax.tokenizer.vq16 import VQ16, Downsample
 from fourdstar_jax.train import tokenizer as trainer
 from fourdstar_jax.types import TokenizerSpec
 
-pytestmark = pytest.mark.ci
-
 SIZE, GRID, VOCAB = 32, 8, 64
 MODEL = dict(
     family="vq16", resolution=SIZE, channels=32, multipliers=[1, 2, 1], num_blocks=1, z_dim=5,

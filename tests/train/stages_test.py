@@ -13,8 +13,6 @@ from fourdstar_jax.train import optim, star, tokenizer, vqvae
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.vqvae.model import VQVAE4D
 
-pytestmark = pytest.mark.ci
-
 # One part in 1e5: what float32 sums in another order may differ by.
 RTOL = 1e-5
 B, T, V, E, SIZE = 8, 2, 2, 1, 16

@@ -20,8 +20,6 @@ from fourdstar_jax.text import pieces, t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.train import encode, star
 
-pytestmark = pytest.mark.ci
-
 SIZES = dict(
     vocab_size=32128, dim=6, num_layers=2, num_heads=2, head_dim=3, hidden_dim=7, dtype="bfloat16"
 )

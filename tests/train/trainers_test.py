@@ -14,8 +14,6 @@ from fourdstar_jax.data import prepare
 from fourdstar_jax.tokenizer import make
 from fourdstar_jax.train import encode, star, tokenizer, vqvae
 
-pytestmark = pytest.mark.ci
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUIET = dict(log=lambda line: None)
 
@@ -68,6 +66,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *args: devices)
 
 
+@pytest.mark.central
 def test_stages_build_on_each_other_and_resume_exactly(data_dir, tmp_path, one_device):
     tokenizer.train(config_of("tokenizer", data_dir), tmp_path / "t")
     folder = tmp_path / "t/bundle"

@@ -12,8 +12,6 @@ from fourdstar_jax.convert import llamagen
 from fourdstar_jax.data import prepare
 from fourdstar_jax.train import encode, star
 
-pytestmark = pytest.mark.ci
-
 SIZES = dict(
     family="llamagen", dim=16, num_layers=2, num_heads=2, num_kv_heads=2, hidden_dim=32,
     text_length=5, text_dim=6, vocab_size=11,

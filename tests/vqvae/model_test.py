@@ -13,8 +13,6 @@ from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, activate
 from fourdstar_jax.vqvae.model import VQVAE4D, canonical_frame
 from fourdstar_jax.vqvae.offsets import Conv3d, OffsetPredictor
 
-pytestmark = pytest.mark.ci
-
 SIZE = 24
 SMALLEST = dict(
     resolution=SIZE,
@@ -119,6 +117,7 @@ def test_a_timestep_is_the_same_alone():
     assert_close(jax.tree.map(lambda a: a[:, 1:2], three.coarse), alone.coarse)
 
 
+@pytest.mark.central
 def test_offsets_start_at_zero():
     out = run(fresh(), *inputs())
     for a, b in zip(out.coarse, out.gaussians, strict=True):
@@ -185,6 +184,7 @@ def test_objects_of_a_batch_do_not_meet():
     assert_close(permuted, jax.tree.map(lambda a: a[order], out))
 
 
+@pytest.mark.central
 def test_timesteps_meet_in_the_offsets_only():
     model = awoken()
     codes, cameras, times = inputs()

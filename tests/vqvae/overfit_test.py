@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from fourdstar_jax import geometry, nn
 from fourdstar_jax.vqvae import losses
 from fourdstar_jax.vqvae.model import VQVAE4D
-
-pytestmark = pytest.mark.ci
 
 SIZE = 64
 
