@@ -4,7 +4,8 @@ No display and no GPU are needed: Mesa's llvmpipe draws on the CPU. All views of
 tiles of one framebuffer, so that a timestep costs one upload and one read-back.
 
 Light: a constant ambient term and three directional lights that are fixed in the world, Lambert's
-law, double sided, no view-dependent term: what Gaussians without spherical harmonics can show.
+law on the side that is seen, no view-dependent term: what Gaussians without spherical harmonics can
+show. Triangles of one-sided surfaces are seen from their front only.
 """
 
 from typing import Any, NamedTuple
@@ -22,11 +23,12 @@ _VERTEX = """
 uniform mat4 world_to_clip;
 uniform mat4 world_to_clip_next;
 in vec3 position; in vec3 normal; in vec3 next_position;
-in vec2 uv; in vec4 color; in vec3 emission;
-out vec3 v_position; out vec3 v_normal; out vec2 v_uv; out vec4 v_color; out vec3 v_emission;
-out vec4 v_next;
+in vec2 uv; in vec2 emissive_uv; in vec4 color; in vec3 emission;
+out vec3 v_position; out vec3 v_normal; out vec2 v_uv; out vec2 v_emissive_uv;
+out vec4 v_color; out vec3 v_emission; out vec4 v_next;
 void main() {
-    v_position = position; v_normal = normal; v_uv = uv; v_color = color; v_emission = emission;
+    v_position = position; v_normal = normal; v_uv = uv; v_emissive_uv = emissive_uv;
+    v_color = color; v_emission = emission;
     v_next = world_to_clip_next * vec4(next_position, 1.0);
     gl_Position = world_to_clip * vec4(position, 1.0);
 }
@@ -34,9 +36,13 @@ void main() {
 
 _SURFACE = """
 #version 330
-uniform sampler2D image; uniform bool textured; uniform float alpha_cutoff;
-in vec3 v_position; in vec3 v_normal; in vec2 v_uv; in vec4 v_color; in vec3 v_emission;
-in vec4 v_next;
+uniform sampler2D image; uniform bool textured; uniform vec2 mirrored; uniform float alpha_cutoff;
+in vec3 v_position; in vec3 v_normal; in vec2 v_uv; in vec2 v_emissive_uv; in vec4 v_color;
+in vec3 v_emission; in vec4 v_next;
+vec4 look_up(sampler2D image, vec2 uv, vec2 mirrored) {
+    vec2 folded = mix(uv, 1.0 - abs(mod(uv, 2.0) - 1.0), mirrored);
+    return textureGrad(image, folded, dFdx(uv), dFdy(uv));
+}
 vec3 to_linear(vec3 c) {
     return mix(c / 12.92, pow((c + 0.055) / 1.055, vec3(2.4)), step(vec3(0.04045), c));
 }
@@ -45,7 +51,7 @@ vec3 to_srgb(vec3 c) {
 }
 vec4 base_color() {
     vec4 base = v_color;
-    if (textured) { vec4 t = texture(image, v_uv); base *= vec4(to_linear(t.rgb), t.a); }
+    if (textured) { vec4 t = look_up(image, v_uv, mirrored); base *= vec4(to_linear(t.rgb), t.a); }
     if (base.a < alpha_cutoff) discard;
     return base;
 }
@@ -55,9 +61,15 @@ _COLOR = (
     _SURFACE
     + """
 uniform vec3 eye;
+uniform sampler2D emissive_image; uniform bool emissive_textured; uniform vec2 emissive_mirrored;
+uniform bool unlit;
 out vec4 result;
 void main() {
     vec4 base = base_color();
+    if (unlit) { result = vec4(to_srgb(base.rgb), 1.0); return; }
+    vec3 emission = v_emission;
+    if (emissive_textured)
+        emission *= to_linear(look_up(emissive_image, v_emissive_uv, emissive_mirrored).rgb);
     vec3 n = v_normal;
     if (dot(n, n) < 1e-20) n = cross(dFdx(v_position), dFdy(v_position));
     n = normalize(n);
@@ -66,7 +78,7 @@ void main() {
         + 0.45 * max(dot(n, normalize(vec3(0.5, 0.8, 0.6))), 0.0)
         + 0.25 * max(dot(n, normalize(vec3(-0.8, 0.3, 0.3))), 0.0)
         + 0.25 * max(dot(n, normalize(vec3(0.2, 0.3, -0.9))), 0.0);
-    result = vec4(to_srgb(clamp(base.rgb * light + v_emission, 0.0, 1.0)), 1.0);
+    result = vec4(to_srgb(clamp(base.rgb * light + emission, 0.0, 1.0)), 1.0);
 }
 """
 )
@@ -129,16 +141,21 @@ class Renderer:
     def _load(self, asset: Asset) -> None:
         self._release()
         ctx = self.ctx
-        static = np.concatenate([asset.uvs, asset.colors, asset.emission], axis=1)
+        static = [asset.uvs, asset.emissive_uvs, asset.colors, asset.emission]
+        static = np.concatenate(static, axis=1)
         self._static = ctx.buffer(np.ascontiguousarray(static, "f4").tobytes())
         self._index = ctx.buffer(np.ascontiguousarray(asset.triangles, "i4").tobytes())
         nbytes = asset.positions.shape[0] * 12
         self._moving = [ctx.buffer(reserve=nbytes, dynamic=True) for _ in range(3)]
         self._textures = []
-        for image in asset.textures:
+        for image, wrap_u, wrap_v, smooth in asset.textures:
             texture = ctx.texture((image.shape[1], image.shape[0]), 4, image.tobytes())
             texture.build_mipmaps()
+            texture.repeat_x, texture.repeat_y = wrap_u == "repeat", wrap_v == "repeat"
+            if not smooth:
+                texture.filter = (ctx.LINEAR_MIPMAP_LINEAR, ctx.NEAREST)
             self._textures.append(texture)
+        self._mirrored = [(t.wrap_u == "mirror", t.wrap_v == "mirror") for t in asset.textures]
         self._draws = asset.draws
         self._arrays = [
             ctx.vertex_array(
@@ -151,9 +168,9 @@ class Renderer:
                         if "next_position" in program
                         else []
                     ),
-                    (self._static, "2f 4f 3f", "uv", "color", "emission")
+                    (self._static, "2f 2f 4f 3f", "uv", "emissive_uv", "color", "emission")
                     if "emission" in program
-                    else (self._static, "2f 4f 3x4", "uv", "color"),
+                    else (self._static, "2f 2x4 4f 3x4", "uv", "color"),
                 ],
                 index_buffer=self._index,
                 index_element_size=4,
@@ -190,6 +207,7 @@ class Renderer:
         self._moving[0].write(np.ascontiguousarray(positions, "f4"))
         self._moving[1].write(np.ascontiguousarray(normals, "f4"))
         self.ctx.enable_only(self.ctx.DEPTH_TEST)
+        self.ctx.front_face = "cw"  # row 0 is the top: seen from below, all turns round
         self._color.use()
         self._color.clear(0, 0, 0, 0, depth=1.0)
         for v in range(V):
@@ -219,12 +237,28 @@ class Renderer:
 
     def _triangles(self, which: int, program, to_clip: np.ndarray) -> None:
         program["world_to_clip"].write(np.ascontiguousarray(to_clip.T))  # column-major
+        colors = program is self._color_program
         for draw in self._draws:
-            program["textured"].value = draw.texture >= 0
-            program["alpha_cutoff"].value = draw.alpha_cutoff
-            if draw.texture >= 0:
-                self._textures[draw.texture].use(0)
+            surface = draw.surface
+            self._use(program, "textured", "image", "mirrored", surface.texture, 0)
+            program["alpha_cutoff"].value = surface.alpha_cutoff
+            if colors:
+                names = ("emissive_textured", "emissive_image", "emissive_mirrored")
+                self._use(program, *names, surface.emissive_texture, 1)
+                program["unlit"].value = surface.unlit
+            if surface.double_sided:
+                self.ctx.disable(self.ctx.CULL_FACE)
+            else:
+                self.ctx.enable(self.ctx.CULL_FACE)
             self._arrays[which].render(vertices=draw.count * 3, first=draw.first * 3)
+
+    def _use(self, program, textured: str, image: str, mirrored: str, texture: int, unit: int):
+        """Gives one of a program's samplers a texture, or none (-1)."""
+        program[textured].value = texture >= 0
+        if texture >= 0:
+            program[image].value = unit
+            program[mirrored].value = self._mirrored[texture]
+            self._textures[texture].use(unit)
 
     def _release(self) -> None:
         for item in reversed(self._loaded):

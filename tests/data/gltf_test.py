@@ -3,6 +3,7 @@
 import base64
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -217,10 +218,10 @@ def test_colors_textures_and_their_transform():
     attributes["COLOR_0"] = w.accessor([[0, 127, 255, 255]] * 8, "u1", normalized=True)
     attributes["TEXCOORD_0"] = w.accessor([[1.0, 1.0]] * 8)
     asset = gltf.load(w.bytes())
-    np.testing.assert_array_equal(asset.textures[0], picture)
+    np.testing.assert_array_equal(asset.textures[0].image, picture)
     np.testing.assert_allclose(asset.colors[0], [0, 127 / 255, 0.25, 1], atol=1e-6)
     np.testing.assert_allclose(asset.uvs[0], [2.5, 4.25])
-    assert [d.texture for d in asset.draws] == [0]
+    assert [d.surface.texture for d in asset.draws] == [0]
 
 
 def test_an_image_outside_the_file_is_never_opened(tmp_path):
@@ -234,6 +235,65 @@ def test_an_image_outside_the_file_is_never_opened(tmp_path):
     (tmp_path / "a.glb").write_bytes(w.bytes())
     asset = gltf.load(tmp_path / "a.glb")
     assert asset.textures == [] and "outside the file" in asset.warnings[0]
+
+
+def test_normals_stand_on_surfaces_that_are_stretched():
+    """A slope under a node twice as wide: the normal is that of the wider slope."""
+    w = glb.box_writer()
+    normal = np.float32([[1, 1, 0]] * 8) / np.sqrt(2)
+    w.tree["meshes"][0]["primitives"][0]["attributes"]["NORMAL"] = w.accessor(normal)
+    for scale in ([2, 1, 1], [-2, 1, 1]):
+        w.tree["nodes"][0]["scale"] = scale
+        found = gltf.load(w.bytes()).pose(None, np.zeros(1)).normals[0, 0]
+        wanted = np.array([np.sign(scale[0]), 2, 0]) / np.sqrt(5)
+        np.testing.assert_allclose(found / np.linalg.norm(found), wanted, atol=1e-6)
+
+
+def test_a_mirrored_node_keeps_its_outside():
+    def outward(asset):
+        corners = asset.pose(None, np.zeros(1)).positions[0][asset.triangles]
+        across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        return (across * corners.mean(1)).sum(-1) > 0
+
+    w = glb.box_writer()
+    plain = outward(gltf.load(w.bytes()))
+    assert plain.all() or not plain.any()
+    w.tree["nodes"][0]["scale"] = [-1, 1, 1]
+    np.testing.assert_array_equal(outward(gltf.load(w.bytes())), plain)
+
+
+def test_vertices_that_no_triangle_uses_are_gone():
+    w = glb.box_writer()
+    far = np.concatenate([glb.box()[0], [[50.0, 0, 0]]])
+    w.tree["meshes"][0]["primitives"][0]["attributes"]["POSITION"] = w.accessor(far)
+    asset = gltf.load(w.bytes())
+    assert len(asset.positions) == 8 and asset.triangles.max() == 7
+    assert np.abs(asset.positions).max() <= 0.5
+
+
+def test_what_is_not_read_is_named():
+    w = glb.box_writer()
+    w.tree["extensionsUsed"] = ["KHR_materials_clearcoat", "KHR_materials_unlit"]
+    w.tree["materials"][0] |= {"normalTexture": {"index": 0}, "alphaMode": "BLEND"}
+    points = {"attributes": dict(w.tree["meshes"][0]["primitives"][0]["attributes"]), "mode": 0}
+    w.tree["meshes"][0]["primitives"].append(points)
+    warnings = " | ".join(gltf.load(w.bytes()).warnings)
+    for words in ("KHR_materials_clearcoat", "normal maps", "transparency", "points and lines"):
+        assert words in warnings
+    assert "unlit" not in warnings
+
+
+@pytest.mark.parametrize("kind", ["nodes", "accessors", "materials"])
+def test_endless_lists_are_refused_at_once(kind):
+    w = glb.box_writer()
+    if kind == "nodes":  # a chain
+        w.tree[kind] = [{"children": [i + 1]} for i in range(600_000)] + [{"mesh": 0}]
+    else:
+        w.tree[kind] += [w.tree[kind][0]] * 600_000
+    start = time.process_time()
+    with pytest.raises(gltf.MalformedAsset, match=f"{kind}, more than"):
+        gltf.load(w.bytes())
+    assert time.process_time() - start < 5
 
 
 def _edit(change):

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import glb
 
 from fourdstar_jax import geometry
-from fourdstar_jax.data import gltf, render
+from fourdstar_jax.data import gltf, posing, render
 
 SIZE = 61
 DEPTH_TOLERANCE = 1e-4  # float32 through the perspective divide
@@ -195,3 +196,101 @@ def test_without_egl_one_line_says_what_to_install(tmp_path):
     )
     assert done.returncode != 0
     assert "apt-get install libegl1 libgl1-mesa-dri" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    folder = Path(__file__).resolve().parents[3] / "shared" / "cases" / "glb"
+    if not folder.is_dir():
+        pytest.skip("the cases of other projects' bug reports are not here")
+    return folder
+
+
+def picture(path, azimuth=0.0, size=96):
+    """The first frame of a file's first clip, on white."""
+    asset = gltf.load(path)
+    sequence = posing.sample_clip(asset, asset.clips[0], fps=8.0, max_frames=1)
+    renderer = render.Renderer(size, 1)
+    renderer.load(asset)
+    cameras = geometry.orbit_cameras([azimuth], width=size, height=size)
+    rgba = renderer.draw(sequence.positions[0], sequence.normals[0], cameras).rgba[0] / 255
+    renderer.close()
+    return rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:], asset
+
+
+def quarters(image):
+    """The colours in the middle of the four quarters of what is not white."""
+    rows, columns = np.nonzero((image < 0.99).any(-1))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    y = rows.min() + np.array([height // 4, 3 * height // 4])
+    x = columns.min() + np.array([width // 4, 3 * width // 4])
+    return image[np.ix_(y, x)]
+
+
+FOUR = np.array([[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [1, 1, 0]]])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["specgloss_texture", "emissive_texture", "webp_required", "webp_used", "basisu_fallback"]
+    + ["texcoord1", "wrap_clamp"],
+)
+def test_textures_are_drawn(cases, name):
+    found = quarters(picture(cases / f"{name}.glb")[0])
+    np.testing.assert_allclose(found > 0.5, FOUR, err_msg=name)
+    if name == "emissive_texture":  # its own light, whatever the lamps
+        np.testing.assert_allclose(found, FOUR, atol=0.02)
+
+
+def test_a_texture_is_repeated_where_the_sampler_says_so(cases):
+    image, _ = picture(cases / "wrap_repeat.glb")
+    row = image[np.nonzero((image < 0.99).any((1, 2)))[0][3]]
+    inside = row[(row < 0.99).any(-1)]
+    assert (np.abs(np.diff(inside[:, 0])) > 0.5).sum() >= 4  # three tiles change five times
+
+
+def test_unlit_is_the_colour_itself(cases):
+    found = quarters(picture(cases / "unlit.glb")[0])
+    np.testing.assert_allclose(found, 128 / 255, atol=0.005)
+
+
+def test_an_inverted_hull_is_an_outline(cases):
+    image, _ = picture(cases / "inverted_hull_outline.glb", azimuth=20.0)
+    red = (image[..., 0] > 0.5) & (image[..., 1] < 0.2)
+    black = (image < 0.15).all(-1)
+    assert red.sum() > 4 * black.sum() > 1000
+    rows, columns = np.nonzero(black)
+    inner_rows, inner_columns = np.nonzero(red)
+    assert rows.min() < inner_rows.min() and rows.max() > inner_rows.max()
+    assert columns.min() < inner_columns.min() and columns.max() > inner_columns.max()
+
+
+def test_faces_are_seen_from_their_front(cases):
+    assert (picture(cases / "unlit.glb")[0] < 0.9).any()
+    assert (picture(cases / "unlit.glb", azimuth=180.0)[0] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "name, parts, warning",
+    [
+        ("gpu_instancing", 3, None),
+        ("node_visibility", 1, None),
+        ("matrix_animated", 1, "has a matrix"),
+        ("empty_primitive", 1, "without vertices"),
+        ("negative_time", 1, "before zero"),
+        ("two_scenes", 1, None),
+        ("skinned_node_transform", 1, None),
+        ("morph_zero_accessor", 2, None),
+        ("alpha_mask", 1, None),
+        ("color_u16", 1, None),
+    ],
+)
+def test_the_rest_of_a_file_is_used(cases, name, parts, warning):
+    image, asset = picture(cases / f"{name}.glb")
+    columns = (image < 0.95).any((0, 2))
+    assert (np.diff(columns.astype(int)) == 1).sum() == parts, name
+    if warning is None:
+        assert asset.warnings == []
+    else:
+        assert len(asset.warnings) == 1 and warning in asset.warnings[0]
+    assert len(asset.clips) == 1

@@ -1,7 +1,7 @@
 """An asset in memory and its vertices at any time: clips, node transforms, skins, morphs."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, UInt8
@@ -19,14 +19,35 @@ class Clip:
     duration_s: float  # last key minus first
 
 
+Wrap = Literal["repeat", "mirror", "clamp"]
+
+
+class Texture(NamedTuple):
+    """A picture and how it is read outside of [0, 1] and between its pixels."""
+
+    image: UInt8[np.ndarray, "h w 4"]  # sRGB, straight alpha, row 0 at v = 0
+    wrap_u: Wrap = "repeat"
+    wrap_v: Wrap = "repeat"
+    smooth: bool = True  # else the nearest pixel, where the picture is enlarged
+
+
+class Surface(NamedTuple):
+    """What the triangles of a draw have in common."""
+
+    texture: int = -1  # index into `Asset.textures`, -1 for none; times the vertices' colours
+    emissive_texture: int = -1  # the same, times the vertices' emission
+    alpha_cutoff: float = 0.0  # fragments below it are not drawn
+    unlit: bool = False  # KHR_materials_unlit: the colour is what is seen
+    double_sided: bool = False  # else only triangles that wind anticlockwise are seen
+
+
 @dataclass(frozen=True)
 class Draw:
-    """A run of triangles that share a texture."""
+    """A run of triangles of one surface."""
 
     first: int  # triangle
     count: int
-    texture: int  # index into `Asset.textures`, -1 for none
-    alpha_cutoff: float  # fragments below it are not drawn
+    surface: Surface
 
 
 class Posed(NamedTuple):
@@ -49,6 +70,7 @@ class Node:
     scale: np.ndarray
     weights: np.ndarray | None
     name: str
+    drawn: bool = True  # in the default scene, and not hidden
 
 
 @dataclass
@@ -86,12 +108,13 @@ class Asset:
     sha256: str
     positions: Float32[np.ndarray, "P 3"]  # as in the file, before skin and node transforms
     normals: Float32[np.ndarray, "P 3"]
-    uvs: Float32[np.ndarray, "P 2"]
+    uvs: Float32[np.ndarray, "P 2"]  # of the base colour's texture
+    emissive_uvs: Float32[np.ndarray, "P 2"]
     colors: Float32[np.ndarray, "P 4"]  # vertex colour times base colour, linear RGBA
-    emission: Float32[np.ndarray, "P 3"]  # linear RGB
+    emission: Float32[np.ndarray, "P 3"]  # linear RGB, may exceed 1
     triangles: Int32[np.ndarray, "F 3"]
     draws: list[Draw]
-    textures: list[UInt8[np.ndarray, "h w 4"]]  # sRGB, straight alpha, row 0 at v = 0
+    textures: list[Texture]
     clips: list[Clip]
     warnings: list[str]
     _nodes: list[Node] = field(repr=False)
@@ -113,7 +136,7 @@ class Asset:
             raise ValueError(f"{clip=} is not one of the {len(self.clips)} clips of {self.name}")
         channels = [] if clip is None else self._channels[clip]
         start = 0.0 if clip is None else self.clips[clip].start_s
-        world, morphs = self._animate(channels, times_s + start)
+        world, morphs = animate(self._nodes, self._order, channels, times_s + start)
         T = len(times_s)
         out = np.empty((T, len(self.positions), 3), np.float32)
         out_normals = np.empty_like(out) if normals else None
@@ -143,7 +166,9 @@ class Asset:
                 if out_normals is not None:
                     n = morphed(self.normals[span], part.morph_normals)
                     n = np.broadcast_to(n, (T, hi - lo, 3))
-                    out_normals[:, span] = np.einsum("ptij,tpj->tpi", rotate, n)
+                    # Blends of bones turn normals as they turn points, as in other viewers.
+                    turn = _for_normals(rotate) if len(part.bones) == 1 else rotate
+                    out_normals[:, span] = np.einsum("ptij,tpj->tpi", turn, n)
         if not np.isfinite(out).all():
             where = "the rest pose" if clip is None else f"clip {self.clips[clip].name!r}"
             raise MalformedAsset(f"{where} has vertices that are not finite")
@@ -163,33 +188,68 @@ class Asset:
                 turns[:, names.index(name)] = sample(channel, times)
         return turns / np.maximum(np.linalg.norm(turns, axis=-1, keepdims=True), 1e-12)
 
-    def _animate(self, channels: list[Channel], times: np.ndarray):
-        """World matrices [T, nodes, 4, 4] and the morph weights [T, M] of the nodes that have."""
-        T, count = len(times), len(self._nodes)
-        local = np.broadcast_to(np.eye(4), (T, count, 4, 4)).copy()
-        trs = {}
-        morphs = {}
-        for channel in channels:
-            value = sample(channel, times)
-            if channel.path == "weights":
-                morphs[channel.node] = value
-            else:
-                trs.setdefault(channel.node, {})[channel.path] = value
-        for i, node in enumerate(self._nodes):
-            if i in trs:
-                moved = trs[i]
-                local[:, i] = compose(
-                    moved.get("translation", node.translation),
-                    moved.get("rotation", node.rotation),
-                    moved.get("scale", node.scale),
-                    T,
-                )
-            elif node.matrix is not None:
-                local[:, i] = node.matrix
-        world = np.empty_like(local)
-        for i, parent in self._order:
-            world[:, i] = local[:, i] if parent < 0 else world[:, parent] @ local[:, i]
-        return world, morphs
+
+def animate(
+    nodes: list[Node], order: list[tuple[int, int]], channels: list[Channel], times: np.ndarray
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """World matrices [T, nodes, 4, 4], and the morph weights [T, M] of the nodes that have some.
+
+    `order` is (node, parent or -1), parents first.
+    """
+    T, count = len(times), len(nodes)
+    local = np.broadcast_to(np.eye(4), (T, count, 4, 4)).copy()
+    trs = {}
+    morphs = {}
+    for channel in channels:
+        value = sample(channel, times)
+        if channel.path == "weights":
+            morphs[channel.node] = value
+        else:
+            trs.setdefault(channel.node, {})[channel.path] = value
+    for i, node in enumerate(nodes):
+        if i in trs:
+            moved = trs[i]
+            local[:, i] = compose(
+                moved.get("translation", node.translation),
+                moved.get("rotation", node.rotation),
+                moved.get("scale", node.scale),
+                T,
+            )
+        elif node.matrix is not None:
+            local[:, i] = node.matrix
+    world = np.empty_like(local)
+    for i, parent in order:
+        world[:, i] = local[:, i] if parent < 0 else world[:, parent] @ local[:, i]
+    return world, morphs
+
+
+def _for_normals(m: np.ndarray) -> np.ndarray:
+    """The inverse transposes of matrices [..., 3, 3], up to a positive factor.
+
+    Cofactors, which exist for a flat scale, too; a reflection must not turn normals inside out.
+    """
+    a, b, c = m[..., 0], m[..., 1], m[..., 2]  # columns
+    cofactors = np.stack([np.cross(b, c), np.cross(c, a), np.cross(a, b)], axis=-1)
+    determinant = (a * cofactors[..., 0]).sum(-1)
+    return np.where(determinant[..., None, None] < 0, -cofactors, cofactors)
+
+
+def decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Translation, rotation (xyzw) and scale of a matrix [4, 4] without shear."""
+    scale = np.linalg.norm(matrix[:3, :3], axis=0)
+    if np.linalg.det(matrix[:3, :3]) < 0:
+        scale[0] = -scale[0]
+    r = matrix[:3, :3] / np.where(scale == 0, 1, scale)
+    # The eigenvector of the largest eigenvalue (Bar-Itzhack 2000) holds for any rotation.
+    k = np.array(
+        [
+            [r[0, 0] - r[1, 1] - r[2, 2], 0, 0, 0],
+            [r[1, 0] + r[0, 1], r[1, 1] - r[0, 0] - r[2, 2], 0, 0],
+            [r[2, 0] + r[0, 2], r[2, 1] + r[1, 2], r[2, 2] - r[0, 0] - r[1, 1], 0],
+            [r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1], np.trace(r)],
+        ]
+    )
+    return matrix[:3, 3].copy(), np.linalg.eigh(k)[1][:, -1], scale
 
 
 def compose(translation, rotation, scale, T: int) -> np.ndarray:

@@ -18,7 +18,34 @@ MAX_EMPTY = 2_000_000  # elements of an accessor without data, which costs the f
 
 COMPONENTS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-KNOWN_EXTENSIONS = {"KHR_texture_transform", "KHR_mesh_quantization", "KHR_lights_punctual"}
+# Extensions that are read, and those whose absence changes nothing that is drawn.
+READ_EXTENSIONS = {
+    "EXT_mesh_gpu_instancing",
+    "EXT_texture_webp",
+    "KHR_materials_emissive_strength",
+    "KHR_materials_pbrSpecularGlossiness",
+    "KHR_materials_unlit",
+    "KHR_mesh_quantization",
+    "KHR_node_visibility",
+    "KHR_texture_transform",
+}
+# A file may need these and is drawn without them: they change shading, not shape or base colour.
+SKIPPED_EXTENSIONS = {"KHR_lights_punctual", "KHR_animation_pointer", "KHR_xmp_json_ld"}
+MAX_ITEMS = {  # entries of the file's lists; nodes are few, accessors may be many
+    "nodes": 20_000,
+    "scenes": 1_000,
+    "meshes": 20_000,
+    "skins": 2_000,
+    "materials": 10_000,
+    "textures": 10_000,
+    "images": 10_000,
+    "samplers": 10_000,
+    "animations": 4_000,
+    "accessors": 500_000,
+    "bufferViews": 500_000,
+    "buffers": 1_000,
+    "cameras": 10_000,
+}
 
 
 class MalformedAsset(ValueError):
@@ -33,10 +60,15 @@ class Container:
         version = self.json["asset"]["version"]
         if not str(version).startswith("2."):
             raise MalformedAsset(f"glTF version {version!r}, not 2")
+        for kind, most in MAX_ITEMS.items():
+            if len(self.json.get(kind, [])) > most:
+                raise MalformedAsset(f"{len(self.json[kind])} {kind}, more than {most}")
+        skippable = SKIPPED_EXTENSIONS | READ_EXTENSIONS
         for extension in self.json.get("extensionsRequired", []):
-            known = extension in KNOWN_EXTENSIONS or str(extension).startswith("KHR_materials_")
-            if not known:
+            if extension not in skippable and not str(extension).startswith("KHR_materials_"):
                 raise MalformedAsset(f"needs the glTF extension {extension}, which is not read")
+        used = {str(e) for e in self.json.get("extensionsUsed", [])}
+        self.unread_extensions = sorted(used - READ_EXTENSIONS)
         self.buffers = [self._buffer(i, b) for i, b in enumerate(self.json.get("buffers", []))]
         self.read: dict[int, np.ndarray] = {}  # key times are shared by many channels
 

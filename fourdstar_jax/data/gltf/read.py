@@ -4,30 +4,32 @@ Section numbers refer to the glTF 2.0 specification.
 """
 
 import hashlib
-import io
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fourdstar_jax.data.gltf.asset import Asset, Channel, Clip, Draw, Node, Part, compose
-from fourdstar_jax.data.gltf.container import (
-    MAX_FILE_BYTES,
-    Container,
-    MalformedAsset,
-    data_uri,
+from fourdstar_jax.data.gltf.asset import (
+    Asset,
+    Channel,
+    Clip,
+    Draw,
+    Node,
+    Part,
+    Surface,
+    animate,
+    compose,
+    decompose,
 )
+from fourdstar_jax.data.gltf.container import MAX_FILE_BYTES, Container, MalformedAsset
+from fourdstar_jax.data.gltf.materials import Materials, Notes
 
-MAX_NODES = 20_000
 MAX_VERTICES = 2_000_000  # after instancing: a mesh under ten nodes counts ten times
 MAX_TRIANGLES = 4_000_000
 MAX_KEY_VALUES = 64 << 20  # numbers in all animation samplers together
 MAX_MORPH_VALUES = 64 << 20
-MAX_TEXTURES = 64
-MAX_TEXTURE_PIXELS = 4096 * 4096
-DRAWN_TEXTURE_SIDE = 1024  # larger textures are reduced when read
 
 _PATHS = ("translation", "rotation", "scale", "weights")
 
@@ -61,58 +63,56 @@ def load(source: str | Path | bytes, *, name: str | None = None) -> Asset:
         raise MalformedAsset(f"not valid glTF ({kind}: {reason})") from error
 
 
-@dataclass
-class _Material:
-    """The parts of a material that are drawn; these are the values without one."""
-
-    factor: np.ndarray = field(default_factory=lambda: np.ones(4))  # base colour, linear RGBA
-    emission: np.ndarray = field(default_factory=lambda: np.zeros(3))  # linear RGB
-    texture: int = -1  # index into `Asset.textures`, -1 for none
-    texcoord: int = 0  # set of UVs that the texture uses
-    uv: np.ndarray = field(default_factory=lambda: np.eye(3))  # transform of the UVs
-    cutoff: float = 0.0  # of alpha
-
-
 class _Reader:
     """Turns the bytes of a file into an Asset."""
 
     def __init__(self, data: bytes, name: str):
         self.name, self.sha256 = name, hashlib.sha256(data).hexdigest()
         self.file = Container(data)
-        self.warnings: list[str] = []
-        self.textures: list[np.ndarray] = []
-        self.texture_of_image: dict[int, int] = {}
+        self.notes = Notes()
+        self.materials = Materials(self.file, self.notes)
 
     def asset(self) -> Asset:
         nodes = [self._node(n) for n in self.file.json.get("nodes", [])]
         order = self._order(nodes)
+        world = animate(nodes, order, [], np.zeros(1))[0][0]
         parts, chunks, draws = [], [], []
         num_vertices = num_triangles = 0
         for i, _ in order:
             mesh = nodes[i].mesh
-            if mesh is None:
+            if mesh is None or not nodes[i].drawn:
                 continue
+            instances = self._instances(i)
             for primitive in self.file.item("meshes", mesh)["primitives"]:
-                arrays, part, draw = self._primitive(primitive, mesh, i, nodes[i], len(nodes))
-                if len(arrays["triangles"]) == 0:
+                if self._is_empty(primitive):
                     continue
-                part.first = num_vertices
-                arrays["triangles"] = arrays["triangles"] + num_vertices
-                num_vertices += part.count
-                draws.append(replace(draw, first=num_triangles, count=len(arrays["triangles"])))
-                num_triangles += len(arrays["triangles"])
-                if num_vertices > MAX_VERTICES or num_triangles > MAX_TRIANGLES:
-                    raise MalformedAsset(
-                        f"more than {MAX_VERTICES:,} vertices or {MAX_TRIANGLES:,} triangles"
-                    )
-                parts.append(part)
-                chunks.append(arrays)
+                arrays, part, surface = self._primitive(primitive, mesh, i, nodes[i], len(nodes))
+                triangles = arrays["triangles"]
+                if len(triangles) == 0:
+                    continue
+                rigid = nodes[i].skin is None
+                for instance in instances if rigid else instances[:1]:
+                    bind = instance[None] if rigid else part.inverse_bind
+                    mirrored = np.linalg.det((world[part.bones] @ bind)[:, :3, :3]) < 0
+                    # anticlockwise is the outside; a mirror turns it round
+                    wound = triangles[:, ::-1] if mirrored.mean() > 0.5 else triangles
+                    parts.append(replace(part, first=num_vertices, inverse_bind=bind))
+                    chunks.append({**arrays, "triangles": wound + num_vertices})
+                    num_vertices += part.count
+                    draws.append(Draw(num_triangles, len(triangles), surface))
+                    num_triangles += len(triangles)
+                    if num_vertices > MAX_VERTICES or num_triangles > MAX_TRIANGLES:
+                        raise MalformedAsset(
+                            f"more than {MAX_VERTICES:,} vertices or {MAX_TRIANGLES:,} triangles"
+                        )
         if not parts:
             raise MalformedAsset("no triangles in the default scene")
         joined: dict[str, Any] = {
             key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]
         }
         clips, channels = self._clips(nodes)
+        for extension in self.file.unread_extensions:
+            self.notes.warn(f"the extension {extension} is not read")
         skins = self.file.json.get("skins", [])
         if skins:
             joints = {nodes[j].name for skin in skins for j in skin["joints"]}
@@ -122,9 +122,9 @@ class _Reader:
             name=self.name,
             sha256=self.sha256,
             draws=_merge_draws(draws, joined),
-            textures=self.textures,
+            textures=self.materials.textures,
             clips=clips,
-            warnings=self.warnings,
+            warnings=self.notes.lines(),
             joint_names=frozenset(joints),
             _nodes=nodes,
             _order=order,
@@ -147,6 +147,7 @@ class _Reader:
         )
         if "matrix" in node:
             matrix = vector("matrix", list(np.eye(4).ravel())).reshape(4, 4).T
+            trs = decompose(matrix)  # for animations, which ought to move other nodes only (3.11)
         else:
             matrix = compose(*trs, 1)[0]
         weights = node.get("weights")
@@ -160,12 +161,44 @@ class _Reader:
             scale=trs[2],
             weights=None if weights is None else np.asarray(weights, np.float32),
             name=str(node.get("name", "")),
+            drawn=bool(
+                node.get("extensions", {}).get("KHR_node_visibility", {}).get("visible", True)
+            ),
+        )
+
+    def _is_empty(self, primitive: dict) -> bool:
+        """Whether a primitive has no vertices, which other readers skip as well."""
+        position = primitive["attributes"].get("POSITION")
+        empty = position is None or self.file.item("accessors", position).get("count") == 0
+        if empty:
+            self.notes.leave_out("a primitive without vertices is left out")
+        return empty
+
+    def _instances(self, node: int) -> np.ndarray:
+        """[instances, 4, 4] under a node: EXT_mesh_gpu_instancing, or the one that it is."""
+        extensions = self.file.item("nodes", node).get("extensions", {})
+        if "EXT_mesh_gpu_instancing" not in extensions:
+            return np.eye(4)[None]
+        found = {}
+        for key, kind in (("TRANSLATION", "VEC3"), ("ROTATION", "VEC4"), ("SCALE", "VEC3")):
+            accessor = extensions["EXT_mesh_gpu_instancing"]["attributes"].get(key)
+            if accessor is not None:
+                found[key] = self.file.accessor(accessor, (kind,), use=key)
+        counts = {len(values) for values in found.values()}
+        if len(counts) != 1:
+            raise MalformedAsset(f"node {node} has {sorted(counts)} instances")
+        return compose(
+            found.get("TRANSLATION", [0.0, 0, 0]),
+            found.get("ROTATION", [0.0, 0, 0, 1]),
+            found.get("SCALE", [1.0, 1, 1]),
+            counts.pop(),
         )
 
     def _order(self, nodes: list[Node]) -> list[tuple[int, int]]:
-        """Pairs (node, parent) of the default scene, parents first; one parent a node (3.5.2)."""
-        if len(nodes) > MAX_NODES:
-            raise MalformedAsset(f"{len(nodes)} nodes, more than {MAX_NODES}")
+        """Pairs (node, parent) of the default scene, parents first; one parent a node (3.5.2).
+
+        A node that KHR_node_visibility hides hides what is below it.
+        """
         scenes = self.file.json.get("scenes", [])
         children = {c for n in nodes for c in n.children}
         if scenes:
@@ -184,6 +217,7 @@ class _Reader:
                 raise MalformedAsset(f"node {i} has two parents or is its own ancestor")
             seen.add(i)
             order.append((i, parent))
+            nodes[i].drawn &= parent < 0 or nodes[parent].drawn
             stack.extend((c, i) for c in reversed(nodes[i].children))
         outside = [i for i in range(len(nodes)) if i not in seen]
         stack = [(i, -1) for i in outside if i not in children]
@@ -192,7 +226,7 @@ class _Reader:
             if not 0 <= i < len(nodes) or i in seen:
                 raise MalformedAsset(f"node {i} has two parents or does not exist")
             seen.add(i)
-            nodes[i].mesh = None
+            nodes[i].drawn = False
             order.append((i, parent))
             stack.extend((c, i) for c in nodes[i].children)
         if len(seen) != len(nodes):
@@ -215,20 +249,24 @@ class _Reader:
             return values
 
         triangles = self._triangles(primitive, P)
-        material = self._material(primitive.get("material"))
+        material = self.materials.material(primitive.get("material"))
         colors = np.broadcast_to(material.factor, (P, 4)).astype(np.float32)
         vertex_color = attribute("COLOR_0", ("VEC3", "VEC4"))
         if vertex_color is not None:
             colors[:, : vertex_color.shape[1]] *= np.clip(vertex_color, 0, 1)
-        uvs = attribute(f"TEXCOORD_{material.texcoord}", ("VEC2",))
-        if material.texture >= 0 and uvs is None:
-            material.texture = -1
-        uvs = np.zeros((P, 2), np.float32) if uvs is None else uvs
+        maps = []
+        for index, texcoord, transform in (material.base, material.emissive):
+            uvs = attribute(f"TEXCOORD_{texcoord}", ("VEC2",)) if index >= 0 else None
+            maps.append(-1 if uvs is None else index)
+            uvs = np.zeros((P, 2), np.float32) if uvs is None else uvs
+            maps.append((uvs @ transform[:2, :2].T + transform[:2, 2]).astype(np.float32))
+        texture, uvs, emissive_texture, emissive_uvs = maps
         normals = attribute("NORMAL", ("VEC3",))
         arrays = {
             "positions": positions,
             "normals": np.zeros((P, 3), np.float32) if normals is None else normals,
-            "uvs": (uvs @ material.uv[:2, :2].T + material.uv[:2, 2]).astype(np.float32),
+            "uvs": uvs,
+            "emissive_uvs": emissive_uvs,
             "colors": colors,
             "emission": np.broadcast_to(material.emission, (P, 3)).astype(np.float32),
             "triangles": triangles,
@@ -237,9 +275,17 @@ class _Reader:
             attribute, attributes, node, node_index, P, count
         )
         morph_positions, morph_normals, rest = self._morphs(primitive, mesh, node, P)
+        used = np.unique(triangles)  # the others are not seen, and must not widen the box
+        for key, values in arrays.items():
+            if key != "triangles":
+                arrays[key] = values[used]
+        arrays["triangles"] = np.searchsorted(used, triangles).astype(np.int32)
+        joints, weights = joints[used], weights[used]
+        if morph_positions is not None and morph_normals is not None:
+            morph_positions, morph_normals = morph_positions[:, used], morph_normals[:, used]
         part = Part(
             0,
-            P,
+            len(used),
             bones,
             inverse_bind,
             joints,
@@ -249,7 +295,10 @@ class _Reader:
             morph_normals if normals is not None else None,
             rest,
         )
-        return arrays, part, Draw(0, 0, material.texture, material.cutoff)
+        surface = Surface(
+            texture, emissive_texture, material.cutoff, material.unlit, material.double_sided
+        )
+        return arrays, part, surface
 
     def _triangles(self, primitive: dict, P: int) -> np.ndarray:
         """Triangles [F, 3] (3.7.2.1): strips and fans unrolled; of points and lines, none."""
@@ -272,6 +321,7 @@ class _Reader:
                     [np.broadcast_to(index[:1], index[2:].shape), index[1:-1], index[2:]], -1
                 )
             case 0 | 1 | 2 | 3:
+                self.notes.leave_out("points and lines are not drawn")
                 triangles = np.zeros((0, 3))
             case mode:
                 raise MalformedAsset(f"a primitive has mode {mode}")
@@ -338,59 +388,6 @@ class _Reader:
 
         return deltas("POSITION"), deltas("NORMAL"), rest
 
-    def _material(self, index: int | None) -> _Material:
-        out = _Material()
-        if index is None:
-            return out
-        material = self.file.item("materials", index)
-        pbr = material.get("pbrMetallicRoughness", {})
-        out.factor = np.clip(np.asarray(pbr.get("baseColorFactor", [1, 1, 1, 1]), float), 0, 1)
-        out.emission = np.clip(np.asarray(material.get("emissiveFactor", [0, 0, 0]), float), 0, 1)
-        if out.factor.shape != (4,) or out.emission.shape != (3,):
-            raise MalformedAsset(f"material {index} has colours of the wrong length")
-        match material.get("alphaMode", "OPAQUE"):
-            case "MASK":
-                out.cutoff = float(material.get("alphaCutoff", 0.5))
-            case "BLEND":
-                out.cutoff = 0.1  # nothing is see-through: what is nearly clear is left out
-            case _:
-                out.factor[3] = 1.0
-        if "emissiveTexture" in material:
-            out.emission = np.zeros(3)  # its map would modulate the factor; it is not read
-        if "baseColorTexture" in pbr:
-            info = pbr["baseColorTexture"]
-            out.texture = self._texture(info["index"])
-            out.texcoord = int(info.get("texCoord", 0))
-            transform = info.get("extensions", {}).get("KHR_texture_transform")
-            if transform is not None:
-                out.uv = _uv_transform(transform)
-                out.texcoord = int(transform.get("texCoord", out.texcoord))
-        return out
-
-    def _texture(self, index: int) -> int:
-        """Index of the decoded image, -1 where it lies outside the file (drawn without it)."""
-        image_index = self.file.item("textures", index).get("source")
-        if image_index is None:
-            return -1
-        if image_index in self.texture_of_image:
-            return self.texture_of_image[image_index]
-        image = self.file.item("images", image_index)
-        if "bufferView" in image:
-            data, start, length, _ = self.file.view(image["bufferView"])
-            data = data[start : start + length]
-        else:
-            data = data_uri(image["uri"])
-        if data is None:
-            self.warnings.append(f"image {image_index} lies outside the file: drawn without it")
-            result = -1
-        else:
-            if len(self.textures) >= MAX_TEXTURES:
-                raise MalformedAsset(f"more than {MAX_TEXTURES} textures")
-            self.textures.append(_decode_image(data, image_index))
-            result = len(self.textures) - 1
-        self.texture_of_image[image_index] = result
-        return result
-
     def _clips(self, nodes: list[Node]) -> tuple[list[Clip], list[list[Channel]]]:
         clips, all_channels, budget = [], [], MAX_KEY_VALUES
         for index, animation in enumerate(self.file.json.get("animations", [])):
@@ -403,7 +400,9 @@ class _Reader:
                 if not isinstance(node, int) or not 0 <= node < len(nodes):
                     raise MalformedAsset(f"animation {index} moves node {node}, which is not there")
                 if "matrix" in self.file.json["nodes"][node] and target["path"] != "weights":
-                    raise MalformedAsset(f"animation {index} moves node {node}, which has a matrix")
+                    self.notes.warn(
+                        f"animation {index} moves node {node}, which has a matrix: taken apart"
+                    )
                 samplers = animation["samplers"]
                 if not 0 <= channel["sampler"] < len(samplers):
                     raise MalformedAsset(f"animation {index} names a sampler that is not there")
@@ -421,8 +420,10 @@ class _Reader:
 
     def _channel(self, node: int, path: str, sampler: dict, nodes: list[Node]) -> Channel:
         times = self.file.accessor(sampler["input"], ("SCALAR",))[:, 0].astype(np.float64)
-        if (np.diff(times) < 0).any() or times[0] < 0:
+        if (np.diff(times) < 0).any():
             raise MalformedAsset(f"key times of node {node} run backwards")
+        if times[0] < 0:
+            self.notes.warn(f"key times of node {node} begin at {times[0]:g} s, before zero")
         interpolation = sampler.get("interpolation", "LINEAR")
         if interpolation not in ("LINEAR", "STEP", "CUBICSPLINE"):
             raise MalformedAsset(f"interpolation {interpolation!r}")
@@ -445,43 +446,14 @@ class _Reader:
         return Channel(node, path, interpolation, times, values)
 
 
-def _decode_image(data: bytes, index: int) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            width, height = image.size
-            if width * height > MAX_TEXTURE_PIXELS:
-                raise MalformedAsset(f"image {index} is {width}x{height}, too large")
-            image = image.convert("RGBA")
-            if max(image.size) > DRAWN_TEXTURE_SIDE:
-                image.thumbnail((DRAWN_TEXTURE_SIDE, DRAWN_TEXTURE_SIDE))
-            return np.asarray(image)
-    except Image.DecompressionBombError as error:
-        raise MalformedAsset(f"image {index} is too large") from error
-    except (OSError, SyntaxError) as error:
-        raise MalformedAsset(f"image {index} cannot be read") from error
-
-
-def _uv_transform(transform: dict) -> np.ndarray:
-    """KHR_texture_transform: translation * rotation * scale, as 3x3."""
-    ox, oy = transform.get("offset", (0, 0))
-    sx, sy = transform.get("scale", (1, 1))
-    angle_rad = float(transform.get("rotation", 0.0))
-    c, s = np.cos(angle_rad), np.sin(angle_rad)
-    move = np.array([[1, 0, ox], [0, 1, oy], [0, 0, 1]], float)
-    turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
-    return move @ turn @ np.diag([sx, sy, 1.0])
-
-
 def _merge_draws(draws: list[Draw], joined: dict) -> list[Draw]:
-    """Sorts triangles by texture, so that an object takes as many draws as it has textures."""
+    """Sorts triangles by surface, so that an object takes as many draws as it has surfaces."""
     triangles, merged, out, first = joined["triangles"], [], [], 0
-    for key in sorted({(d.texture, d.alpha_cutoff) for d in draws}):
-        group = [d for d in draws if (d.texture, d.alpha_cutoff) == key]
+    for surface in sorted({d.surface for d in draws}):
+        group = [d for d in draws if d.surface == surface]
         merged += [triangles[d.first : d.first + d.count] for d in group]
         count = sum(d.count for d in group)
-        out.append(Draw(first, count, *key))
+        out.append(Draw(first, count, surface))
         first += count
     joined["triangles"] = np.concatenate(merged)
     return out
