@@ -6,9 +6,9 @@
 `tiny` takes 13 minutes on two CPU cores, after configs/vqvae.py:tiny, and leaves a whole model in
 runs/star/bundle: 1.78 nats a code for the novel views of unseen clips, where counting gives 3.13
 (docs/RESULTS.md). The others have not been trained yet: `small` is for one GPU, `base` for one to
-four, `paper` for sixteen (paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also
-build on VQ-16 instead of UniTok (`base,vq16`), and take the features of FLAN-T5 XL, computed
-beforehand with a bundle that has it as its stage `text`:
+four, `paper` for sixteen (paper section 4.1, which gives no sizes: the trunk is LlamaGen's and
+MVAR's XL). The last two also build on VQ-16 instead of UniTok (`base,vq16`), and take the features
+of FLAN-T5 XL, computed beforehand with a bundle that has it as its stage `text`:
 
     fourdstar prepare --text_features --data data/base --bundle runs/vqvae/bundle \\
         --out data/base_text

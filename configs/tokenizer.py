@@ -4,9 +4,9 @@
     fourdstar train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
 `tiny` takes 12 minutes on two CPU cores; its own decoder then gives 27.8 dB on unseen clips (18.7
-inside the mask; docs/RESULTS.md). `small` is for one GPU and has not been trained yet. At the scales
-`base` and `paper` the tokenizer is a released one with frozen weights, UniTok or, as `paper,vq16`, LlamaGen's
-VQ-16: there is nothing to train, and the config says its sizes.
+inside the mask; docs/RESULTS.md). `small` is for one GPU and has not been trained yet. At the
+scales `base` and `paper` the tokenizer is a released one with frozen weights, UniTok or, as
+`paper,vq16`, LlamaGen's VQ-16: there is nothing to train, and the config says its sizes.
 """
 
 from ml_collections import ConfigDict
