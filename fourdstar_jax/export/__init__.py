@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from fourdstar_jax.export import video
+from fourdstar_jax.export import ply, video
 from fourdstar_jax.export.ply import read_ply, write_ply
 from fourdstar_jax.export.splats import read_splats, write_splats
 from fourdstar_jax.folders import OBJECT, file_sha256, output_folder
@@ -19,13 +19,17 @@ from fourdstar_jax.generate import Object4D
 __all__ = ["read_ply", "read_splats", "save", "write", "write_ply", "write_splats"]
 
 SCHEMA_VERSION = 1
-AXES = "RUB: x right, y up, z towards the camera of azimuth 0"
+AXES = {
+    "splats.safetensors": "RUB: x right, y up, z towards the camera of azimuth 0",
+    "ply": ply.AXES,
+}
 UNITS = "the object's longest side over the clip is 0.9 in training; cameras stand at `radius`"
 README = """\
 Watch input_and_orbit.webp (what the model saw, and the object from all around), orbit.mp4 and
 fixed_*.mp4 (azimuth in degrees).
-ply/ is a sequence of 3D Gaussian PLY files, y up: drop the folder into a splat viewer that plays
-sequences, such as SuperSplat. splats.safetensors has the same as arrays (see manifest.json).
+ply/ is a sequence of 3D Gaussian PLY files: drop the folder into a splat viewer that plays
+sequences, such as SuperSplat. As usual for such files y points down in them, and viewers stand
+them up. splats.safetensors has the same as arrays with y up (see manifest.json).
 """
 
 

@@ -3,6 +3,10 @@
 binary_little_endian, one `vertex` element, all float32: x y z nx ny nz f_dc_0..2 opacity
 scale_0..2 rot_0..3, with colour = 0.5 + SH_C0 * f_dc, opacity as a logit, scale as a natural
 logarithm and the rotation wxyz. Nothing is pruned or sorted: Gaussian g stays in place g.
+
+Axes: captures lie in such files with y down, and viewers (SuperSplat, splat-transform) turn every
+PLY by 180 degrees about z to stand it up. So x and y are written negated, with quaternions to
+match, and read back likewise: in memory y is up.
 """
 
 import os
@@ -23,15 +27,29 @@ OPTIONAL = {"nx", "ny", "nz", *(f"f_rest_{i}" for i in range(45))}
 MAX_HEADER = 16_384  # bytes
 OPACITY_MARGIN = 1e-6  # keeps the logit finite
 MIN_SCALE = 1e-12  # keeps the logarithm finite
+AXES = (
+    "LDB: x left, y down, z towards the camera of azimuth 0; turn by 180 degrees about z to stand"
+)
+
+
+def _half_turn(
+    means: Float[np.ndarray, "G 3"], quats: Float[np.ndarray, "G 4"]
+) -> tuple[Float[np.ndarray, "G 3"], Float[np.ndarray, "G 4"]]:
+    """Turns by 180 degrees about z: (0, 0, 0, 1) times quats. Twice negates the quaternions."""
+    return means * np.float32([-1, -1, 1]), quats[:, [3, 2, 1, 0]] * np.float32([-1, -1, 1, 1])
 
 
 def write_ply(path: str | os.PathLike[str], gaussians: Gaussians) -> None:
-    """Writes one timestep, `[G, ...]`. Raises ValueError for other shapes or non-finite values."""
+    """Writes one timestep, `[G, ...]`, in the file's axes (`AXES`).
+
+    Raises ValueError for other shapes or non-finite values.
+    """
     means, quats, scales, opacities, colors = (np.asarray(x, np.float32) for x in gaussians)
     if means.ndim != 2:
         raise ValueError(f"{means.shape=} must be [G, 3]: one file holds one timestep")
     norms = np.linalg.norm(quats, axis=-1, keepdims=True)
     quats = np.where(norms > 1e-12, quats / np.maximum(norms, 1e-12), [1.0, 0.0, 0.0, 0.0])
+    means, quats = _half_turn(means, quats)
     opacities = np.clip(opacities.astype(np.float64), OPACITY_MARGIN, 1 - OPACITY_MARGIN)
     columns = [
         means,
@@ -44,13 +62,16 @@ def write_ply(path: str | os.PathLike[str], gaussians: Gaussians) -> None:
     table = np.concatenate(columns, axis=1).astype("<f4")
     if not np.isfinite(table).all():
         raise ValueError("gaussians hold values that are not finite")
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}"]
+    header = ["ply", "format binary_little_endian 1.0", f"comment axes {AXES}"]
+    header += [f"element vertex {len(table)}"]
     header += [f"property float {name}" for name in PROPERTIES]
     Path(path).write_bytes("\n".join([*header, "end_header", ""]).encode() + table.tobytes())
 
 
 def read_ply(path: str | os.PathLike[str]) -> Gaussians:
-    """Reads a PLY of this layout, normals and higher harmonics ignored, as numpy arrays `[G, ...]`.
+    """Reads a PLY of this layout into our axes (y up), as numpy arrays `[G, ...]`.
+
+    Normals and higher harmonics are ignored; every file is taken to be in the axes `AXES`.
 
     Meant for files from outside: the header is bounded, unknown properties and sizes that do not
     match the file are refused with a ValueError, before anything large is allocated.
@@ -72,10 +93,10 @@ def read_ply(path: str | os.PathLike[str]) -> Gaussians:
     def take(*wanted: str) -> Float[np.ndarray, "G n"]:
         return np.stack([column[name] for name in wanted], axis=-1)
 
-    quats = take("rot_0", "rot_1", "rot_2", "rot_3")
+    means, quats = _half_turn(take("x", "y", "z"), take("rot_0", "rot_1", "rot_2", "rot_3"))
     return Gaussians(
-        means=take("x", "y", "z"),
-        quats=quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12),
+        means=means,
+        quats=-quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12),
         scales=np.exp(take("scale_0", "scale_1", "scale_2")),
         opacities=(1 / (1 + np.exp(-column["opacity"].astype(np.float64)))).astype(np.float32),
         colors=np.float32(0.5) + np.float32(SH_C0) * take("f_dc_0", "f_dc_1", "f_dc_2"),

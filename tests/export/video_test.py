@@ -101,7 +101,8 @@ def test_save_writes_everything_and_again_the_same(object4d, tmp_path):
     }
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert (manifest["timesteps"], manifest["gaussians"], manifest["fps"]) == (3, 2, 8.0)
-    assert manifest["seed"] == 0 and manifest["axes"].startswith("RUB")
+    assert manifest["seed"] == 0 and manifest["axes"]["ply"].startswith("LDB")
+    assert manifest["axes"]["splats.safetensors"].startswith("RUB")
     for name, digest in manifest["files"].items():
         data = (tmp_path / "a" / name).read_bytes()
         assert hashlib.sha256(data).hexdigest() == digest
