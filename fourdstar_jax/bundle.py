@@ -23,6 +23,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -33,8 +34,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax import nn, sharding, tokenizer
+from fourdstar_jax import arguments, nn, outside, sharding, tokenizer
 from fourdstar_jax.folders import file_sha256, partial_file, replace_file
+from fourdstar_jax.outside import SHA256, Fields
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.text.t5 import T5Encoder
 from fourdstar_jax.tokenizer.base import Tokenizer
@@ -107,6 +109,10 @@ class Bundle:
                 f"bundle {self.folder} has no {name} yet (it has {present}): train that stage"
             )
         return self.stages[name]
+
+    def info(self, name: str) -> Fields:
+        """What the trainer of a stage added, to be taken field by field."""
+        return Fields(self.stage(name).info, str(self.folder / FILE), f"stages.{name}.info")
 
     def weights_sha256(self) -> dict[str, str]:
         """SHA-256 of every stage's file, as `model.json` says and loading checks."""
@@ -189,12 +195,16 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def module_arguments(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's `config.model` as constructor arguments: `dtype`, if given, is a name there."""
-    arguments: dict[str, Any] = dict(model_config)
-    if isinstance(arguments.get("dtype"), str):
-        arguments["dtype"] = jnp.dtype(arguments["dtype"])
-    return arguments
+def module_arguments(stage: str, model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's `config.model` as constructor arguments: `dtype`, if given, is a name there.
+
+    Raises ValueError for those that the stage's module does not take.
+    """
+    _check_arguments(stage, model_config, "config", "model")
+    taken: dict[str, Any] = dict(model_config)
+    if isinstance(taken.get("dtype"), str):
+        taken["dtype"] = jnp.dtype(taken["dtype"])
+    return taken
 
 
 def save_stage(
@@ -281,49 +291,64 @@ def read(folder: str | os.PathLike[str]) -> Bundle:
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not a model bundle: it has no {FILE}")
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} is larger than {MAX_JSON} bytes")
-    try:
-        description = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ValueError(f"{path} does not describe a {FORMAT}")
-    if description.get("version") != VERSION:
-        raise ValueError(f"{path} has version {description.get('version')}; {VERSION} is read")
-    entries = description.get("stages")
-    if not isinstance(entries, dict) or not set(entries) <= {*STAGES, *RAW_STAGES}:
-        raise ValueError(f"{path} lists unknown stages; there are {sorted((*STAGES, *RAW_STAGES))}")
-    fields = {field.name: field for field in dataclasses.fields(Stage)}
-    needed = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
-    stages = {}
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or not needed <= set(entry):
-            raise ValueError(f"{path}: stage {name} lacks some of {sorted(needed)}")
-        if unknown := sorted(set(entry) - set(fields)):
-            raise ValueError(f"{path}: stage {name} has unknown fields {unknown}")
-        if entry["file"] != f"{name}.safetensors":
-            raise ValueError(f"{path}: stage {name} names the file {entry['file']!r}")
-        stages[name] = Stage(**{**entry, "model": _upgraded(name, entry["model"])})
-    spec = description.get("tokenizer")
+    found = outside.read(path, max_bytes=MAX_JSON)
+    found.text("format", choices=[FORMAT])
+    found.integer("version", VERSION, VERSION)
+    entries = found.part("stages")
+    entries.only((*STAGES, *RAW_STAGES))
+    spec = None
+    if found.values.get("tokenizer") is not None:
+        spec = TokenizerSpec.from_dict(found.part("tokenizer").values, f"{path}: tokenizer")
+    packages = found.part("packages", default={})
     return Bundle(
         folder=folder,
-        tokenizer=None if spec is None else TokenizerSpec.from_dict(spec),
-        stages=stages,
-        packages=description.get("packages", {}),
+        tokenizer=spec,
+        stages={name: _stage(name, entries.part(name)) for name in entries},
+        packages={name: packages.text(name) for name in packages},
     )
 
 
-def _upgraded(stage: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(name: str, entry: Fields) -> Stage:
+    """What `model.json` says of a stage, checked."""
+    entry.only(field.name for field in dataclasses.fields(Stage))
+    entry.text("file", choices=[f"{name}.safetensors"])
+    entry.text("sha256", pattern=SHA256)
+    entry.text("storage", choices=typing.get_args(Storage))
+    entry.integer("num_parameters", 0, 1 << 48, default=0)
+    hashed = entry.part("hashed", default={})
+    for key in hashed:
+        hashed.text(key, pattern=SHA256)
+    if hashed.values:
+        hashed.text("weights", pattern=SHA256)
+    for key in ("config", "info"):
+        entry.part(key)
+    model = _upgraded(name, entry.part("model"))
+    if name in STAGES:
+        _check_arguments(name, model, entry.where, f"{entry.path}.model")
+    return Stage(**{**entry.values, "model": model})
+
+
+def _check_arguments(stage: str, values: Mapping[str, Any], where: str, path: str) -> None:
+    module: Any = STAGES[stage]
+    if stage == "tokenizer":
+        values = dict(values)
+        family = {"family": values.pop("family", "unitok")}
+        name = Fields(family, where, path).text("family", choices=list(tokenizer.FAMILIES))
+        module = tokenizer.class_of(name)
+    arguments.check(module, values, where, path)
+
+
+def _upgraded(stage: str, arguments: Fields) -> dict[str, Any]:
     """Constructor arguments as this version takes them, of a stage that may be older.
 
     Until 0.1 STAR took `image_size` and `patch` instead of `resolution` and `grid`, and `history`,
     which had one choice.
     """
-    new = dict(arguments)
+    new = dict(arguments.values)
     if stage == "star" and "image_size" in new:
-        new["resolution"] = new.pop("image_size")
-        new["grid"] = new["resolution"] // new.pop("patch")
+        new["resolution"] = arguments.integer("image_size", 1, 4096)
+        new["grid"] = new["resolution"] // arguments.integer("patch", 1, 4096)
+        del new["image_size"], new["patch"]
         new.pop("history", None)
     return new
 
@@ -354,7 +379,7 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
         names = file.keys()
     data = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
+    header = outside.parse(data[8:start].tobytes(), f"{path}: its header")
     arrays = {}
     for name in names:
         entry = header[name]
@@ -376,11 +401,11 @@ def shapes(stage: str, model_config: Mapping[str, Any]) -> Any:
 
     `model_config` holds the constructor's arguments. Raises ValueError for those it does not take.
     """
-    arguments = module_arguments(model_config)
+    taken = module_arguments(stage, model_config)
     with sharding.use_mesh(devices=jax.devices()[:1]):
         try:
             return jax.eval_shape(
-                lambda key: nn.build(STAGES[stage], key, **arguments), jax.random.key(0)
+                lambda key: nn.build(STAGES[stage], key, **taken), jax.random.key(0)
             )
         except TypeError as error:
             raise ValueError(f"bundle: {stage} of this version differs: {error}") from error

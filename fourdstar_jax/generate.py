@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from fourdstar_jax import bundle, folders
 from fourdstar_jax.data import video as video_input
-from fourdstar_jax.data.features import stored
+from fourdstar_jax.data.features import DTYPES, stored
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.outside import SHA256
 from fourdstar_jax.star import sample
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text import pieces
@@ -81,11 +82,10 @@ class Model:
         self.bundle = bundle.read(folder)
         if self.bundle.tokenizer is None or "vqvae" not in self.bundle.stages:
             raise ValueError(f"bundle {folder} is not complete: it has no tokenizer or no vqvae")
-        seen = dict(self.bundle.stage("vqvae").info.get("rig", {}))
-        if "max_timesteps" not in seen:
-            raise ValueError(f"bundle {folder}: vqvae.info.rig lacks max_timesteps")
-        self.max_timesteps = int(seen.pop("max_timesteps"))
-        self.rig = Rig.from_dict(seen)
+        seen = self.bundle.info("vqvae").part("rig")
+        self.max_timesteps = seen.integer("max_timesteps", 1, 1 << 16)
+        rig = {name: value for name, value in seen.values.items() if name != "max_timesteps"}
+        self.rig = Rig.from_dict(rig, f"{seen.where}: {seen.path}")
         self.resolution = self.bundle.spec.resolution
 
     @functools.cached_property
@@ -106,10 +106,8 @@ class Model:
     @functools.cached_property
     def words(self) -> WordTokenizer:
         """The vocabulary of a STAR with a table of words of its own."""
-        words = self.bundle.stage("star").info.get("words")
-        if not isinstance(words, dict):
-            raise ValueError(f"bundle {self.folder}: star.info.words, the vocabulary, is missing")
-        return WordTokenizer.from_dict(words)
+        words = self.bundle.info("star").part("words")
+        return WordTokenizer.from_dict(words.values, f"{words.where}: {words.path}")
 
     @property
     def text_encoder(self) -> Literal["words", "t5"]:
@@ -124,9 +122,10 @@ class Model:
                 f"bundle {self.folder} has no text stage, the T5 encoder that its star takes text "
                 "features of: add that stage to generate"
             )
-        wanted = self.bundle.stage("star").info.get("text", {}).get("encoder_sha256")
         found = self.bundle.stage("text").sha256
-        if wanted not in (None, found):
+        text = self.bundle.info("star").part("text", default={})
+        wanted = text.text("encoder_sha256", pattern=SHA256, default=found)
+        if wanted != found:
             raise ValueError(
                 f"bundle {self.folder}: its star was trained on features of the text encoder "
                 f"{wanted[:16]}, its text stage is {found[:16]}"
@@ -139,8 +138,7 @@ class Model:
         """Ids and, of a STAR with text_encoder="t5", features, rounded as in its training."""
         if self.text_encoder == "words":
             return self.words([prompt])[0], None
-        star = self.bundle.stage("star")
-        arguments = star.model
+        arguments = self.bundle.stage("star").model
         ids, mask = pieces.tokenize([prompt], arguments["text_length"])
         features = np.asarray(_encode_text(self.text, ids, mask))
         if features.shape[-1] != arguments["text_dim"]:
@@ -148,10 +146,10 @@ class Model:
                 f"bundle {self.folder}: its text stage is {features.shape[-1]} wide, its star "
                 f"takes {arguments['text_dim']}"
             )
-        dtype = star.info.get("text", {}).get("dtype")
         features = np.where(mask[..., None], features, 0)
-        if dtype is not None:
-            features = stored(features, dtype, [prompt])
+        kept = self.bundle.info("star").part("text", default={})
+        if "dtype" in kept:
+            features = stored(features, kept.text("dtype", choices=sorted(DTYPES)), [prompt])
         return ids[0], features[0]
 
     def generate(
@@ -208,8 +206,9 @@ class Model:
             cameras=Cameras(*(jnp.asarray(x)[None] for x in cameras)),
             text_features=None if text_features is None else jnp.asarray(text_features)[None],
         )
-        if top_k is None:
-            top_k = self.bundle.stage("star").info.get("top_k")
+        info_of_star = self.bundle.info("star")
+        if top_k is None and info_of_star.values.get("top_k") is not None:
+            top_k = info_of_star.integer("top_k", 1, 1 << 20)
         with tqdm(total=count, desc="timesteps", unit="step", disable=not progress) as bar:
 
             def on_group(t: int, tokens: Array) -> None:

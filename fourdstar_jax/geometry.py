@@ -5,7 +5,6 @@ OpenCV: x right, y down, +z forward.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
+from fourdstar_jax.outside import Fields
 from fourdstar_jax.types import Array, Cameras, Gaussians
 
 RADIUS, FOV_DEG = 1.5, 49.1  # of every rig here, scene units and degrees: L4GM's and LGM's
@@ -144,12 +144,19 @@ class Rig:
         return cls(tuple(360.0 * view / num_views for view in range(num_views)), fps)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Rig":
-        """The inverse of `to_dict`. Raises ValueError naming fields that are missing or unknown."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if differing := sorted(names ^ set(values)):
-            raise ValueError(f"a rig has {sorted(names)}, and {differing} are missing or too many")
-        return cls(**{**values, "azimuths_deg": tuple(values["azimuths_deg"])})
+    def from_dict(cls, values: dict[str, Any], where: str = "rig") -> "Rig":
+        """The inverse of `to_dict`. Raises ValueError for a field that is missing or not right.
+
+        `where` names the file in it.
+        """
+        fields = Fields(values, where)
+        fields.only(field.name for field in dataclasses.fields(cls))
+        return cls(
+            azimuths_deg=tuple(fields.numbers("azimuths_deg", -3600, 3600, most=64)),
+            fps=fields.number("fps", 1e-3, 1000),
+            radius=fields.number("radius", 1e-3, 1e6),
+            fov_deg=fields.number("fov_deg", 0.1, 179),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "azimuths_deg": list(self.azimuths_deg)}

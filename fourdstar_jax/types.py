@@ -1,12 +1,13 @@
 """The few things that travel everywhere: Gaussians, Cameras, Rendered, and a TokenizerSpec."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from fourdstar_jax.outside import SHA256, Fields
 
 Array = jax.Array | np.ndarray  # what functions on host or device arrays take
 
@@ -59,14 +60,22 @@ class TokenizerSpec:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TokenizerSpec":
-        """Raises ValueError naming the fields that are missing or unknown."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if missing := names - set(values):
-            raise ValueError(f"tokenizer spec lacks {sorted(missing)}")
-        if unknown := set(values) - names:
-            raise ValueError(f"tokenizer spec has unknown fields {sorted(unknown)}")
-        return cls(**values)
+    def from_dict(cls, values: dict[str, Any], where: str = "tokenizer spec") -> "TokenizerSpec":
+        """The inverse of `to_dict`. Raises ValueError for a field that is missing or not right.
+
+        `where` names the file in it.
+        """
+        fields = Fields(values, where)
+        fields.only(field.name for field in dataclasses.fields(cls))
+        return cls(
+            name=fields.text("name"),
+            resolution=fields.integer("resolution", 1, 4096),
+            num_tokens=fields.integer("num_tokens", 1, 1 << 18),
+            num_codebooks=fields.integer("num_codebooks", 1, 1024),
+            vocab_size=fields.integer("vocab_size", 1, 1 << 20),
+            code_dim=fields.integer("code_dim", 1, 1 << 16),
+            weights_sha256=fields.text("weights_sha256", pattern=SHA256),
+        )
 
     def check(self, other: "TokenizerSpec") -> None:
         """Raises ValueError naming each field in which `other` differs."""

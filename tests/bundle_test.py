@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from fourdstar_jax import bundle, nn, sharding
+from fourdstar_jax.cli import BUNDLED_MODEL
 from fourdstar_jax.tokenizer.unitok import UniTok
 
 pytestmark = pytest.mark.central
@@ -38,7 +39,7 @@ CONFIG = {
 def make(seed=0):
     """A tokenizer with arbitrary weights; initialising one for real takes a minute of compiling."""
     rng = np.random.default_rng(seed)
-    arguments = bundle.module_arguments(CONFIG["model"])
+    arguments = bundle.module_arguments("tokenizer", CONFIG["model"])
 
     def fill(shape):
         if np.issubdtype(shape.dtype, np.floating):
@@ -106,10 +107,7 @@ def test_copy_starts_a_new_bundle(tmp_path, folder):
 
 def test_another_tokenizer_drops_what_was_trained_on_the_old_one(folder, model):
     description = json.loads((folder / bundle.FILE).read_text())
-    description["stages"]["vqvae"] = {
-        **description["stages"]["tokenizer"],
-        "file": "vqvae.safetensors",
-    }
+    description["stages"]["vqvae"] = bundle.read(BUNDLED_MODEL).stage("vqvae").to_dict()
     (folder / bundle.FILE).write_text(json.dumps(description))
     bundle.save_stage(folder, "tokenizer", model, CONFIG)  # the same one: all stays
     assert set(bundle.read(folder).stages) == {"tokenizer", "vqvae"}
@@ -175,10 +173,16 @@ def test_never_a_pickle(folder):
     "text, words",
     [
         ("{", "not JSON"),
-        ("[]", "does not describe"),
-        ('{"format": "fourdstar_jax bundle", "version": 99}', "version 99"),
-        ('{"format": "fourdstar_jax bundle", "version": 1, "stages": {"x": {}}}', "unknown"),
-        ('{"format": "fourdstar_jax bundle", "version": 1, "stages": {"star": {}}}', "lacks"),
+        ("[]", "not a JSON object"),
+        ('{"format": "fourdstar_jax bundle", "version": 99}', "version must be 1, not 99"),
+        (
+            '{"format": "fourdstar_jax bundle", "version": 1, "stages": {"x": {}}}',
+            "stages.x is",
+        ),
+        (
+            '{"format": "fourdstar_jax bundle", "version": 1, "stages": {"star": {}}}',
+            "star.file is",
+        ),
     ],
 )
 def test_bad_descriptions(tmp_path, text, words):
@@ -191,7 +195,7 @@ def test_files_outside_the_bundle_are_not_read(folder):
     description = json.loads((folder / bundle.FILE).read_text())
     description["stages"]["tokenizer"]["file"] = "../tokenizer.safetensors"
     (folder / bundle.FILE).write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="names the file"):
+    with pytest.raises(ValueError, match="stages.tokenizer.file must be"):
         bundle.read(folder).load("tokenizer")
 
 

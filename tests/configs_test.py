@@ -36,7 +36,7 @@ def config_of(stage, scale):
 
 
 def arguments_of(stage, scale):
-    arguments = bundle.module_arguments(config_of(stage, scale).model.to_dict())
+    arguments = bundle.module_arguments(stage, config_of(stage, scale).model.to_dict())
     if stage == "star" and arguments["text_encoder"] == "words":
         arguments["text_vocab"] = 100  # the trainer counts the words of the captions
     return arguments

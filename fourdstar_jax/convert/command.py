@@ -6,7 +6,6 @@ tells where it is from (`info.converted`): the source's SHA-256 and the version 
 """
 
 import importlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax import bundle, folders, nn
+from fourdstar_jax import bundle, folders, nn, outside
 from fourdstar_jax.convert import rules, torch_file
 
 # kind of file -> stage of the bundle that it becomes
@@ -99,13 +98,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, object]:
 
 def _shards(path: Path) -> list[Path]:
     """The files that an index names, all beside it."""
-    if path.stat().st_size > MAX_INDEX:
-        raise ValueError(f"{path}: larger than {MAX_INDEX} bytes")
-    try:
-        names = json.loads(path.read_text())["weight_map"].values()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a list of shards: {error}") from error
-    shards = [path.parent / name for name in sorted({str(name) for name in names})]
+    weights = outside.read(path, max_bytes=MAX_INDEX).part("weight_map")
+    shards = [path.parent / name for name in sorted({weights.text(name) for name in weights})]
     for shard in shards:
         if shard.parent != path.parent or shard.name.endswith(".index.json"):
             raise ValueError(f"{path}: names the file {str(shard)!r}, which is not one beside it")

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int32
 
+from fourdstar_jax import outside
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.folders import FEATURES, file_sha256, output_folder
@@ -48,7 +49,7 @@ def captions_of(data_dir: str | Path) -> list[str]:
     import tensorflow_datasets as tfds
 
     manifest = pipeline.read_manifest(data_dir)
-    builder: Any = tfds.builder_from_directory(str(data_dir))
+    builder = pipeline.builder(data_dir)
     names = ("appearance", "motion")  # the images stay packed
     fields: Any = tfds.features.FeaturesDict({name: tfds.features.Text() for name in names})
     found = {normal(NEUTRAL_PROMPT)}
@@ -147,17 +148,19 @@ class TextFeatures:
         path = self.path / "manifest.json"
         if not path.is_file():
             raise ValueError(f"text_features={str(folder)!r} has no manifest.json: not features")
-        try:
-            self.content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(self.content, dict) or self.content.get("schema") != 1:
-            raise ValueError(f"{path} is not a manifest of text features of schema 1")
-        keys = ("encoder", "length", "dim", "dtype", "data", "rows_a_file", "files", "rows")
-        if missing := [key for key in keys if key not in self.content]:
-            raise ValueError(f"{path} lacks {missing}")
-        if self.content["dtype"] not in DTYPES:
-            raise ValueError(f"{path} has dtype {self.content['dtype']!r}, not {sorted(DTYPES)}")
+        found = outside.read(path)
+        found.integer("schema", 1, 1)
+        found.part("encoder").text("sha256", pattern=outside.SHA256)
+        found.integer("length", 1, 1 << 16)
+        found.integer("dim", 1, 1 << 16)
+        found.text("dtype", choices=sorted(DTYPES))
+        for entry in (files := found.parts("files")):
+            entry.text("sha256", pattern=outside.SHA256)
+        most = len(files) * found.integer("rows_a_file", 1, 1 << 20)
+        rows = found.part("rows")
+        for name in rows:
+            rows.integer(name, 0, most - 1)
+        self.content = found.values
         self._open()
 
     def _open(self) -> None:

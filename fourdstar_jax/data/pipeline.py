@@ -12,13 +12,13 @@ A batch is a dict of numpy arrays (float32 unless it says otherwise):
     text_features [B, L, C]  with a text encoder that has features
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fourdstar_jax import folders, outside
 from fourdstar_jax.data import splits, transforms
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
@@ -26,17 +26,35 @@ from fourdstar_jax.text.words import WordTokenizer
 
 # a caption to ids [L] and features [L, C], such as `features.TextFeatures`
 Features = Callable[[str], tuple[np.ndarray, np.ndarray]]
+# the most of each of a dataset's settings
+SETTINGS = {"image_size": 1024, "views": 64, "extra_views": 64, "max_frames": 1024}
 
 
 def read_manifest(data_dir: str | Path) -> dict:
     """The dataset's manifest (settings, hash, splits, captions); ValueError if there is none."""
-    path = Path(data_dir) / "manifest.json"
+    path = Path(data_dir) / folders.DATASET.manifest
     if not path.is_file():
         raise ValueError(f"data_dir={str(data_dir)!r} has no manifest.json: not a prepared dataset")
-    manifest = json.loads(path.read_text())
-    if manifest.get("schema") != 1:
-        raise ValueError(f"{path} has schema {manifest.get('schema')}, this version reads 1")
-    return manifest
+    manifest = outside.read(path)
+    manifest.integer("schema", 1, 1)
+    check_content(manifest)
+    settings = manifest.part("settings")
+    for name, most in SETTINGS.items():
+        settings.integer(name, 0 if name == "extra_views" else 1, most)
+    settings.number("fps", 1e-3, 1000)
+    return manifest.values
+
+
+def check_content(fields: outside.Fields) -> None:
+    """Splits and captions of a manifest; ValueError for what is not right in them."""
+    counts = fields.part("splits")
+    counts.only(splits.SPLITS)
+    for name in counts:
+        counts.integer(name, 1, 1 << 31)
+    fields.texts("train_captions")
+    hashes = fields.part("data") if "data" in fields else fields
+    hashes.text("sha256", pattern=outside.SHA256)
+    hashes.text("split_sha256", pattern=outside.SHA256)
 
 
 def provenance(data_dir: str | Path) -> dict[str, str]:
@@ -61,13 +79,26 @@ def open_split(data_dir: str | Path, split: str):
 
     Raises ValueError for a split that the dataset does not have.
     """
-    import tensorflow_datasets as tfds
-
     manifest = read_manifest(data_dir)
     if split not in manifest["splits"]:
         raise ValueError(f"{split=} is not one of the dataset's {sorted(manifest['splits'])}")
-    builder: Any = tfds.builder_from_directory(str(data_dir))
-    return builder.as_data_source(split)
+    return builder(data_dir).as_data_source(split)
+
+
+def builder(data_dir: str | Path) -> Any:
+    """The tensorflow-datasets builder of a dataset; ValueError if its own files are not right."""
+    import tensorflow_datasets as tfds
+
+    for name in ("dataset_info.json", "features.json"):
+        outside.read(Path(data_dir) / name)
+    try:
+        return tfds.builder_from_directory(str(data_dir))
+    except Exception as error:  # whatever a field of another type leads to there
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{data_dir}: dataset_info.json or features.json is not as tensorflow-datasets writes "
+            f"them ({type(error).__name__}: {line})"
+        ) from error
 
 
 class ClipSource:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from fourdstar_jax import outside
 from fourdstar_jax.data import pipeline, splits, transforms
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.folders import TOKENS, output_folder
@@ -110,10 +111,11 @@ class TokenFolder:
         path = self.path / "spec.json"
         if not path.is_file():
             raise ValueError(f"token_dir={str(token_dir)!r} has no spec.json: not tokens")
-        self.content = json.loads(path.read_text())
-        if self.content.get("schema") != 1:
-            raise ValueError(f"{path} has schema {self.content.get('schema')}, not 1")
-        self.spec = TokenizerSpec.from_dict(self.content["tokenizer"])
+        found = outside.read(path)
+        found.integer("schema", 1, 1)
+        pipeline.check_content(found)
+        self.content = found.values
+        self.spec = TokenizerSpec.from_dict(found.part("tokenizer").values, f"{path}: tokenizer")
         if spec is not None:
             self.spec.check(spec)
 
@@ -131,9 +133,21 @@ class TokenFolder:
     @functools.cached_property
     def codebooks(self) -> Float[np.ndarray, "K vocab d"]:
         """The vectors that the tokens index."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        return load_file(self.path / "codebooks.safetensors")["codebooks"]
+        path, s = self.path / "codebooks.safetensors", self.spec
+        try:
+            codebooks = load_file(path)["codebooks"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is not a safetensors file with codebooks: {error}") from error
+        shape = (s.num_codebooks, s.vocab_size, s.code_dim // s.num_codebooks)
+        if codebooks.shape != shape or codebooks.dtype != np.float32:
+            raise ValueError(
+                f"{path} holds codebooks of {codebooks.dtype} {codebooks.shape}, spec.json says "
+                f"float32 {shape}"
+            )
+        return codebooks
 
     def word_tokenizer(self, max_len: int) -> WordTokenizer:
         """The word tokenizer of the training captions, the same as the dataset's."""
@@ -175,10 +189,12 @@ class TokenSource:
 
         data = self._reader.read([i])[0]
         out: dict[str, Any] = dict(load(data))
-        header = json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])
-        metadata = header["__metadata__"]
-        out |= {k: metadata[k] for k in _TEXT} | {"index": int(metadata["index"])}
-        clip_index = int(metadata["clip_index"])
+        where = f"{self.folder.path / self.split}.array_record: record {i}"
+        header = outside.parse(data[8 : 8 + struct.unpack_from("<Q", data)[0]], where)
+        metadata = outside.Fields(header, where).part("__metadata__")
+        out |= {k: metadata.text(k) for k in _TEXT}
+        out["index"] = int(metadata.text("index", pattern=r"\d{1,9}"))
+        clip_index = int(metadata.text("clip_index", pattern=r"\d{1,9}"))
         splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
         return out
 

@@ -8,6 +8,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fourdstar_jax.outside import Fields, parse
 from fourdstar_jax.types import Gaussians
 
 MAX_HEADER = 1 << 20  # bytes
@@ -42,10 +43,8 @@ def read_splats(path: str | os.PathLike[str]) -> tuple[Gaussians, float]:
             gaussians = Gaussians(**{name: file.get_tensor(name) for name in Gaussians._fields})
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    try:
-        fps = float(json.loads(metadata["fourdstar_jax"])["fps"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its metadata has no fps") from error
+    about = parse(metadata["fourdstar_jax"].encode(), f"{path}: its metadata")
+    fps = Fields(about, f"{path}: its metadata").number("fps", 1e-3, 1000)
     lead = gaussians.means.shape[:2]
     tails = {"means": (3,), "quats": (4,), "scales": (3,), "opacities": (), "colors": (3,)}
     for name, value in gaussians._asdict().items():

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 PAD, END = 0, 1
+NUM_IDS = 32_128  # T5's, its spare ones included
 LENGTH = 120  # tokens, LlamaGen's and MVAR's
 TOKENIZER_FILE = Path(__file__).parent / "t5_tokenizer.json.gz"
 

@@ -6,10 +6,12 @@ pieces.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from fourdstar_jax.outside import Fields
 from fourdstar_jax.text import pieces
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 
@@ -51,9 +53,13 @@ class WordTokenizer:
         return {"t5_vocabulary": self.t5_vocabulary, "max_len": self.max_len}
 
     @classmethod
-    def from_dict(cls, data: dict) -> "WordTokenizer":
-        """The inverse of `to_dict`."""
-        try:
-            return cls(data["t5_vocabulary"], data["max_len"])
-        except (KeyError, TypeError) as error:
-            raise ValueError("data is not what WordTokenizer.to_dict returns") from error
+    def from_dict(cls, values: dict[str, Any], where: str = "words") -> "WordTokenizer":
+        """The inverse of `to_dict`. Raises ValueError for a field that is missing or not right.
+
+        `where` names the file in it.
+        """
+        fields = Fields(values, where)
+        ids = fields.integers("t5_vocabulary", 0, pieces.NUM_IDS - 1, most=pieces.NUM_IDS)
+        if len(set(ids)) < len(ids):
+            fields.refuse("t5_vocabulary", "one that names every id once")
+        return cls(ids, fields.integer("max_len", 1, 4096))

@@ -42,7 +42,12 @@ def make(family: str = "unitok", **arguments: Any) -> Any:
     `family` is one of FAMILIES. Configs and bundles name it beside the other arguments; those that
     do not are of UniTok's family. Raises ValueError for another one.
     """
+    return class_of(family)(**arguments)
+
+
+def class_of(family: str) -> Any:
+    """The class of one of FAMILIES. Raises ValueError for another one."""
     if family not in FAMILIES:
         raise ValueError(f"tokenizer {family=} must be {' or '.join(FAMILIES)}")
     module, name = FAMILIES[family]
-    return getattr(importlib.import_module(module), name)(**arguments)
+    return getattr(importlib.import_module(module), name)

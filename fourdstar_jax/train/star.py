@@ -150,7 +150,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         sizes = config.model.to_dict()
         if features is None:
             sizes["text_vocab"] = words.vocab_size
-        arguments = bundle.module_arguments(sizes)
+        arguments = bundle.module_arguments("star", sizes)
         arguments["codebooks"] = jnp.asarray(folder.codebooks)
         graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)

@@ -69,7 +69,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     Raises FloatingPointError when the loss is not finite, and NotImplementedError for a tokenizer
     of another family than UniTok's.
     """
-    arguments = bundle.module_arguments(config.model.to_dict())
+    arguments = bundle.module_arguments("tokenizer", config.model.to_dict())
     family = arguments.pop("family", "unitok")  # as in `tokenizer.make`
     if family != "unitok":
         raise NotImplementedError(

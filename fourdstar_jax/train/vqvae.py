@@ -88,7 +88,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
-        arguments = bundle.module_arguments(config.model.to_dict())
+        arguments = bundle.module_arguments("vqvae", config.model.to_dict())
         graphdef, state = train_state.create(VQVAE4D, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         state, batches = checkpoints.restore(state, batches)

@@ -135,7 +135,11 @@ def test_damage_is_found_out(folder, tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match="lacks rows_00000"):
         features.TextFeatures(copy)(NEUTRAL_PROMPT)
-    for text, words in (("[]", "schema 1"), ("{", "not JSON"), ('{"schema": 1}', "lacks")):
+    for text, words in (
+        ("[]", "object"),
+        ("{", "not JSON"),
+        ('{"schema": 1}', "encoder is missing"),
+    ):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             features.TextFeatures(copy)
@@ -156,7 +160,7 @@ def test_batches_of_images_and_of_tokens_carry_them(dataset_dir, folder, tmp_pat
         dataset_dir,
         tmp_path / "tokens",
         lambda images: np.zeros((len(images), 4, 2), int),
-        spec=TokenizerSpec("zeros", 17, 4, 2, vocab_size=50, code_dim=6, weights_sha256=""),
+        spec=TokenizerSpec("zeros", 17, 4, 2, vocab_size=50, code_dim=6, weights_sha256="0" * 64),
         codebooks=np.zeros((2, 50, 3), np.float32),
         log=len,
     )

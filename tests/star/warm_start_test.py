@@ -230,7 +230,7 @@ def test_arrays_stay_where_they_are_on_the_mesh_and_half_precision_widens():
 def test_the_large_scales_have_llamagens_sizes(scale, width, layers):
     """Base takes LlamaGen's L whole, paper its XL: by shapes alone."""
     config = cli.read_config(f"configs/star.py:{scale}", [])
-    arguments = bundle.module_arguments(config.model.to_dict())
+    arguments = bundle.module_arguments("star", config.model.to_dict())
     model = jax.eval_shape(functools.partial(nn.build, STAR, **arguments), jax.random.key(0))
     heads = llamagen.NUM_HEADS[width]
     sizes = dict(dim=width, num_layers=layers, num_heads=heads, num_kv_heads=heads)

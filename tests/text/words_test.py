@@ -49,5 +49,5 @@ def test_wrong_calls_name_the_argument():
         words.WordTokenizer([5], 0)
     with pytest.raises(ValueError, match="twice"):
         words.WordTokenizer([5, 5], 3)
-    with pytest.raises(ValueError, match="to_dict"):
+    with pytest.raises(ValueError, match="words: t5_vocabulary is missing"):
         words.WordTokenizer.from_dict({"max_len": 3})

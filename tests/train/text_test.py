@@ -43,7 +43,7 @@ def data_dir(objects_dir, tmp_path_factory):
 
 def save_encoder(folder, seed=0):
     with sharding.use_mesh(devices=jax.devices()[:1]):
-        arguments = bundle.module_arguments(SIZES)
+        arguments = bundle.module_arguments("text", SIZES)
         encoder = nn.build(t5.T5Encoder, jax.random.key(seed), **arguments)
     bundle.save_stage(folder, "text", encoder, {"model": SIZES}, storage="float16")
 

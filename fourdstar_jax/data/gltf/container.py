@@ -5,14 +5,16 @@ Section numbers refer to the glTF 2.0 specification
 """
 
 import base64
-import json
 import struct
 from typing import Any
 
 import numpy as np
 
+from fourdstar_jax import outside
+
 MAX_FILE_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20
+MAX_JSON_VALUES = 16_000_000
 MAX_VALUES = 64 << 20  # elements of one accessor
 MAX_EMPTY = 2_000_000  # elements of an accessor without data, which costs the file nothing
 
@@ -196,9 +198,16 @@ def _chunks(data: bytes) -> tuple[dict, bytes | None]:
         offset += 8 + length
     if b"JSON" not in found:
         raise MalformedAsset("no JSON chunk")
-    if len(found[b"JSON"]) > MAX_JSON_BYTES:
-        raise MalformedAsset(f"a JSON chunk larger than {MAX_JSON_BYTES >> 20} MB")
-    tree = json.loads(found[b"JSON"].decode("utf-8"))
+    try:
+        tree = outside.parse(
+            found[b"JSON"],
+            "the JSON chunk",
+            max_bytes=MAX_JSON_BYTES,
+            max_values=MAX_JSON_VALUES,
+            lenient=True,
+        )
+    except ValueError as error:
+        raise MalformedAsset(str(error)) from error
     if not isinstance(tree, dict):
         raise MalformedAsset("the JSON chunk is not an object")
     return tree, found.get(b"BIN\0")

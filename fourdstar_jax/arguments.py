@@ -1,0 +1,80 @@
+"""A module's constructor arguments from JSON or a config, checked before anything is built."""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from fourdstar_jax.outside import Fields
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_LIST = 12  # entries of a list of widths, each of which doubles or halves a size
+# Whole numbers by the end of the argument's name, the first that fits; others lie in DIMS.
+DIMS = (1, 1 << 16)
+RANGES = {
+    "layers": (1, 96),
+    "blocks": (1, 96),
+    "depths": (0, 32),
+    "octaves": (0, 64),
+    "heads": (1, 1024),
+    "multipliers": (1, 64),
+    "resolution": (1, 4096),
+    "grid": (1, 512),
+    "text_vocab": (0, 1 << 20),
+    "vocab_size": (1, 1 << 20),
+    "max_distance": (1, 1 << 20),
+    "slots": (1, 1 << 20),
+}
+
+
+def check(module: type, values: Mapping[str, Any], where: str, path: str = "") -> None:
+    """Raises ValueError for arguments that `module` does not take, by its annotations, and RANGES.
+
+    What JSON cannot hold (arrays, random keys) is not looked at.
+    """
+    fields = Fields(dict(values), where, path)
+    known = _parameters(module)
+    fields.only(known)
+    for name, parameter in known.items():
+        if name not in fields:
+            if parameter.default is inspect.Parameter.empty:
+                fields.refuse(name, "given")
+        elif fields.values[name] is not None or parameter.default is not None:
+            _check(fields, name, parameter.annotation)
+
+
+@functools.cache
+def _parameters(module: type) -> dict[str, inspect.Parameter]:
+    """The parameters of the constructor besides `rngs` and arrays."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(module.__init__).parameters.items()
+        if name not in ("self", "rngs", "codebooks")
+    }
+
+
+def _check(fields: Fields, name: str, annotation: Any) -> None:
+    low, high = next((r for end, r in RANGES.items() if name.endswith(end)), DIMS)
+    options = typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType) and type(None) in options:
+        annotation = next(option for option in options if option is not type(None))
+    if name == "dtype":
+        if not isinstance(fields.values[name], str):  # a dtype itself, from Python
+            return
+        fields.text(name, choices=DTYPES)
+    elif annotation is bool:
+        fields.flag(name)
+    elif annotation is int:
+        fields.integer(name, low, high)
+    elif annotation is float:
+        fields.number(name, -1e6, 1e6)
+    elif typing.get_origin(annotation) is Literal:
+        fields.text(name, choices=options)
+    elif typing.get_origin(annotation) is Sequence:
+        fields.integers(name, low, high, most=MAX_LIST)
+    elif annotation is str:
+        fields.text(name)
+    else:
+        raise TypeError(f"{name}: {annotation} is nothing that JSON holds")
