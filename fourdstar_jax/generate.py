@@ -4,11 +4,13 @@ video [T, h, w, 3] -> tokens of view 0 [T, n, K] -> tokens of all views [T, V n,
 -> codes [T, V, n, D] -> Gaussians [T, G, ...]
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,7 +200,7 @@ class Model:
         prompt = text if text is not None else NEUTRAL_PROMPT
         text_ids, text_features = self.encode_text(prompt)
         cameras = self.rig.cameras(self.resolution)
-        video_tokens = _encode(self.tokenizer, jnp.asarray(images))  # [T, n, K]
+        video_tokens = encode_images(self.tokenizer, jnp.asarray(images))  # [T, n, K]
         condition = Condition(
             text_ids=jnp.asarray(text_ids)[None],
             video_tokens=video_tokens[None],
@@ -209,11 +211,11 @@ class Model:
         info_of_star = self.bundle.info("star")
         if top_k is None and info_of_star.values.get("top_k") is not None:
             top_k = info_of_star.integer("top_k", 1, 1 << 20)
-        with tqdm(total=count, desc="timesteps", unit="step", disable=not progress) as bar:
+        with steps(count, desc="timesteps", unit="step", disable=not progress) as step:
 
             def on_group(t: int, tokens: Array) -> None:
                 tokens.block_until_ready()  # so that the estimate is of work done
-                bar.update()
+                step()
 
             tokens = sample.generate(
                 star,
@@ -246,7 +248,7 @@ class Model:
         if images.shape[1:] != (views, self.resolution, self.resolution, 3):
             size = self.resolution
             raise ValueError(f"{images.shape=} must be [T, {views}, {size}, {size}, 3]")
-        tokens = _encode(self.tokenizer, jnp.asarray(images))  # [T, V, n, K]
+        tokens = encode_images(self.tokenizer, jnp.asarray(images))  # [T, V, n, K]
         tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
         meta = {
             "made_by": "reconstruct",
@@ -314,7 +316,8 @@ def _encode_text(encoder: T5Encoder, ids, mask) -> Float[Array, "B L C"]:
 
 
 @jax.jit
-def _encode(tokenizer: Tokenizer, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
+def encode_images(tokenizer: Tokenizer, images: Float[Array, "*b h w 3"]) -> Int[Array, "*b n K"]:
+    """Tokens of images in [0, 1]."""
     return tokenizer.encode(images)
 
 
@@ -326,6 +329,25 @@ def _decode(
     cameras = Cameras(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in cameras))
     times = jnp.broadcast_to(jnp.arange(timesteps, dtype=jnp.float32), (batch, timesteps))
     return vqvae(tokenizer.codes(tokens), cameras, times).gaussians
+
+
+@contextlib.contextmanager
+def steps(total: int, **options: Any) -> Iterator[Callable[[], None]]:
+    """A progress bar; yields what is called after each step.
+
+    The first step is left out of times and estimates: it compiles.
+    """
+    with tqdm(total=total, **options) as bar:
+
+        def step() -> None:
+            if bar.n:
+                bar.update()
+            else:
+                bar.reset()
+                bar.initial = bar.last_print_n = bar.n = 1
+                bar.refresh()
+
+        yield step
 
 
 def _sha256_of(path: Path) -> str:

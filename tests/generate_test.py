@@ -1,5 +1,7 @@
 """From a video to an object, through all three stages with arbitrary weights."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 import fourdstar_jax as fs
 from fourdstar_jax import bundle, generate, geometry
 from fourdstar_jax.generate import NEUTRAL_PROMPT
+from fourdstar_jax.star import sample
 
 T, V, G = 2, 2, 2 * 4 * 4
 
@@ -58,9 +61,31 @@ def test_the_seed_decides(model, object4d):
     assert (other.tokens != object4d.tokens).any()
 
 
+def test_every_timestep_runs_the_same_program(model):
+    for function in (sample.prefill, sample.decode_group):
+        function.clear_cache()
+    model.generate(frames(), seed=3)
+    model.generate(frames(), seed=4, temperature=0.5)
+    assert sample.prefill._cache_size() == sample.decode_group._cache_size() == 1
+
+
+def test_the_estimate_leaves_out_the_first_step(monkeypatch):
+    """One that compiles for a minute, then a second each: two seconds are left, not forty."""
+    now = [100.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    text = io.StringIO()
+    with generate.steps(5, desc="timesteps", file=text, mininterval=0) as step:
+        for seconds in (60, 1, 1):
+            now[0] += seconds
+            step()
+    assert "1/5 [00:00<?" in text.getvalue() and "2/5 [00:01<00:03" in text.getvalue()
+    assert text.getvalue().split("\r")[-1].strip().startswith("timesteps:  60%")
+    assert "3/5 [00:02<00:02,  1.00it/s]" in text.getvalue()
+
+
 def test_input_view_keeps_its_tokens(model, object4d):
     images, _ = model._read(frames(), T, "object", 8.0, 100)
-    known = np.asarray(generate._encode(model.tokenizer, jnp.asarray(images)))
+    known = np.asarray(generate.encode_images(model.tokenizer, jnp.asarray(images)))
     np.testing.assert_array_equal(object4d.tokens[:, :4], known)
 
 
@@ -70,7 +95,7 @@ def test_reconstruct_decodes_the_tokens_it_encodes(model):
     result = model.reconstruct(images, clip="a")
     assert result.gaussians.means.shape == (T, G, 3)
     assert result.meta["input"] == {"clip": "a"} and "seed" not in result.meta
-    tokens = generate._encode(model.tokenizer, jnp.asarray(images))
+    tokens = generate.encode_images(model.tokenizer, jnp.asarray(images))
     np.testing.assert_array_equal(result.tokens, np.asarray(tokens).reshape(T, -1, 2))
     with pytest.raises(ValueError, match="images.shape"):
         model.reconstruct(images[:, :1])

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fourdstar_jax.data import pipeline
+from fourdstar_jax.data.batching import filled_batches, in_batches
 from fourdstar_jax.evaluate import counts
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
-from fourdstar_jax.generate import Model
+from fourdstar_jax.generate import Model, encode_images
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.star.forcing import Forcing
 from fourdstar_jax.star.model import Condition
@@ -72,42 +73,37 @@ def _load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
         words=model.words if encoder == "words" else None,
         features=functools.cache(features) if encoder == "t5" else None,
     )
-    encode = jax.jit(lambda tokenizer, images: tokenizer.encode(images))
     wanted = ["images", "masks", "viewmats", "Ks", "times", "text_ids", "clip"]
     wanted += ["text_features"] if encoder == "t5" else []
-    parts = []
-    for batch in loader:
-        tokens = encode(model.tokenizer, batch["images"])
-        parts.append({k: batch[k] for k in wanted} | {"tokens": np.asarray(tokens)})
-    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-
-
-def _batches(clips: dict[str, np.ndarray]):
-    for start in range(0, len(clips["images"]), BATCH):
-        yield {k: v[start : start + BATCH] for k, v in clips.items()}
+    parts = [{k: batch[k] for k in wanted} for batch in loader]
+    clips = {k: np.concatenate([part[k] for part in parts]) for k in wanted}
+    encode = functools.partial(encode_images, model.tokenizer)
+    return clips | {"tokens": in_batches(encode, (clips["images"],), BATCH)}
 
 
 def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
     size = model.resolution
 
     @jax.jit
-    def render(vqvae, tokenizer, batch):
-        cameras = Cameras(batch["viewmats"], batch["Ks"])
-        decoded = vqvae(tokenizer.codes(batch["tokens"]), cameras, batch["times"])
+    def render(vqvae, tokenizer, viewmats, Ks, times, tokens):
+        cameras = Cameras(viewmats, Ks)
+        decoded = vqvae(tokenizer.codes(tokens), cameras, times)
         cameras = jax.tree.map(lambda x: x[:, None], cameras)
         white = jnp.ones(3)
         options: dict[str, Any] = dict(width=size, height=size, background=white)
         both = [rasterize(g, cameras, **options) for g in (decoded.gaussians, decoded.coarse)]
-        tokenized = tokenizer.decode(batch["tokens"])
+        tokenized = tokenizer.decode(tokens)
         return both[0].renders, both[1].renders, tokenized, both[0].overflow | both[1].overflow
 
     mean_image = np.broadcast_to(train_images.mean(axis=(0, 1)), clips["images"].shape[1:])
     rows: dict[str, list[float]] = {}
-    for batch in _batches(clips):
-        fine, coarse, tokenized, overflow = render(model.vqvae, model.tokenizer, batch)
+    names = ["viewmats", "Ks", "times", "tokens", "images", "masks"]
+    for count, arrays in filled_batches([clips[name] for name in names], BATCH):
+        *seen, images, masks = arrays
+        fine, coarse, tokenized, overflow = render(model.vqvae, model.tokenizer, *seen)
         assert not overflow, "the rasterizer overflowed"
-        for i in range(len(batch["images"])):
-            truth, mask = batch["images"][i], batch["masks"][i]
+        for i in range(count):
+            truth, mask = images[i], masks[i]
             pictures = {
                 "model": np.asarray(fine[i]),
                 "coarse": np.asarray(coarse[i]),
@@ -127,33 +123,43 @@ def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
 
 
 def _likelihood(model: Model, clips, train) -> dict[str, Any]:
-    nll = jax.jit(
-        lambda star, tokens, condition, history: star.nll(
-            tokens, condition, Forcing(history_tokens=history)
+    @jax.jit
+    def nll(star, batch):
+        condition = Condition(
+            text_ids=batch["text_ids"],
+            text_features=batch.get("text_features"),
+            video_tokens=batch["video_tokens"],
+            times=batch["times"],
+            cameras=Cameras(batch["viewmats"], batch["Ks"]),
         )
-    )
+        return star.nll(batch["tokens"], condition, Forcing(history_tokens=batch["history"]))
+
     other = _another_object(clips)
     count, timesteps, _, n, codes = clips["tokens"].shape
     groups = clips["tokens"].reshape(count, timesteps, -1, codes)
 
     def novel(swap: str | None = None) -> np.ndarray:
         """Mean over the novel views' codes of each clip, nats."""
-        per_clip = []
-        for start in range(0, count, BATCH):
-            own = np.arange(start, min(start + BATCH, count))
-            text = other[own] if swap == "text" else own
-            features = clips["text_features"][text] if "text_features" in clips else None
-            condition = Condition(
-                text_ids=clips["text_ids"][text],
-                text_features=features,
-                video_tokens=clips["tokens"][other[own] if swap == "video" else own][:, :, 0],
-                times=clips["times"][own],
-                cameras=Cameras(clips["viewmats"][own], clips["Ks"][own]),
-            )
-            history = groups[other[own] if swap == "container" else own]
-            values = np.asarray(nll(model.star, groups[own], condition, history))
-            per_clip.append(values[:, :, n:].mean(axis=(1, 2, 3)))
-        return np.concatenate(per_clip)
+        text, video, history = (
+            other if swap == name else np.arange(count) for name in ("text", "video", "container")
+        )
+        arrays = {
+            "tokens": groups,
+            "history": groups[history],
+            "text_ids": clips["text_ids"][text],
+            "video_tokens": clips["tokens"][video][:, :, 0],
+            "times": clips["times"],
+            "viewmats": clips["viewmats"],
+            "Ks": clips["Ks"],
+        }
+        if "text_features" in clips:
+            arrays["text_features"] = clips["text_features"][text]
+        values = in_batches(
+            lambda *batch: nll(model.star, dict(zip(arrays, batch, strict=True))),
+            list(arrays.values()),
+            BATCH,
+        )
+        return values[:, :, n:].mean(axis=(1, 2, 3))
 
     right = novel()
     row = int(round(n**0.5))

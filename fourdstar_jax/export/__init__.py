@@ -1,6 +1,5 @@
 """Writes what generation made: Gaussians as safetensors and PLY, videos, and a manifest."""
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -8,13 +7,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from fourdstar_jax.export import ply, video
 from fourdstar_jax.export.ply import read_ply, write_ply
 from fourdstar_jax.export.splats import read_splats, write_splats
 from fourdstar_jax.folders import OBJECT, file_sha256, output_folder
-from fourdstar_jax.generate import Object4D
+from fourdstar_jax.generate import Object4D, steps
 
 __all__ = ["read_ply", "read_splats", "save", "write", "write_ply", "write_splats"]
 
@@ -66,8 +64,8 @@ def write(
         write_ply(folder / "ply" / f"frame_{t:04d}.ply", frame)
 
     render = video.Renderer(gaussians, size=size, radius=rig.radius, fov_deg=rig.fov_deg)
-    track = functools.partial(tqdm, desc="orbit", unit="frame", disable=not progress)
-    turn = video.orbit(render, fps=object4d.fps, track=track)
+    with steps(video.ORBIT_FRAMES, desc="orbit", unit="frame", disable=not progress) as step:
+        turn = video.orbit(render, fps=object4d.fps, on_frame=step)
     video.write_video(folder / "orbit.mp4", turn, fps=video.ORBIT_FPS)
     if object4d.frames is not None:
         beside = folder / "input_and_orbit.webp"

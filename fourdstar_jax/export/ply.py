@@ -36,7 +36,8 @@ def _half_turn(
     means: Float[np.ndarray, "G 3"], quats: Float[np.ndarray, "G 4"]
 ) -> tuple[Float[np.ndarray, "G 3"], Float[np.ndarray, "G 4"]]:
     """Turns by 180 degrees about z: (0, 0, 0, 1) times quats. Twice negates the quaternions."""
-    return means * np.float32([-1, -1, 1]), quats[:, [3, 2, 1, 0]] * np.float32([-1, -1, 1, 1])
+    signs = np.array([-1, -1, 1, 1], np.float32)
+    return means * signs[:3], quats[:, [3, 2, 1, 0]] * signs
 
 
 def write_ply(path: str | os.PathLike[str], gaussians: Gaussians) -> None:

@@ -1,7 +1,7 @@
 """Writes mp4 files, the same bytes for the same images, and renders objects into them."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
 
 import av
@@ -11,10 +11,12 @@ from PIL import Image
 
 from fourdstar_jax import geometry
 from fourdstar_jax.kernels.rasterize import pick_capacity, rasterize
+from fourdstar_jax.kernels.rasterize.binning import default_capacity
+from fourdstar_jax.kernels.rasterize.tiles import Grid
 from fourdstar_jax.types import Gaussians, Rendered
 
 ORBIT_FPS = 24
-ORBIT_SECONDS = 3.0
+ORBIT_FRAMES = 3 * ORBIT_FPS
 FIXED_SECONDS = 2.0  # a fixed view repeats the clip for at least so long
 
 
@@ -52,13 +54,15 @@ def write_video(
 class Renderer:
     """Pictures of `[T, G, ...]` Gaussians from around them, on white, one at a time.
 
-    Keeps the rasterizer's capacity from picture to picture: a new one means to compile again.
+    One program draws them all: the rasterizer's own capacity does nearly always, and where it does
+    not, the larger one that was found is kept.
     """
 
     def __init__(self, gaussians: Gaussians, *, size: int, radius: float, fov_deg: float):
         self.gaussians = Gaussians(*(np.asarray(x, np.float32) for x in gaussians))
         self._radius, self._fov_deg, self._size = radius, fov_deg, size
         self._capacity: int | None = None
+        self._room = default_capacity(1, self.gaussians.means.shape[1], Grid(8, size, size))
 
     def __call__(self, timestep: int, azimuth_deg: float) -> Float[np.ndarray, "h w 3"]:
         splats = Gaussians(*(x[timestep] for x in self.gaussians))
@@ -75,23 +79,25 @@ class Renderer:
         out = render(self._capacity)
         if out.overflow:  # only with a capacity from another picture
             out = render(None)
-        count = int(1.5 * int(out.num_intersections))
-        self._capacity = pick_capacity(count, self._capacity)
+        count = int(out.num_intersections)
+        if count > (self._capacity or self._room):
+            self._capacity = pick_capacity(int(1.5 * count))
         return np.asarray(out.renders[0])
 
 
 def orbit(
-    render: Renderer, *, fps: float, track: Callable[[Iterable], Iterable] = iter
+    render: Renderer, *, fps: float, on_frame: Callable[[], None] = lambda: None
 ) -> Float[np.ndarray, "frames h w 3"]:
     """One turn around the object at ORBIT_FPS, while its clip repeats.
 
-    `track` may show the progress.
+    `on_frame` is called after each frame.
     """
     timesteps = len(render.gaussians.means)
-    count = round(ORBIT_SECONDS * ORBIT_FPS)
-    return np.stack(
-        [render(int(i * fps / ORBIT_FPS) % timesteps, 360 * i / count) for i in track(range(count))]
-    )
+    images = []
+    for i in range(ORBIT_FRAMES):
+        images.append(render(int(i * fps / ORBIT_FPS) % timesteps, 360 * i / ORBIT_FRAMES))
+        on_frame()
+    return np.stack(images)
 
 
 def write_beside(

@@ -1,5 +1,6 @@
 """Videos: colours and times survive, the same images give the same bytes; the whole output."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -12,6 +13,7 @@ from fourdstar_jax import export
 from fourdstar_jax.export import video
 from fourdstar_jax.generate import Object4D
 from fourdstar_jax.geometry import Rig
+from fourdstar_jax.kernels.rasterize import api, binning, rasterize
 from fourdstar_jax.types import Gaussians
 
 
@@ -77,18 +79,39 @@ def test_fixed_views_see_the_motion_from_their_side(object4d):
     assert back[1] < 20 < 28 < back[0]
 
 
-def test_the_renderer_makes_room_when_it_comes_nearer(object4d):
-    """A capacity from a picture with few pairs must not cut one with many."""
+def test_the_renderer_makes_room_when_it_comes_nearer(object4d, monkeypatch):
+    """Pictures with more pairs than the rasterizer makes room for are whole, and compile once."""
     gaussians = object4d.gaussians
     many = Gaussians(*(np.repeat(x, 200, axis=1) for x in gaussians))
     many.scales[0] = 1e-3  # one tile each, then all tiles
     many.scales[1:] = 0.3
-    render = video.Renderer(many, size=64, radius=1.5, fov_deg=49.1)
-    first = render(0, 0.0)
-    large = render(1, 0.0)
-    fresh = video.Renderer(many, size=64, radius=1.5, fov_deg=49.1)(1, 0.0)
-    np.testing.assert_array_equal(large, fresh)
-    assert np.abs(large - first).max() > 0.5
+
+    def draw():
+        render = video.Renderer(many, size=64, radius=1.5, fov_deg=49.1)
+        return [render(t, 0.0) for t in (0, 1, 2, 1)]
+
+    fresh = draw()
+    monkeypatch.setattr(binning, "DENSE_LIMIT", 0)
+    monkeypatch.setattr(binning, "TRACED_PAIRS_LEAST", 1000)
+    capacities = []
+
+    def spy(*args, capacity, **options):
+        capacities.append(capacity)
+        return rasterize(*args, capacity=capacity, **options)
+
+    monkeypatch.setattr(video, "rasterize", spy)
+    for image, want in zip(draw(), fresh, strict=True):
+        np.testing.assert_allclose(image, want, atol=1e-6)
+    assert np.abs(fresh[1] - fresh[0]).max() > 0.5
+    assert capacities[:2] == [None, None] and capacities[2] == capacities[3] > 20_000
+
+
+def test_all_pictures_are_drawn_by_one_program(object4d, tmp_path):
+    """With 5 Gaussians, which move: the number of pairs differs from picture to picture."""
+    more = Gaussians(*(np.concatenate([x, x, x[:, :1]], axis=1) for x in object4d.gaussians))
+    before = api._rasterize._cache_size()
+    export.save(dataclasses.replace(object4d, gaussians=more), tmp_path / "a", size=32)
+    assert api._rasterize._cache_size() == before + 1
 
 
 def test_save_writes_everything_and_again_the_same(object4d, tmp_path):

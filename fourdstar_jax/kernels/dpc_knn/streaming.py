@@ -23,7 +23,7 @@ def empty_peaks(num_slots: int, dim: int, num_ids: int) -> Peaks:
         ids=jnp.zeros((num_slots, num_ids), jnp.int32),
         mask=jnp.zeros(num_slots, bool),
         log_densities=jnp.zeros(num_slots),
-        deltas=jnp.full(num_slots, jnp.inf),
+        deltas=jnp.full(num_slots, jnp.inf, jnp.float32),  # not weak: `add_group`'s is not
         max_distance=jnp.zeros(()),
         filled=jnp.zeros((), jnp.int32),
     )
