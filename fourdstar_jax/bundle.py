@@ -35,7 +35,7 @@ import safetensors
 import safetensors.numpy
 
 from fourdstar_jax import arguments, nn, outside, sharding, tokenizer
-from fourdstar_jax.folders import file_sha256, partial_file, replace_file
+from fourdstar_jax.folders import file_sha256, output_file, replace_file
 from fourdstar_jax.outside import SHA256, Fields
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.text.t5 import T5Encoder
@@ -262,18 +262,18 @@ def save_arrays(
         arrays[name] = np.ascontiguousarray(array)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage}.safetensors"
-    aside = partial_file(path)
-    safetensors.numpy.save_file(arrays, aside)
+    with output_file(path) as partial:
+        safetensors.numpy.save_file(arrays, partial)
+        sha256 = file_sha256(partial)
     entry = Stage(
         file=path.name,
-        sha256=file_sha256(aside),
+        sha256=sha256,
         storage=storage,
         model=config["model"],
         config=config,
         info=info,
         num_parameters=sum(array.size for array in arrays.values()),
     )
-    aside.replace(path)
     stages, spec = {**bundle.stages, stage: entry}, bundle.tokenizer
     if stage == "tokenizer":
         # the spec of the weights as stored, which is what everybody will load

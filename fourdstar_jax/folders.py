@@ -5,6 +5,7 @@ complete, and only a folder that this project wrote, of the same kind, is ever r
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from fourdstar_jax import outside
 
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
+_unfinished: set[Path] = set()  # what this process has begun to write
 _LEFT = re.compile(r"\.(?P<what>partial|replaced)-(?:(?P<host>.+)\.)?(?P<pid>\d+)")
 
 
@@ -68,39 +70,71 @@ def output_folder(
                 f"{kind.manifest}): it is not overwritten"
             )
     partial = _sibling(path, "partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise ValueError(f"output folder {path} cannot be made: {error.strerror}") from error
-    try:
+    with _begun(partial):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(partial)
+            partial.mkdir()
+        except OSError as error:
+            raise ValueError(f"output folder {path} cannot be made: {error.strerror}") from error
         yield partial
         replaced = _sibling(path, "replaced")
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary sibling of a file to write to, which becomes the file when the block succeeds.
+
+    At any moment the file is the old one or the new one. After an error nothing is left.
+    """
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        _clear_up(path)
+    partial = _sibling(path, "partial")
+    with _begun(partial):
+        yield partial
+        partial.replace(path)
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file aside and gives it its name: at any moment it is the old one or the new one."""
-    aside = partial_file(path)
-    aside.write_bytes(data)
-    aside.replace(path)
+    """Writes a file as `output_file` does."""
+    with output_file(path) as partial:
+        partial.write_bytes(data)
 
 
-def partial_file(path: Path) -> Path:
-    """Where a file is written before `Path.replace` gives it its name."""
-    return _sibling(path, "partial")
+def abandon() -> None:
+    """Removes all that this process has begun to write: it is about to end."""
+    for partial in list(_unfinished):
+        _remove(partial)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, which is read a piece at a time."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _begun(partial: Path) -> Iterator[None]:
+    """Until the end of the block, at which it is removed, this file or folder is unfinished."""
+    _unfinished.add(partial)
+    try:
+        yield
+    finally:
+        _remove(partial)
+        _unfinished.discard(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sibling(path: Path, what: str) -> Path:
@@ -113,16 +147,14 @@ def _clear_up(path: Path) -> None:
     One that was killed between putting an older folder aside and naming its own left neither: the
     older one gets its name back. Processes of other machines may still run, and are left alone.
     """
-    for left in path.parent.glob(f".{path.name}.*"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
         found = _LEFT.fullmatch(left.name[len(path.name) + 1 :])
         if found is None or found["host"] not in (None, _HOST) or _runs(int(found["pid"])):
             continue
         if found["what"] == "replaced" and not path.exists():
             left.rename(path)
-        elif left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink()
+            _remove(left)
 
 
 def _runs(pid: int) -> bool:

@@ -350,12 +350,3 @@ def test_doctor(capsys):
     assert code == 0
     for words in ("jax ", "python ", "device 0: cpu", "bundled model"):
         assert words in out
-
-
-def test_interrupt(monkeypatch, capsys):
-    def interrupted(arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(doctor, "run", interrupted)
-    code, _, lines = run(capsys, "doctor")
-    assert code == 130 and lines == ["fourdstar: interrupted"]

@@ -136,3 +136,24 @@ def test_files_are_replaced_whole(tmp_path):
     folders.replace_file(path, b"22")
     assert path.read_bytes() == b"22" and names(tmp_path) == ["a.json"]
     assert folders.file_sha256(path).startswith("785f3ec7eb32f30b90cd0fcf3657d388b5ff4297f2f9716")
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    """Also with a name that a glob pattern would take for more; what was left is removed."""
+    path = tmp_path / "new" / "a[1]*.json"
+    with folders.output_file(path) as partial:
+        partial.write_text("old")
+    left = path.with_name(f".{path.name}.partial-{2**30}")
+    left.write_text("of a process that is gone")
+    with pytest.raises(RuntimeError), folders.output_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_unfinished_can_be_abandoned(tmp_path):
+    with folders.output_folder(tmp_path / "a", folders.OBJECT) as partial:
+        (partial / "b").write_text("b")
+        folders.abandon()
+        assert list(tmp_path.iterdir()) == []
+        partial.mkdir()  # for the end of the block

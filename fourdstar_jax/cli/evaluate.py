@@ -19,10 +19,10 @@ def run(arguments: argparse.Namespace) -> None:
     import json
 
     from fourdstar_jax.evaluate import unseen
+    from fourdstar_jax.folders import replace_file
 
     load_model(arguments.model)  # says what is wrong with it before the data is read
     text = json.dumps(unseen.evaluate(arguments.model, arguments.data, arguments.split), indent=1)
     print(text)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+        replace_file(arguments.out, f"{text}\n".encode())

@@ -4,6 +4,8 @@ Only argparse is imported before a subcommand runs; each imports what it needs t
 cannot be used ends with one line on stderr and exit code 2.
 """
 
+import argparse
+import errno
 import os
 import sys
 
@@ -18,11 +20,14 @@ from fourdstar_jax.cli import (
     inspect,
     prepare,
     reconstruct,
+    signals,
     tokenize,
     train,
 )
 from fourdstar_jax.cli.common import EXIT_BAD_INPUT, TRAINING_PACKAGES, Parser, add_command
 
+# The machine's, whatever file they are about: full disk, quota, too many files, no memory.
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM, errno.EROFS}
 # In the order of --help.
 COMMANDS = (
     generate,
@@ -46,14 +51,18 @@ def main(argv: list[str] | None = None) -> int:
     if extra and not getattr(arguments, "takes_overrides", False):
         arguments.parser.error(f"unrecognized arguments: {' '.join(extra)}")
     arguments.overrides = extra
+    with signals.ending():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """The exit code of a command, after one line about what it could not use."""
     try:
         arguments.run(arguments)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, FloatingPointError) as error:
         if not _ours(error):
             raise
-        line = " ".join(str(error).split())
-        print(f"fourdstar: {line}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _refuse(error)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in TRAINING_PACKAGES.values():
             raise
@@ -63,12 +72,19 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("fourdstar: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None and error.errno not in MACHINE_ERRORS:
+            raise
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return _refuse(f"{place}{error.strerror}")
     return 0
+
+
+def _refuse(reason: object) -> int:
+    print(f"fourdstar: {' '.join(str(reason).split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
 
 
 def _ours(error: BaseException) -> bool:

@@ -208,9 +208,10 @@ def _trunk_of_star(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _write(out: Path, kind: str, state: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    out.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(array) for name, array in state.items()}
-    safetensors.numpy.save_file(contiguous, out, metadata={"format": "pt", "kind": kind})
+    with folders.output_file(out) as partial:
+        metadata = {"format": "pt", "kind": kind}
+        safetensors.numpy.save_file(contiguous, partial, metadata=metadata)
     return {name: array.shape for name, array in contiguous.items()}
 
 

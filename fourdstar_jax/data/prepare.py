@@ -7,6 +7,7 @@ renamed at the end, so that a folder of that name is complete.
 
 import contextlib
 import csv
+import ctypes
 import hashlib
 import importlib.metadata
 import io
@@ -14,9 +15,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,23 +192,39 @@ def _run(jobs: list[_Job], workers: int, log: Callable[[str], None]) -> list[dic
             done(_render_asset(job))
         return results
     context = multiprocessing.get_context("spawn")  # OpenGL and JAX do not survive a fork
+    initargs = (workers, os.getpid())
     with ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=(workers,)
+        min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=initargs
     ) as pool:
-        futures = [pool.submit(_render_asset, job) for job in jobs]
+        # Ctrl-C reaches the workers too, which have nothing to say to it: this process ends them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = [pool.submit(_render_asset, job) for job in jobs]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in as_completed(futures):
                 done(future.result())
+        except BrokenProcessPool:
+            raise ValueError(
+                f"a worker of {workers} was killed, as when memory runs out: try fewer --workers"
+            ) from None
         except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.kill()
             pool.shutdown(cancel_futures=True)
             raise
     return results
 
 
-def _start_worker(workers: int) -> None:
-    """One thread of llvmpipe a process when there are several."""
+def _start_worker(workers: int, parent: int) -> None:
+    """One thread of llvmpipe a process when there are several; none outlives its parent."""
     if workers > 1:
         os.environ.setdefault("LP_NUM_THREADS", "1")
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 _renderers: dict[tuple[int, int], render.Renderer] = {}
