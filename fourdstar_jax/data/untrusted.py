@@ -1,11 +1,12 @@
 """Decodes untrusted pictures and videos, in a process of its own: `untrusted.py REQUEST_JSON`.
 
 `data/video.py` starts this file with a time limit; the process takes away its own right to much
-memory, processor time and large files before it opens anything. It imports nothing of the
-package. Results: `frames.npy` (uint8 RGBA) and `info.json` in the request's folder; a refusal is
-one line on stderr and exit code 3.
+memory, processor time and large files before it opens anything. Results: `frames.npy` (uint8 RGBA,
+upright, square pixels, sRGB) and `info.json` in the request's folder; a refusal is one line on
+stderr and exit code 3.
 """
 
+import fractions
 import json
 import os
 import re
@@ -20,13 +21,22 @@ import av
 import av.error
 import av.logging
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
+from PIL import Image, UnidentifiedImageError
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+from fourdstar_jax.data import colour, pictures
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+PICTURES |= {".heic", ".heif"}
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+ANIMATED = ("PNG", "WEBP", "GIF", "TIFF", "AVIF")  # a JPEG's second picture is no second frame
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # Demuxers that read one file and nothing that the file points at (no playlists, no protocols).
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg"
+INDEXED_FORMATS = {"mov", "matroska"}  # that find the key frame before a time
 WORKING_SIDE = 1024  # larger pictures are shrunk to this as soon as they are decoded
+WIDEST_PIXEL = 16  # width to height, and the other way round
 
 
 def refuse(message: str) -> NoReturn:
@@ -42,13 +52,18 @@ def check_size(width: int, height: int, request: dict[str, Any], name: str) -> N
         refuse(f"{name} is {width}x{height} pixels; at most {most} in all are read (max_pixels)")
 
 
-def shrink(picture: Image.Image) -> np.ndarray:
-    """RGBA uint8 `[h, w, 4]`, longer side at most WORKING_SIDE (Pillow weighs colour by alpha)."""
-    picture = picture.convert("RGBA")
-    factor = WORKING_SIDE / max(picture.size)
-    if factor < 1:
-        size = [max(1, round(side * factor)) for side in picture.size]
-        picture = picture.resize((size[0], size[1]), Image.Resampling.BICUBIC, reducing_gap=3.0)
+def shown_size(width: int, height: int, aspect: fractions.Fraction) -> tuple[int, int]:
+    """Square pixels of what has pixels `aspect` times as wide as high: at most WORKING_SIDE."""
+    wide, high = width * max(aspect, 1), height * max(1 / aspect, 1)
+    factor = min(1, WORKING_SIDE / max(wide, high))
+    return max(1, round(wide * factor)), max(1, round(high * factor))
+
+
+def shrink(picture: Image.Image, aspect: fractions.Fraction = fractions.Fraction(1)) -> np.ndarray:
+    """uint8 `[h, w, 4]` of a picture in mode RGBA (Pillow weighs colour by alpha)."""
+    size = shown_size(*picture.size, aspect)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     return np.asarray(picture)
 
 
@@ -57,103 +72,192 @@ def natural(name: str) -> list[Any]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name.lower())]
 
 
-def open_picture(path: Path, request: dict[str, Any], name: str) -> Image.Image:
+def is_heic(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(64)
+    # mif1 and msf1 are AVIF's as well, which then names itself among the compatible brands
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS and b"avi" not in head
+
+
+def open_picture(path: Path, request: dict[str, Any]) -> Image.Image:
+    formats = PICTURE_FORMATS
+    if is_heic(path):
+        try:
+            import pillow_heif
+        except ImportError:
+            refuse(f"{path} is HEIC, read after: pip install 'fourdstar-jax[heic]'")
+        pillow_heif.register_heif_opener()
+        formats = ("HEIF",)
     try:
-        picture = Image.open(path, formats=PICTURE_FORMATS)
+        picture = Image.open(path, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        refuse(f"{name} has more than max_pixels = {request['max_pixels']} pixels")
-    check_size(*picture.size, request, name)
+        refuse(f"{path} has more than max_pixels = {request['max_pixels']} pixels")
+    check_size(*picture.size, request, str(path))
     return picture
 
 
-def folder_frames(folder: Path, request: dict[str, Any]) -> Iterator[tuple[float, float, Any]]:
+def folder_frames(folder: Path, request: dict[str, Any], info: dict[str, Any]) -> Iterator:
+    """Every picture of a folder in natural order, `folder_fps` a second."""
     names = [f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")]
     names = sorted((n for n in names if Path(n).suffix.lower() in PICTURES), key=natural)
     if not names:
         refuse(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))})")
     if len(names) > request["max_frames"]:
         refuse(f"{folder} holds {len(names)} frames; at most max_frames = {request['max_frames']}")
+    info |= {"kind": "folder", "seconds": len(names) / request["folder_fps"]}
     size = None
     for index, name in enumerate(names):
 
         def decode(name=name):
             nonlocal size
             try:
-                picture = ImageOps.exif_transpose(open_picture(folder / name, request, name))
-                picture.load()
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-                refuse(f"{folder / name} is not a readable picture")
+                picture = pictures.upright_srgb(open_picture(folder / name, request))
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+                refuse(f"{folder / name} is not a readable picture{why(error)}")
             if size is not None and picture.size != size:
-                refuse(f"{name} is {picture.size} pixels, the pictures before it {size}")
+                found, before = ("{}x{}".format(*x) for x in (picture.size, size))
+                refuse(f"{folder / name} is {found} pixels, the pictures before it {before}")
             size = picture.size
             return shrink(picture)
 
         yield index / request["folder_fps"], 1 / request["folder_fps"], decode
 
 
-def picture_frames(picture: Image.Image, request: dict[str, Any]) -> Iterator:
-    """A single picture, or the frames of an animated one at the times it gives them."""
-    count = getattr(picture, "n_frames", 1)
+def why(error: Exception) -> str:
+    """What Pillow found wrong, unless it only says that it does not know the file."""
+    return "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+
+
+def picture_frames(
+    picture: Image.Image, path: Path, request: dict[str, Any], info: dict[str, Any]
+) -> Iterator:
+    """A single picture, or the frames of an animated one at the times it gives them.
+
+    Pages of a TIFF are `folder_fps` a second.
+    """
+    count = getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1
     if count > request["max_frames"]:
-        refuse(f"the animation has {count} frames; at most max_frames = {request['max_frames']}")
+        refuse(f"{path} has {count} frames; at most max_frames = {request['max_frames']}")
+    info |= {"kind": "animation" if count > 1 else "picture", "seconds": 0.0}
     if count == 1:
-        yield 0.0, 0.0, lambda: shrink(ImageOps.exif_transpose(picture))
+        yield 0.0, 0.0, lambda: shrink(pictures.upright_srgb(picture))
         return
     time = 0.0
-    for index in range(count):
+    # an APNG's picture for viewers that only know PNG is not part of the animation
+    for index in range(1 if getattr(picture, "default_image", False) else 0, count):
         picture.seek(index)
         picture.load()
         duration = float(picture.info.get("duration", 100) or 0) / 1000
         duration = duration if duration > 0.01 else 0.1  # as browsers do
-        array = shrink(picture)
-        yield time, duration, lambda array=array: array
+        if picture.format == "TIFF":
+            duration = 1 / request["folder_fps"]
+        copy = picture.copy()
+        copy.format = picture.format
+        info["seconds"] = time + duration
+        yield time, duration, lambda copy=copy: shrink(pictures.upright_srgb(copy))
         time += duration
 
 
-def video_frames(path: Path, request: dict[str, Any]) -> Iterator:
+def video_stream(container: Any, path: Path) -> Any:
+    """The stream to watch: not the cover of a song, and the default one of several."""
+    streams = container.streams.video
+    if not streams:
+        refuse(f"{path} has no video stream")
+    moving = [s for s in streams if not s.disposition & Disposition.attached_pic]
+    if not moving:
+        refuse(f"{path} has no video stream: the only picture in it is a cover")
+    return max(moving, key=lambda stream: bool(stream.disposition & Disposition.default))
+
+
+def turned(array: np.ndarray, frame: Any) -> np.ndarray:
+    """Turned and mirrored as the container's display matrix says, to the nearest right angle.
+
+    The matrix [a b u; c d v; x y w] moves a pixel (p, q) to (a p + c q, b p + d q).
+    """
+    data = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if data is None:
+        return array
+    a, b, _, c, d = (int(x) for x in np.frombuffer(bytes(data), np.int32, 5))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        array, a, d = array.swapaxes(0, 1), c, b
+    return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def video_pixels(frame: Any, described: Any, aspect: fractions.Fraction) -> np.ndarray:
+    """A frame as uint8 RGBA. Its curve, primaries and orientation are those of `described`."""
+    # Planar RGB, and alpha only where the stream has it: on the way to packed formats swscale
+    # leaves columns undefined at some widths.
+    form = frame.format
+    alpha = form.has_palette or any(component.is_alpha for component in form.components)
+    transfer, primaries = int(described.color_trc), int(described.color_primaries)
+    if colour.is_srgb(transfer, primaries):
+        array = frame.to_ndarray(format="gbrap" if alpha else "gbrp")
+    else:
+        width, height = shown_size(frame.width, frame.height, aspect)
+        deep = frame.reformat(width, height, "gbrap16le" if alpha else "gbrp16le").to_ndarray()
+        array = colour.to_srgb(deep[..., :3], transfer, primaries)
+        if alpha:
+            array = np.concatenate([array, (deep[..., 3:] >> 8).astype(np.uint8)], axis=-1)
+        aspect = fractions.Fraction(1)
+    picture = shrink(Image.fromarray(array).convert("RGBA"), aspect)
+    return np.ascontiguousarray(turned(picture, described))
+
+
+def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> Iterator:
     with path.open("rb") as file:
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "none"}
         try:
             container = av.open(file, "r", options=options)
         except (av.error.FFmpegError, ValueError, OSError):
             refuse(f"{path} is not a video or picture that can be read")
-        if not container.streams.video:
-            refuse(f"{path} has no video stream")
-        stream = container.streams.video[0]
+        stream = video_stream(container, path)
+        base = float(stream.time_base)
         check_size(stream.width, stream.height, request, str(path))
+        aspect = fractions.Fraction(1)
+        if stream.sample_aspect_ratio:  # neither None nor zero
+            ratio = stream.sample_aspect_ratio
+            aspect = fractions.Fraction(ratio.numerator, ratio.denominator)
+        if not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
+            refuse(f"{path} has pixels {aspect} times as wide as high; at most {WIDEST_PIXEL}")
         rate = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
-        count = stream.frames
-        if not count and container.duration:
-            count = round(container.duration / av.time_base * rate)
-        if count > request["max_frames"]:
-            refuse(f"{path} has {count} frames; at most max_frames = {request['max_frames']}")
+        if stream.frames > request["max_frames"]:
+            most = request["max_frames"]
+            refuse(f"{path} has {stream.frames} frames; at most max_frames = {most}")
+        seconds = container.duration / av.time_base if container.duration else None
+        if stream.duration:
+            seconds = stream.duration * base
+        info |= {"kind": "video", "seconds": seconds}
         decoder: Any = stream.codec_context
-        alpha = stream.metadata.get("alpha_mode") == "1"
-        if alpha and stream.codec_context.name in ("vp8", "vp9"):
+        separate = stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9")
+        if separate:
             # FFmpeg's own VP8 and VP9 decoders drop the alpha channel; libvpx keeps it.
-            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name]
+            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name]
             decoder = av.CodecContext.create(name, "r")
             decoder.extradata = stream.codec_context.extradata
-        decoder.thread_count = 1
-        decoder.options = {"max_pixels": str(request["max_pixels"])}
-        first, previous = None, 0.0
-        decoded = 0
+        for context in (decoder, stream.codec_context):
+            context.thread_count = 1
+            context.options = {"max_pixels": str(request["max_pixels"])}
+        first, previous, decoded, described = None, 0.0, 0, None
+        indexed = INDEXED_FORMATS & set(container.format.name.split(","))
+        if request["start"] > 1 and stream.start_time is not None and indexed:
+            container.seek(stream.start_time + int((request["start"] - 1) / base), stream=stream)
+            first = stream.start_time * base
         try:
             for packet in container.demux(stream):
+                if separate and described is None:  # only the stream's own decoder knows the file
+                    described = next(iter(stream.codec_context.decode(packet)), None)
                 for frame in decoder.decode(packet):
                     decoded += 1
                     if decoded > request["max_frames"]:
                         refuse(f"{path} has more than max_frames = {request['max_frames']} frames")
                     check_size(frame.width, frame.height, request, str(path))
                     pts = frame.pts if frame.pts is not None else frame.dts
-                    time = float(pts * stream.time_base) if pts is not None else previous + 1 / rate
+                    time = pts * base if pts is not None else previous + 1 / rate
                     first = time if first is None else first
                     previous = time
 
-                    def decode(frame=frame):
-                        array = frame.to_ndarray(format="rgba")
-                        array = np.rot90(array, round(frame.rotation / 90) % 4)
-                        return shrink(Image.fromarray(np.ascontiguousarray(array)))
+                    def decode(frame=frame, described=described):
+                        return video_pixels(frame, described or frame, aspect)
 
                     yield time - first, 1 / rate, decode
         except av.error.FFmpegError:
@@ -162,18 +266,21 @@ def video_frames(path: Path, request: dict[str, Any]) -> Iterator:
             refuse(f"{path} has zero frames")
 
 
-def sample(source: Iterator, fps: float, most: int) -> tuple[list[np.ndarray], float]:
-    """The frames nearest to the times 0, 1/fps, 2/fps, ... within the clip, at most `most`.
+def sample(source: Iterator, fps: float, most: int, start: float) -> tuple[list[np.ndarray], float]:
+    """The frames nearest to the times start, start + 1/fps, ... within the clip, at most `most`.
 
-    Stops reading as soon as it has them. Also returns the length seen, in seconds.
+    Stops reading as soon as it has them. Also returns the end of what it saw, in seconds.
     """
     chosen: list[np.ndarray] = []
     held: tuple[float, Any] | None = None  # the frame before the current one
     end = 0.0
+
+    def wanted() -> float:
+        return start + len(chosen) / fps
+
     for time, duration, decode in source:
-        while held is not None and len(chosen) < most and len(chosen) / fps <= time:
-            wanted = len(chosen) / fps
-            if time - wanted < wanted - held[0]:
+        while held is not None and len(chosen) < most and wanted() <= time:
+            if time - wanted() < wanted() - held[0]:
                 break
             chosen.append(held[1]())
         end = max(end, time + duration)
@@ -181,46 +288,61 @@ def sample(source: Iterator, fps: float, most: int) -> tuple[list[np.ndarray], f
             break
         held = (time, decode)
     # the last frame lasts until `end`; the first is there however short the clip
-    while held and len(chosen) < most and (not chosen or len(chosen) / fps < end - 1e-6):
+    while held and len(chosen) < most:
+        if wanted() >= end - 1e-6 and (chosen or start > 0):
+            break
         chosen.append(held[1]())
     return chosen, end
+
+
+def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames and what was read: kind, the clip's seconds (None if unknown), those of the frames."""
+    info: dict[str, Any] = {}
+    if path.is_dir():
+        source = folder_frames(path, request, info)
+    else:
+        if os.path.getsize(path) == 0:
+            refuse(f"{path} is empty")
+        try:
+            picture = open_picture(path, request)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+            source = video_frames(path, request, info)
+        else:
+            source = picture_frames(picture, path, request, info)
+    fps, start = request["fps"], request["start"]
+    try:
+        frames, end = sample(source, fps, request["timesteps"], start)
+        if info["kind"] == "animation":  # which tells its length only frame by frame
+            for _ in source:
+                pass
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        refuse(f"{path} cannot be read: {error}")
+    if not frames:
+        refuse(f"{path} ends after {end:g} s, before start = {start:g}")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        refuse(f"the frames of {path} differ in size")
+    info["seconds_read"] = min(len(frames) / fps, end - start)
+    return np.stack(frames), info
 
 
 def main() -> None:
     request = json.loads(sys.argv[1])
     memory, seconds = request["max_memory"], request["timeout_s"]
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.MAX_IMAGE_PIXELS = request["max_pixels"]
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     av.logging.set_level(None)
-
     path = Path(request["path"])
-    kind = "video"
-    if path.is_dir():
-        source, kind = folder_frames(path, request), "folder"
-    else:
-        if os.path.getsize(path) == 0:
-            refuse(f"{path} is empty")
-        try:
-            picture = open_picture(path, request, str(path))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-            source = video_frames(path, request)
-        else:
-            source = picture_frames(picture, request)
-            kind = "animation" if getattr(picture, "n_frames", 1) > 1 else "picture"
     try:
-        frames, duration = sample(source, request["fps"], request["timesteps"])
+        frames, info = read(path, request)
+        out = Path(request["out"])
+        np.save(out / "frames.npy", frames, allow_pickle=False)
     except MemoryError:
         refuse(f"{path} needs more than {memory >> 20} MiB of memory to decode")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        refuse(f"{path} is damaged: {error}")
-    if any(frame.shape != frames[0].shape for frame in frames):
-        refuse(f"the frames of {path} differ in size")
-    out = Path(request["out"])
-    np.save(out / "frames.npy", np.stack(frames), allow_pickle=False)
-    (out / "info.json").write_text(json.dumps({"kind": kind, "seconds_read": duration}))
+    (out / "info.json").write_text(json.dumps(info))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Reads what users bring (mp4, webm, gif, a folder of frames, a picture) as the model's input.
 
-The frames are sampled in time and framed in space as the training data is: `fps` 8 from the
-start, white background, the object centred at the size that the training rig shows it at.
+The frames are sampled in time and framed in space as the training data is: `fps` 8, white
+background, the object centred at the size that the training rig shows it at.
 """
 
 import json
@@ -27,6 +27,13 @@ FPS = 8.0
 
 # Fraction of the picture's side that the box over a whole clip takes in the training images.
 OCCUPANCY = OBJECT_SIDE / (2 * RADIUS * math.tan(math.radians(FOV_DEG) / 2))
+# What told the object from each kind of background.
+FOUND_BY = {
+    "transparent": "alpha",
+    "white": "plain background",
+    "plain": "plain background",
+    "not plain": None,
+}
 BACKGROUND_TOLERANCE = 20 / 255  # of a plain background: video compression leaves some noise
 
 
@@ -35,6 +42,7 @@ def read_video(
     *,
     resolution: int,
     timesteps: int,
+    start: float = 0.0,
     fps: float = FPS,
     folder_fps: float = FPS,
     fit: str = "object",
@@ -45,16 +53,18 @@ def read_video(
 ) -> tuple[Float[np.ndarray, "T r r 3"], dict[str, Any]]:
     """Up to `timesteps` frames of a file or folder, ready for a tokenizer of `resolution` pixels.
 
-    The clip is sampled at the times 0, 1/fps, 2/fps, ... (the nearest frame of each), for as long
-    as it lasts; a picture gives one frame. A folder's pictures, in natural order (2 before 10),
-    are `folder_fps` a second. Transparent pixels become white. With `fit="object"` the object is
-    cut out by the bounding box over the whole clip and scaled as in training; `fit="none"` only
-    pads to a square and resizes; `fit="crop"` takes the middle square and resizes it bilinearly, as
-    UniTok and LlamaGen evaluate photographs. Values are in [0, 1]; the second result tells what was
-    read.
+    The clip is sampled at the times start, start + 1/fps, ... in seconds (the nearest frame of
+    each), for as long as it lasts; a picture gives one frame. A folder's pictures, in natural order
+    (2 before 10), and the pages of a TIFF are `folder_fps` a second. Frames are as players show
+    them: turned, mirrored and stretched as the file says, HDR as sRGB. Transparent pixels become
+    white. With `fit="object"` the object is cut out by the bounding box over the whole clip and
+    scaled as in training; `fit="none"` only pads to a square and resizes; `fit="crop"` takes the
+    middle square and resizes it bilinearly, as UniTok and LlamaGen evaluate photographs. Values are
+    in [0, 1]; the second result tells what was read (`described` puts it in words).
 
     Decoding happens in a process of its own with limits on time and memory, and opens no network
-    connection. Raises ValueError, in one line, for anything that cannot be used.
+    connection. Raises ValueError, in one line that names the file, for anything that cannot be
+    used.
     """
     path = Path(path)
     if not path.exists():
@@ -65,8 +75,11 @@ def read_video(
         raise ValueError(f"{resolution=} and {timesteps=} must be positive")
     if not (fps > 0 and folder_fps > 0):
         raise ValueError(f"{fps=} and {folder_fps=} must be positive")
+    if not 0 <= start < math.inf:
+        raise ValueError(f"{start=} must be a number of seconds from 0 on")
     frames, info = _decode(
         path,
+        start=start,
         fps=fps,
         folder_fps=folder_fps,
         timesteps=timesteps,
@@ -75,8 +88,34 @@ def read_video(
         timeout_s=timeout_s,
         max_memory=max_memory,
     )
-    images, framing = frame_object(frames, resolution=resolution, fit=fit)
-    return images, {**info, **framing, "fps": fps, "timesteps": len(images)}
+    try:
+        images, framing = frame_object(frames, resolution=resolution, fit=fit)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return images, {**info, **framing, "start": start, "fps": fps, "timesteps": len(images)}
+
+
+def described(info: dict[str, Any], *, fit: str) -> list[str]:
+    """Lines that say what of a clip is used and how its object was found, from `read_video`."""
+    count, size = info["timesteps"], "x".join(map(str, info["source_size"]))
+    if info["kind"] == "picture":
+        lines = [f"a picture of {size} pixels"]
+    else:
+        whole = f"{info['seconds']:.2f}" if info["seconds"] is not None else "an unknown number of"
+        lines = [
+            f"{info['kind']} of {size} pixels: {info['seconds_read']:.2f} of {whole} s, from "
+            f"{info['start']:.2f} s on at {info['fps']:g} frames a second, {count} timesteps"
+        ]
+    if fit != "object":
+        return [*lines, f"the whole frame is used (fit={fit})"]
+    found = info["object"]
+    if found is None:
+        return [
+            *lines,
+            "warning: no object was found, for lack of transparency or a plain background: "
+            "the whole frame counts as the object",
+        ]
+    return [*lines, f"object found by its {found}, {100 * info['object_area']:.1f} % of the frame"]
 
 
 def _decode(path: Path, **request: Any) -> tuple[UInt8[np.ndarray, "T h w 4"], dict[str, Any]]:
@@ -120,12 +159,14 @@ def frame_object(
         raise ValueError(f"{fit=} must be 'object', 'none' or 'crop'")
     if frames.shape[-1] not in (3, 4):
         raise ValueError(f"frames have {frames.shape[-1]} channels; 3 or 4 are needed")
+    images = frames[..., :3]
     if frames.shape[-1] == 4 and frames[..., 3].min() < 255:
         alphas = frames[..., 3:].astype(np.float32) / 255
-        images = np.rint(frames[..., :3] * alphas + 255 * (1 - alphas)).astype(np.uint8)
+        images = np.rint(images * alphas + 255 * (1 - alphas)).astype(np.uint8)
+    if frames.shape[-1] == 4 and frames[..., 3].min() <= 127:
         mask, background = frames[..., 3] > 127, "transparent"
-    else:
-        images, mask, background = _on_white(frames[..., :3])
+    else:  # a little noise in alpha hides nothing
+        images, mask, background = _on_white(images)
     if not mask.any() and fit == "object":
         raise ValueError("no object to be seen: every frame is nothing but background")
     height, width = mask.shape[1:]
@@ -141,6 +182,8 @@ def frame_object(
     squares = np.stack([_crop(image, box, resolution, resample) for image in images])
     info: dict[str, Any] = {
         "background": background,
+        "object": FOUND_BY[background],
+        "object_area": float(mask.mean()),
         "source_size": [width, height],
         "crop": [left, top, side],
     }

@@ -224,6 +224,28 @@ def test_colors_textures_and_their_transform():
     assert [d.surface.texture for d in asset.draws] == [0]
 
 
+@pytest.mark.parametrize("mode", ["I;16", "L", "P", "LA"])
+def test_textures_of_every_pixel_format(mode):
+    """A grey of 16 bits is that of 8, not white."""
+    import io
+
+    from PIL import Image
+
+    picture = Image.fromarray(np.full((4, 4), 30_000, np.uint16))
+    if mode != "I;16":
+        picture = Image.new("L", (4, 4), 117).convert(mode)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    w = glb.box_writer()
+    w.tree["images"] = [{"bufferView": w.view(png.getvalue()), "mimeType": "image/png"}]
+    w.tree["textures"] = [{"source": 0}]
+    w.tree["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
+    attributes = w.tree["meshes"][0]["primitives"][0]["attributes"]
+    attributes["TEXCOORD_0"] = w.accessor([[0.5, 0.5]] * 8)
+    (texture,) = gltf.load(w.bytes()).textures
+    assert texture.image.tolist() == [[[117, 117, 117, 255]] * 4] * 4
+
+
 def test_an_image_outside_the_file_is_never_opened(tmp_path):
     w = glb.box_writer()
     (tmp_path / "secret.png").write_bytes(b"not to be read")

@@ -167,18 +167,20 @@ class Materials:
 def _decode_image(data: bytes, index: int) -> np.ndarray:
     from PIL import Image
 
+    from fourdstar_jax.data import pictures
+
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             width, height = image.size
             if width * height > MAX_TEXTURE_PIXELS:
                 raise MalformedAsset(f"image {index} is {width}x{height}, too large")
-            image = image.convert("RGBA")
+            image = pictures.to_rgba(image)
             if max(image.size) > DRAWN_TEXTURE_SIDE:
                 image.thumbnail((DRAWN_TEXTURE_SIDE, DRAWN_TEXTURE_SIDE))
             return np.asarray(image)
     except Image.DecompressionBombError as error:
         raise MalformedAsset(f"image {index} is too large") from error
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise MalformedAsset(f"image {index} cannot be read") from error
 
 
