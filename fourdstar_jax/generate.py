@@ -25,7 +25,7 @@ from fourdstar_jax.data import video as video_input
 from fourdstar_jax.data.features import DTYPES, stored
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.kernels.rasterize import rasterize
-from fourdstar_jax.outside import SHA256
+from fourdstar_jax.outside import MAX_SEED, SHA256
 from fourdstar_jax.star import sample
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text import pieces
@@ -194,6 +194,8 @@ class Model:
             images = images[np.arange(timesteps) % len(images)]
         if key is None:
             seed = seed if seed is not None else 0
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"{seed=} must be from 0 to {MAX_SEED}")
             key = jax.random.key(seed)
 
         star, count = self.star, len(images)

@@ -40,13 +40,17 @@ def use_mesh(
     `mesh_shape` gives sizes of `data`, `fsdp`, `seq`, `tensor`; missing ones are 1, and one of
     them may be -1, for all devices that are left. Without it all devices go to `data`.
 
-    Raises ValueError for an unknown axis or sizes whose product is not the number of devices.
+    Raises ValueError for an unknown axis, and for sizes that are not positive or whose product is
+    not the number of devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     mesh_shape = dict(mesh_shape if mesh_shape is not None else {"data": -1})
     if unknown := set(mesh_shape) - set(MESH_AXES):
         raise ValueError(f"unknown mesh axes {sorted(unknown)}; there are {MESH_AXES}")
     sizes = [mesh_shape.get(axis, 1) for axis in MESH_AXES]
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        shape = dict(zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(f"mesh {shape}: sizes must be positive, and one of them may be -1")
     known = 1
     for size in sizes:
         known *= size if size != -1 else 1

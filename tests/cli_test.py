@@ -174,9 +174,9 @@ def test_bad_bundle_and_bad_numbers(capsys, tmp_path, tiny_bundle):
     refused("not a model bundle", "--model", tmp_path)
     refused("timesteps=99", "--model", tiny_bundle, "--frames", 99)
     refused("temperature", "--model", tiny_bundle, "--temperature", -1)
-    refused("top_k=0", "--model", tiny_bundle, "--top_k", 0)
+    refused("--top_k: must be a whole number", "--model", tiny_bundle, "--top_k", 0)
     refused("--size", "--model", tiny_bundle, "--size", 4)
-    refused("folder_fps", "--model", tiny_bundle, "--fps", 0)
+    refused("--fps: must be a number", "--model", tiny_bundle, "--fps", 0)
     description = json.loads((tiny_bundle / "model.json").read_text())
     description["stages"]["star"]["model"]["dim"] = 14
     changed = tmp_path / "changed"
@@ -232,9 +232,18 @@ def test_config_overrides(config):
 @pytest.mark.parametrize(
     "suffix, overrides, words",
     [
-        (":tiny", ["--config.optim.lrr=1"], 'Did you mean "lr"'),
-        (":tiny", ["--config.stepz=1"], 'Did you mean "steps"'),
+        (":tiny", ["--config.optim.lrr=1"], "did you mean optim.lr?"),
+        (":tiny", ["--config.stepz=1"], "did you mean steps"),
+        (
+            ":tiny",
+            ["--config.optim.learning=1"],
+            "(config.optim has optim.betas, optim.lr, optim.n",
+        ),
+        (":tiny", ["--config.optim=1"], "config.optim is a group (config.optim has optim.betas"),
         (":tiny", ["--config.steps=many"], "steps"),
+        (":tiny", [f"--config.steps={'9' * 20}"], "config.steps must be from 1 to 1000000000"),
+        (":tiny", ["--config.optim.lr=nan"], "config.optim.lr must be from -1"),
+        (":tiny", ["--config.optim.betas[1]=2"], "(in: optim.betas[1])"),
         (":huge", [], "scale='huge' is not known"),
         (":tiny", ["--learning_rate=1"], "--learning_rate=1"),
         (":tiny", ["more"], "more"),
@@ -327,12 +336,12 @@ def test_bench_tokenizer(capsys, tmp_path, tiny_bundle):
         (["bench", "unknown"], "unknown"),
         (["bench", "rasterize", "Z"], "no scene 'Z'"),
         (["bench", "rasterize", "--implementations", "fast"], "'fast'"),
-        (["bench", "rasterize", "--repeats", "0"], "repeats=0"),
+        (["bench", "rasterize", "--repeats", "0"], "--repeats: must be"),
         (["bench", "rasterize", "--table", "nowhere.json"], "does not exist"),
         (["bench", "tokenizer", "--size", "large"], "'large'"),
         (["bench", "tokenizer", "--dtype", "int8"], "'int8'"),
-        (["bench", "tokenizer", "--batch", "0"], "batch=0"),
-        (["bench", "tokenizer", "--repeats", "0"], "repeats=0"),
+        (["bench", "tokenizer", "--batch", "0"], "--batch: must be"),
+        (["bench", "tokenizer", "--repeats", "0"], "--repeats: must be"),
         (["bench", "tokenizer", "--bundle", "nowhere"], "nowhere does not exist"),
         (["bench", "tokenizer", "--bundle", ".", "--size", "tiny"], "--size"),
         (["bench", "tokenizer", "--bundle", ".", "--dtype", "float32"], "--dtype"),
@@ -350,3 +359,45 @@ def test_doctor(capsys):
     assert code == 0
     for words in ("jax ", "python ", "device 0: cpu", "bundled model"):
         assert words in out
+
+
+NUMBERS = {
+    "generate --video a --out b": ["seed", "frames", "fps", "temperature", "top_k", "cfg", "size"],
+    "prepare --assets a --out b": ["image_size", "views", "extra_views", "max_frames", "fps"]
+    + ["limit", "workers", "batch"],
+    "reconstruct --data a --out b": ["clip", "batch", "fps", "size"],
+    "encode-text --data a --bundle b --out c": ["batch"],
+    "bench tokenizer": ["batch", "repeats"],
+    "bench rasterize": ["repeats"],
+}
+
+
+@pytest.mark.parametrize("value", ["99999999999999999999", "-1001", "nan", "inf", "1e999", "x", ""])
+@pytest.mark.parametrize("command", NUMBERS)
+def test_numbers_out_of_range_are_told_with_their_range(capsys, command, value):
+    for flag in NUMBERS[command]:
+        code, _, lines = run(capsys, *command.split(), f"--{flag}={value}")
+        assert code == 2 and len(lines) == 1, lines
+        assert f"argument --{flag}: must be a " in lines[0] and " from " in lines[0]
+        assert f"not {value!r}" in lines[0]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "vqvae", "star"])
+def test_what_the_help_of_train_shows_works(capsys, stage):
+    code, out, _ = run(capsys, "train", "--help")
+    words = [word for word in out.split() if word.startswith("--config.")]
+    assert code == 0 and len(words) == 1
+    path, _, value = words[0].rstrip(".").removeprefix("--config.").partition("=")
+    config = cli.read_config(f"configs/{stage}.py:tiny", [words[0].rstrip(".")])
+    for name in path.split("."):
+        config = config[name]
+    assert config == float(value)
+
+
+def test_a_rate_by_its_short_name():
+    with pytest.raises(ValueError) as error:
+        cli.read_config("configs/star.py:tiny", ["--config.optim.lr=1e-3"])
+    assert "has no optim.lr; did you mean schedule.learning_rate?" in str(error.value)
+    assert "(config.optim has optim.b1, optim.b2, optim.clip_norm, optim.weight_decay)" in str(
+        error.value
+    )

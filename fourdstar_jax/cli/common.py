@@ -1,7 +1,10 @@
 """What commands share: flags, the model, and how a command becomes a parser."""
 
 import argparse
+import math
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +54,38 @@ def add_command(commands: Any, module: Any) -> None:
     module.add_flags(parser)
 
 
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A flag's type: whole numbers of low .. high."""
+
+    def read(text: str) -> int:
+        # int() itself takes thousands of digits, blanks and underscores
+        if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
+            allowed = f"must be a whole number from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{allowed}, not {text[:40]!r}")
+        return int(text)
+
+    return read
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """A flag's type: numbers of low .. high, and so neither infinite nor NaN."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            allowed = f"must be a number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{allowed}, not {text[:40]!r}")
+        return value
+
+    return read
+
+
+FPS = real(1e-3, 1000)
+
+
 def model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, default=BUNDLED_MODEL, metavar="BUNDLE", help="model bundle"
@@ -58,7 +93,9 @@ def model_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def output_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, default=256, help="of the videos, pixels a side")
+    parser.add_argument(
+        "--size", type=whole(16, 2048), default=256, help="of the videos, pixels a side"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
 
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from fourdstar_jax.cli.common import whole
+
 SUMMARY = "encode the captions of a dataset with a bundle's text encoder"
 
 
@@ -16,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="in which the features are kept",
     )
-    parser.add_argument("--batch", type=int, default=8, help="captions at once")
+    parser.add_argument("--batch", type=whole(1, 1 << 16), default=8, help="captions at once")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 

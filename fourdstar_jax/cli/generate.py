@@ -3,7 +3,16 @@
 import argparse
 from pathlib import Path
 
-from fourdstar_jax.cli.common import load_model, model_flag, output_flags, say_device
+from fourdstar_jax.cli.common import (
+    FPS,
+    load_model,
+    model_flag,
+    output_flags,
+    real,
+    say_device,
+    whole,
+)
+from fourdstar_jax.outside import MAX_SEED
 
 SUMMARY = "turn a video or picture into a moving 3D object"
 
@@ -17,23 +26,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     model_flag(parser)
     parser.add_argument("--text", help="what the object is and does; default a neutral prompt")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the sampling")
     parser.add_argument(
-        "--frames", type=int, metavar="T", help="timesteps; default all of the video that fit"
+        "--frames",
+        type=whole(1, 1 << 16),
+        metavar="T",
+        help="timesteps; default all of the video that fit",
     )
-    parser.add_argument("--fps", type=float, default=8.0, help="of a folder of frames")
+    parser.add_argument("--fps", type=FPS, default=8.0, help="of a folder of frames")
     parser.add_argument(
         "--fit",
         choices=["object", "none"],
         default="object",
         help="cut the object out and scale it as in training, or only resize",
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest")
     parser.add_argument(
-        "--top_k", type=int, help="sample from the k likeliest; default the model's"
+        "--temperature", type=real(0, 1000), default=1.0, help="0 takes the likeliest"
     )
-    parser.add_argument("--cfg", type=float, default=1.0, help="classifier-free guidance scale")
-    parser.add_argument("--max_frames", type=int, default=10_000, help="longer inputs are refused")
+    parser.add_argument(
+        "--top_k", type=whole(1, 1 << 20), help="sample from the k likeliest; default the model's"
+    )
+    parser.add_argument(
+        "--cfg", type=real(-1000, 1000), default=1.0, help="classifier-free guidance scale"
+    )
+    parser.add_argument(
+        "--max_frames", type=whole(1, 10**7), default=10_000, help="longer inputs are refused"
+    )
     output_flags(parser)
 
 
@@ -41,8 +59,6 @@ def run(arguments: argparse.Namespace) -> None:
     source = arguments.video if arguments.video is not None else arguments.image
     if not source.exists():
         raise ValueError(f"{source} does not exist")
-    if not 16 <= arguments.size <= 2048:
-        raise ValueError(f"--size {arguments.size} must be from 16 to 2048")
     from fourdstar_jax import export
     from fourdstar_jax.folders import OBJECT, output_folder
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from fourdstar_jax.cli import encode_text, tokenize
+from fourdstar_jax.cli.common import FPS, whole
 
 SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
 
@@ -11,13 +12,17 @@ SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--assets", type=Path, metavar="DIR", help="folder of GLB files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--image_size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--views", type=int, default=4, help="rig views, equally around")
-    parser.add_argument("--extra_views", type=int, default=2, help="random views, for losses")
-    parser.add_argument("--max_frames", type=int, default=8, help="of a clip; the rest is cut")
-    parser.add_argument("--fps", type=float, default=8.0, help="sampling of the animations")
+    parser.add_argument("--image_size", type=whole(1, 1024), default=64, help="pixels a side")
+    parser.add_argument("--views", type=whole(1, 64), default=4, help="rig views, equally around")
+    parser.add_argument(
+        "--extra_views", type=whole(0, 63), default=2, help="random views, for losses"
+    )
+    parser.add_argument(
+        "--max_frames", type=whole(1, 1024), default=8, help="of a clip; the rest is cut"
+    )
+    parser.add_argument("--fps", type=FPS, default=8.0, help="sampling of the animations")
     parser.add_argument("--licence", help="only assets of this licence, such as CC0")
-    parser.add_argument("--limit", type=int, help="only so many assets")
+    parser.add_argument("--limit", type=whole(1, 10**9), help="only so many assets")
     parser.add_argument(
         "--flow", action=argparse.BooleanOptionalAction, default=True, help="optical flow"
     )
@@ -25,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--depth", action=argparse.BooleanOptionalAction, default=False, help="depth maps"
     )
     parser.add_argument(
-        "--workers", type=int, help="processes; 0 works in this one, default one a core"
+        "--workers", type=whole(0, 1024), help="processes; 0 works in this one, default one a core"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
@@ -47,7 +52,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="in which text features are kept",
     )
-    parser.add_argument("--batch", type=int, default=8, help="captions at once (--text_features)")
+    parser.add_argument(
+        "--batch", type=whole(1, 1 << 16), default=8, help="captions at once (--text_features)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

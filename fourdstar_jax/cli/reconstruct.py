@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fourdstar_jax.cli.common import load_model, model_flag, output_flags, say_device
+from fourdstar_jax.cli.common import FPS, load_model, model_flag, output_flags, say_device, whole
 from fourdstar_jax.tokenizer import FAMILIES
 
 SUMMARY = "encode and decode a clip of a dataset, or pictures and videos, beside the truth"
@@ -24,10 +24,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="pictures to squares: pad, take the middle, or cut the object out (--input)",
     )
-    parser.add_argument("--fps", type=float, default=8.0, help="sampling of videos (--input)")
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time (--input)")
+    parser.add_argument("--fps", type=FPS, default=8.0, help="sampling of videos (--input)")
+    parser.add_argument(
+        "--batch", type=whole(1, 1 << 16), default=16, help="pictures at a time (--input)"
+    )
     parser.add_argument("--split", default="unseen_clip", help="train, unseen_clip, unseen_object")
-    parser.add_argument("--clip", type=int, default=0, metavar="N", help="which clip of the split")
+    parser.add_argument(
+        "--clip", type=whole(0, 10**9), default=0, metavar="N", help="which clip of the split"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     model_flag(parser)
     output_flags(parser)
@@ -38,8 +42,6 @@ def run(arguments: argparse.Namespace) -> None:
         return _pictures(arguments)
     if arguments.tokenizer is not None:
         raise ValueError("--tokenizer goes with --input: --data needs the whole bundle")
-    if not 16 <= arguments.size <= 2048:
-        raise ValueError(f"--size {arguments.size} must be from 16 to 2048")
     import numpy as np
 
     from fourdstar_jax import export
@@ -74,8 +76,6 @@ def run(arguments: argparse.Namespace) -> None:
 def _pictures(arguments: argparse.Namespace) -> None:
     if arguments.tokenizer is None:
         raise ValueError("--input needs --tokenizer unitok or vq16")
-    if arguments.batch < 1:
-        raise ValueError(f"--batch {arguments.batch} must be positive")
     from fourdstar_jax import bundle
     from fourdstar_jax.export import pictures
     from fourdstar_jax.folders import PICTURES, output_folder

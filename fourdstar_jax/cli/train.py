@@ -1,14 +1,45 @@
 """`fourdstar train`: one stage by its config."""
 
 import argparse
+import difflib
+import re
 from pathlib import Path
 from typing import Any
+
+from fourdstar_jax.outside import MAX_SEED
 
 SUMMARY = "train one stage: tokenizer, vqvae or star"
 DESCRIPTION = """
 Train one stage. Any value of the config can be overridden: --config=configs/star.py:tiny
 --config.schedule.learning_rate=1e-3. A config is Python code that is run: use your own.
 """
+# Numbers of a config by the end of their name; those of `model` are checked by its constructor.
+COUNT = (1, 1e9)
+RANGES = {
+    "seed": (0, MAX_SEED),
+    "steps": COUNT,
+    "batch_size": (1, 1e6),
+    "timesteps": (1, 1 << 16),
+    "num_timesteps": (1, 1 << 16),
+    "num_views": (1, 64),
+    "num_groups": (1, 1 << 16),
+    "capacity": (1, 2**31 - 1),
+    "top_k": (1, 1 << 20),
+    "log_every": COUNT,
+    "eval_every": COUNT,
+    "checkpoint_every": COUNT,
+    "repair_every": COUNT,
+    "repair_until": (0, 1),
+    "learning_rate": (0, 1e3),
+    "warmup_steps": (0, 1e9),
+    "b1": (0, 1),
+    "b2": (0, 1),
+    "weight_decay": (0, 1e3),
+    "clip_norm": (0, 1e9),
+    "drop_text": (0, 1),
+    "drop_video": (0, 1),
+    "history_noise": (0, 1),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +84,28 @@ def read_config(config: str, overrides: list[str]) -> Any:
     if wrong:
         raise ValueError(f"unrecognized arguments: {' '.join(wrong)}")
 
+    overridden = [word.lstrip("-").partition("=")[0] for word in overrides if "config." in word]
+    found = _read(path, argument, [], config)
+    for name in overridden:
+        _check_name(found, name.removeprefix("config."), config)
+    found = _read(path, argument, overrides, config)
+    for name, value in _leaves(found).items():
+        _check_number(name, value, config)
+    return found
+
+
+def _read(path: Path, argument: str, overrides: list[str], config: str) -> Any:
+    """The ConfigDict of a file; ValueError, in one line, for what ml_collections refuses."""
     from absl import flags
     from ml_collections import config_flags
 
-    argv = ["fourdstar", f"--config={path}{colon}{argument}", *overrides]
+    argv = ["fourdstar", f"--config={path}:{argument}" if argument else f"--config={path}"]
+    argv += overrides
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
     try:
         left = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).strip().strip('"').splitlines()]
         # after a traceback, which ml_collections puts into its message, the error itself
         line = lines[-1] if lines and "whilst parsing" in lines[0] else " ".join(lines)
@@ -69,3 +113,56 @@ def read_config(config: str, overrides: list[str]) -> Any:
     if left[1:]:
         raise ValueError(f"unrecognized arguments: {' '.join(left[1:])}")
     return values["config"].value
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by their whole name, such as `optim.weight_decay`."""
+    from ml_collections import ConfigDict
+
+    found = {}
+    for name in config:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            found |= _leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _check_name(found: Any, name: str, config: str) -> None:
+    """ValueError for a name that the config has no value of, with those that may be meant."""
+    name = re.sub(r"\[\d+\]", "", name)  # an entry of a list
+    leaves = _leaves(found)
+    if name in leaves:
+        return
+    place, _, last = name.rpartition(".")
+    groups = {leaf.rpartition(".")[0] for leaf in leaves}
+    if name in groups:
+        place, problem = name, f"config.{name} is a group"
+    else:
+        problem = f"{config} has no {name}"
+    while place not in groups:
+        place = place.rpartition(".")[0]
+    here = sorted(leaf for leaf in leaves if leaf.rpartition(".")[0] == place)
+    ends = {leaf: leaf.rpartition(".")[2] for leaf in leaves}
+    close = difflib.get_close_matches(last, set(ends.values()), n=3)  # the closest first
+    close += [end for end in ends.values() if "".join(x[0] for x in end.split("_")) == last]
+    meant = [leaf for end in close for leaf, its_end in ends.items() if its_end == end]
+    if place == "":
+        here += sorted(f"{group}.*" for group in groups if group and "." not in group)
+    owner = f"config.{place}" if place else "config"
+    hint = f"; did you mean {' or '.join(meant[:4])}?" if meant and name not in groups else ""
+    raise ValueError(f"--config.{name}: {problem}{hint} ({owner} has {', '.join(here)})")
+
+
+def _check_number(name: str, value: Any, config: str) -> None:
+    """ValueError for a number that no training can use."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        low, high = RANGES.get(name.rpartition(".")[2], (-1e15, 1e15))
+        if not low <= number <= high:
+            raise ValueError(
+                f"--config {config}: config.{name} must be from {low:.10g} to {high:.10g}, "
+                f"not {number}"
+            )

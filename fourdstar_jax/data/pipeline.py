@@ -34,7 +34,9 @@ def read_manifest(data_dir: str | Path) -> dict:
     """The dataset's manifest (settings, hash, splits, captions); ValueError if there is none."""
     path = Path(data_dir) / folders.DATASET.manifest
     if not path.is_file():
-        raise ValueError(f"data_dir={str(data_dir)!r} has no manifest.json: not a prepared dataset")
+        raise ValueError(
+            f"data_dir={str(data_dir)!r} has no manifest.json: `fourdstar prepare` makes datasets"
+        )
     manifest = outside.read(path)
     manifest.integer("schema", 1, 1)
     check_content(manifest)

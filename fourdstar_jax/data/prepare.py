@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -148,7 +149,7 @@ def prepare(
 
 def _check(s: Settings) -> None:
     for name in ("image_size", "views", "max_frames", "fps"):
-        if getattr(s, name) <= 0:
+        if not 0 < getattr(s, name) < math.inf:
             raise ValueError(f"{name}={getattr(s, name)} must be positive")
     if s.extra_views < 0:
         raise ValueError(f"extra_views={s.extra_views} must not be negative")

@@ -110,7 +110,9 @@ class TokenFolder:
         self.path = Path(token_dir)
         path = self.path / "spec.json"
         if not path.is_file():
-            raise ValueError(f"token_dir={str(token_dir)!r} has no spec.json: not tokens")
+            raise ValueError(
+                f"token_dir={str(token_dir)!r} has no spec.json: `fourdstar tokenize` makes tokens"
+            )
         found = outside.read(path)
         found.integer("schema", 1, 1)
         pipeline.check_content(found)

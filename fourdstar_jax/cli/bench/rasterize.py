@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from fourdstar_jax.cli.common import whole
+
 SUMMARY = "time the rasterizer on random scenes, forward and backward"
 
 
@@ -17,7 +19,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="of rasterize; by default the best here",
     )
     parser.add_argument("--against", choices=["gsplat"], help="the same scenes with this, too")
-    parser.add_argument("--repeats", type=int, metavar="N", help="calls; default the scene's")
+    parser.add_argument(
+        "--repeats", type=whole(1, 10**6), metavar="N", help="calls; default the scene's"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the results as JSON")
     parser.add_argument("--commit", help="of the code, for the results; default git's")
     parser.add_argument(
