@@ -127,3 +127,11 @@ def test_missing_arguments_and_lists():
         arguments.check(STAR, {}, "f")
     with pytest.raises(ValueError, match=r"stem_channels must be a list of at most 12"):
         arguments.check(UniTok, {"resolution": 64, "stem_channels": [1] * 13}, "f")
+
+
+def test_every_reader_takes_damage(tmp_path):
+    """`python -m tests.outside_fuzz` does it for as long as one likes."""
+    from tests import outside_fuzz
+
+    sources = outside_fuzz.made(tmp_path)
+    assert list(outside_fuzz.faults(sources, seed=0, rounds=60)) == []

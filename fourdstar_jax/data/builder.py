@@ -31,7 +31,7 @@ degrees (negative looks from above).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,43 @@ class FourdstarConfig(tfds.core.BuilderConfig):
     records: Callable[[str], Iterable[tuple[str, dict[str, Any]]]] | None = None
 
 
+def features_of(settings: Mapping[str, Any]) -> tfds.features.FeaturesDict:
+    """The fields of a record, as in the table above, of a dataset with these settings."""
+    h, V, E = settings["image_size"], settings["views"], settings["extra_views"]
+    images = tfds.features.Sequence(
+        tfds.features.Image(shape=(h, h, 4), dtype=np.uint8, encoding_format="png")
+    )
+
+    def packed(*shape):
+        return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="zlib")
+
+    def floats(*shape):
+        return tfds.features.Tensor(shape=shape, dtype=np.float32)
+
+    names = ("object_id", "clip_id", "asset_sha256", "clip_name", "split", "licence")
+    features = {
+        "index": np.int64,
+        **{name: tfds.features.Text() for name in (*names, "appearance", "motion")},
+        "clip_index": np.int64,
+        "fps": np.float32,
+        "frame_times": floats(None),
+        "rig_rgba": images,
+        "rig_viewmats": floats(V, 4, 4),
+        "rig_Ks": floats(V, 3, 3),
+    }
+    if settings["flow"]:
+        features["rig_flow"] = packed(None, V, h, h, 2)
+    if settings["depth"]:
+        features["rig_depth"] = packed(None, V, h, h)
+    if E:
+        features |= {
+            "extra_rgba": images,
+            "extra_viewmats": floats(E, 4, 4),
+            "extra_Ks": floats(E, 3, 3),
+        }
+    return tfds.features.FeaturesDict(features)
+
+
 class Fourdstar(tfds.core.GeneratorBasedBuilder):
     """Renders of moving objects, the spatial-temporal matrix of 4DSTAR."""
 
@@ -60,43 +97,10 @@ class Fourdstar(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First schema."}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        c = self._config()
-        h, V, E = c.image_size, c.views, c.extra_views
-        images = tfds.features.Sequence(
-            tfds.features.Image(shape=(h, h, 4), dtype=np.uint8, encoding_format="png")
-        )
-
-        def packed(*shape):
-            return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="zlib")
-
-        def floats(*shape):
-            return tfds.features.Tensor(shape=shape, dtype=np.float32)
-
-        names = ("object_id", "clip_id", "asset_sha256", "clip_name", "split", "licence")
-        features = {
-            "index": np.int64,
-            **{name: tfds.features.Text() for name in (*names, "appearance", "motion")},
-            "clip_index": np.int64,
-            "fps": np.float32,
-            "frame_times": floats(None),
-            "rig_rgba": images,
-            "rig_viewmats": floats(V, 4, 4),
-            "rig_Ks": floats(V, 3, 3),
-        }
-        if c.flow:
-            features["rig_flow"] = packed(None, V, h, h, 2)
-        if c.depth:
-            features["rig_depth"] = packed(None, V, h, h)
-        if E:
-            features |= {
-                "extra_rgba": images,
-                "extra_viewmats": floats(E, 4, 4),
-                "extra_Ks": floats(E, 3, 3),
-            }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Animated 3D objects seen by a ring of cameras and by extra ones.",
-            features=tfds.features.FeaturesDict(features),
+            features=features_of(vars(self._config())),
             homepage="https://arxiv.org/abs/2602.18830",
         )
 

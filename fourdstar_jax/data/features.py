@@ -46,17 +46,13 @@ def key_of(text: str) -> str:
 
 def captions_of(data_dir: str | Path) -> list[str]:
     """The captions of all clips of a dataset, all splits, and the neutral prompt; each once."""
-    import tensorflow_datasets as tfds
-
     manifest = pipeline.read_manifest(data_dir)
-    builder = pipeline.builder(data_dir)
     names = ("appearance", "motion")  # the images stay packed
-    fields: Any = tfds.features.FeaturesDict({name: tfds.features.Text() for name in names})
     found = {normal(NEUTRAL_PROMPT)}
     for split in manifest["splits"]:
-        packed = builder.as_data_source(split).data_source
-        for i in range(len(packed)):
-            record = fields.deserialize_example_np(packed[i])
+        records = pipeline.Records(data_dir, split, only=names)
+        for i in range(len(records)):
+            record = records[i]
             appearance, motion = (pipeline.as_text(record[k]) for k in names)
             found.add(normal(caption(appearance, motion)))
     return sorted(found)

@@ -12,7 +12,7 @@ A batch is a dict of numpy arrays (float32 unless it says otherwise):
     text_features [B, L, C]  with a text encoder that has features
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ def read_manifest(data_dir: str | Path) -> dict:
     for name, most in SETTINGS.items():
         settings.integer(name, 0 if name == "extra_views" else 1, most)
     settings.number("fps", 1e-3, 1000)
+    for name in ("flow", "depth"):
+        settings.flag(name)
     return manifest.values
 
 
@@ -76,31 +78,47 @@ def rig(data_dir: str | Path) -> Rig:
     return Rig.around(settings["views"], fps=settings["fps"])
 
 
-def open_split(data_dir: str | Path, split: str):
-    """Random access to a split's records (a tensorflow-datasets source, schema in builder.py).
+class Records:
+    """Random access to a split's records, decoded by the schema of builder.py.
 
-    Raises ValueError for a split that the dataset does not have.
+    What they hold follows from the manifest's settings alone: neither their files' names nor their
+    types are taken from what tensorflow-datasets wrote beside them. With `only`, just these fields
+    are decoded. Raises ValueError for a split that the dataset does not have, and for files and
+    records that are not as the manifest says.
     """
-    manifest = read_manifest(data_dir)
-    if split not in manifest["splits"]:
-        raise ValueError(f"{split=} is not one of the dataset's {sorted(manifest['splits'])}")
-    return builder(data_dir).as_data_source(split)
 
+    def __init__(self, data_dir: str | Path, split: str, *, only: Sequence[str] = ()):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-def builder(data_dir: str | Path) -> Any:
-    """The tensorflow-datasets builder of a dataset; ValueError if its own files are not right."""
-    import tensorflow_datasets as tfds
+        from fourdstar_jax.data.builder import features_of
 
-    for name in ("dataset_info.json", "features.json"):
-        outside.read(Path(data_dir) / name)
-    try:
-        return tfds.builder_from_directory(str(data_dir))
-    except Exception as error:  # whatever a field of another type leads to there
-        line = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{data_dir}: dataset_info.json or features.json is not as tensorflow-datasets writes "
-            f"them ({type(error).__name__}: {line})"
-        ) from error
+        manifest = read_manifest(data_dir)
+        if split not in manifest["splits"]:
+            raise ValueError(f"{split=} is not one of the dataset's {sorted(manifest['splits'])}")
+        features = features_of(manifest["settings"])
+        self._features = type(features)({n: features[n] for n in only}) if only else features
+        self._place, wanted = f"{data_dir}, split {split}", manifest["splits"][split]
+        files = sorted(Path(data_dir).glob(f"*-{split}.array_record-*"))
+        try:
+            self._records = ArrayRecordDataSource([str(file) for file in files])
+            found = len(self._records)
+        except (RuntimeError, ValueError) as error:  # no file, or none of that kind
+            line = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self._place}: its records cannot be read: {line}") from error
+        if found != wanted:
+            raise ValueError(f"{self._place} holds {found} records, manifest.json says {wanted}")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            return self._features.deserialize_example_np(self._records[i])
+        except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{self._place}: record {i} is not as the settings in manifest.json say: {line}"
+            ) from error
 
 
 class ClipSource:
@@ -113,7 +131,7 @@ class ClipSource:
     def __init__(self, data_dir: str | Path, split: str, *, cache_bytes: int = 2 << 30):
         self.data_dir, self.split = str(data_dir), split
         self.manifest = read_manifest(data_dir)
-        self._source = open_split(data_dir, split)
+        self._source = Records(data_dir, split)
         self._room, self._cache = cache_bytes, {}
 
     def __len__(self) -> int:
@@ -137,6 +155,8 @@ class ClipSource:
             if views == 0:
                 continue
             rgba = np.stack(record[f"{name}_rgba"])
+            if len(rgba) != F * views:
+                raise ValueError(f"clip {out['clip_id']}: {len(rgba)} pictures, not {F} x {views}")
             out[f"{name}_rgba"] = rgba.reshape(F, views, *rgba.shape[1:])
             out[f"{name}_viewmats"] = record[f"{name}_viewmats"]
             out[f"{name}_Ks"] = record[f"{name}_Ks"]
@@ -156,7 +176,7 @@ class ClipSource:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._source = open_split(self.data_dir, self.split)
+        self._source = Records(self.data_dir, self.split)
 
 
 def as_text(value: bytes | str) -> str:
