@@ -8,7 +8,7 @@ Everything here is deterministic. Of two tokens of equal density the one with th
 counts as denser (TCFormer adds noise instead), and tokens with equal ids are at a distance of
 exactly 0, which the product form of the distance would only give up to rounding.
 Densities are kept as logarithms: the order is the same and nothing underflows.
-One sample at a time; who calls it maps over the batch.
+Numbers are float32, or float64 where x is. One sample at a time; who calls it maps over the batch.
 """
 
 from typing import NamedTuple
@@ -44,14 +44,42 @@ def distances(
     x_ids: Int[Array, "L K"],
     y_ids: Int[Array, "R K"],
 ) -> Float[Array, "L R"]:
-    """Euclidean distances divided by sqrt(D), in float32; exactly 0 between equal ids."""
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    """Euclidean distances divided by sqrt(D); exactly 0 between equal ids."""
     product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1) - 2 * product
     same = jnp.ones(square.shape, bool)
     for k in range(x_ids.shape[1]):  # a loop, so that no [L, R, K] array is made
         same &= x_ids[:, None, k] == y_ids[:, k]
     return jnp.where(same, 0.0, jnp.sqrt(jnp.maximum(square, 0.0) / x.shape[1]))
+
+
+def usable_rows(
+    x: Float[Array, "L D"], mask: Bool[Array, " L"]
+) -> tuple[Float[Array, "L D"], Bool[Array, " L"]]:
+    """The mask without rows that hold a NaN or an infinity, and x with zeros where it is False."""
+    mask = mask & jnp.all(jnp.isfinite(x), axis=1)
+    return jnp.where(mask[:, None], x, 0.0), mask
+
+
+def centred(
+    x: Float[Array, "L D"], mask: Bool[Array, " L"]
+) -> tuple[Float[Array, "L D"], Float[Array, ""]]:
+    """x about its mean in units of its extent, and that unit, a power of two.
+
+    The product form of the distance loses what is small beside the distance from the origin, and
+    squares leave the range of the type long before their roots. What `mask` leaves out is 0.
+    """
+
+    def unit_of(x):
+        largest = jnp.max(jnp.abs(x), initial=0.0)
+        return jnp.where(largest > 0, largest / (2 * jnp.frexp(largest)[0]), 1.0)
+
+    first = unit_of(x)
+    x = x / first
+    count = jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
+    x = jnp.where(mask[:, None], x - jnp.sum(x, axis=0) / count, 0.0)
+    second = unit_of(x)
+    return x / second, first * second
 
 
 def log_densities(
@@ -64,7 +92,7 @@ def log_densities(
     nearest = -jax.lax.top_k(jnp.where(mask, -distance, -jnp.inf), min(k, mask.shape[0]))[0]
     found = jnp.isfinite(nearest)
     total = jnp.sum(jnp.where(found, nearest, 0.0) ** 2, axis=1)
-    return -total / jnp.maximum(jnp.sum(found, axis=1), 1)
+    return -total / jnp.maximum(jnp.sum(found, axis=1), 1).astype(total.dtype)
 
 
 def is_denser(
@@ -105,8 +133,14 @@ def cluster(
     k: int,
     num_groups: int,
 ) -> Clusters:
-    """Clusters the tokens of all groups at once: slow and complete."""
+    """Clusters the tokens of all groups at once: slow and complete.
+
+    Works on `centred` features; rho depends on their scale, which returns for it. Where rho would
+    underflow for most tokens, the definition says nothing: the sample's extent is then the unit.
+    """
     size = x.shape[0] // num_groups
+    x, mask = usable_rows(x, mask)
+    x, unit = centred(x, mask)
     distance = distances(x, x, ids, ids)
     blocks = distance.reshape(num_groups, size, num_groups, size)
     own = jnp.arange(num_groups)
@@ -116,13 +150,16 @@ def cluster(
     index = jnp.arange(x.shape[0])
     pair = mask[:, None] & mask
     denser = is_denser(density, index, density[:, None], index[:, None])  # column over row
+    told = mask & (density * unit * unit > jnp.log(jnp.finfo(x.dtype).tiny))
+    told = 2 * jnp.sum(told) >= jnp.sum(mask)
+    unit = jnp.where(told & (2.0**-60 < unit) & (unit < 2.0**60), unit, 1.0)
     peaks = Peaks(
-        x=x.astype(jnp.float32),
+        x=x * unit,
         ids=ids,
         mask=mask,
-        log_densities=density,
-        deltas=jnp.min(distance, 1, where=pair & denser, initial=jnp.inf),
-        max_distance=jnp.max(distance, where=pair, initial=0.0),
+        log_densities=density * unit * unit,
+        deltas=jnp.min(distance, 1, where=pair & denser, initial=jnp.inf) * unit,
+        max_distance=jnp.max(distance, where=pair, initial=0.0) * unit,
         filled=jnp.int32(x.shape[0]),
     )
     return find_clusters(peaks, num_clusters=num_clusters)
