@@ -161,7 +161,7 @@ def objects_dir(tmp_path_factory):
         (folder / name).write_bytes(data)
     (folder / "assets.csv").write_text(
         "file,licence\npack/wild_pack__RedBox.glb,CC0-1.0 (here)\n"
-        'pack/wild_pack__Plate2.glb,"CC0-1.0, too"\nstill.glb,CC0-1.0\n'
+        'pack/wild_pack__Plate2.glb,"CC-BY-4.0, too"\nstill.glb,CC0-1.0\n'
     )
     return folder
 

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from fourdstar_jax.cli.common import BUNDLED_MODEL
 
@@ -18,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = bundle.read(arguments.bundle)
     print(f"bundle {arguments.bundle}")
     if found.tokenizer is not None:
-        print("  tokens: " + ", ".join(f"{k} {v}" for k, v in found.tokenizer.to_dict().items()))
+        print(f"  tokens: {_short(found.tokenizer.to_dict())}")
     star = found.stages.get("star")
     takes_features = star is not None and star.model.get("text_encoder") == "t5"
     for name in (*bundle.STAGES, *bundle.RAW_STAGES):
@@ -31,5 +32,24 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {name}: {stage.num_parameters or 0:,} numbers as {stage.storage}")
         print(f"    sha256 {stage.sha256}")
         for key, value in sorted(stage.info.items()):
-            print(f"    {key}: {str(value)[:200]}")
-    print("  written by " + ", ".join(f"{k} {v}" for k, v in found.packages.items()))
+            print(f"    {_printable(key)}: {_short(value)}")
+    print(f"  written by {_short(found.packages)}")
+
+
+def _short(value: Any) -> str:
+    """A value in one line, of long lists how long."""
+    match value:
+        case dict() if len(value) > 12:
+            return f"({len(value)} fields)"
+        case dict():
+            return ", ".join(f"{_printable(k)} {_short(v)}" for k, v in value.items())
+        case list() if len(value) > 8:
+            return f"({len(value)} values)"
+        case list():
+            return f"[{', '.join(map(_short, value))}]"
+    return _printable(value)
+
+
+def _printable(value: Any) -> str:
+    text = str(value)
+    return (text if text.isprintable() else ascii(text))[:100]

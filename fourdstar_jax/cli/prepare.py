@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--max_frames", type=whole(1, 1024), default=8, help="of a clip; the rest is cut"
     )
     parser.add_argument("--fps", type=FPS, default=8.0, help="sampling of the animations")
-    parser.add_argument("--licence", help="only assets of this licence, such as CC0")
+    parser.add_argument("--licence", help="only assets of this licence in assets.csv, such as CC0")
     parser.add_argument("--limit", type=whole(1, 10**9), help="only so many assets")
     parser.add_argument(
         "--flow", action=argparse.BooleanOptionalAction, default=True, help="optical flow"

@@ -28,6 +28,7 @@ import numpy as np
 
 from fourdstar_jax import geometry
 from fourdstar_jax.data import gltf, posing, render, splits
+from fourdstar_jax.data.licences import UNKNOWN, has, listed
 from fourdstar_jax.folders import DATASET, output_folder
 from fourdstar_jax.text import captions
 from fourdstar_jax.types import Cameras
@@ -76,7 +77,7 @@ def prepare(
     """Renders every moving clip below `assets_dir` into `out_dir`; returns the manifest.
 
     Args:
-      licence: keep assets whose licence in `assets_dir/assets.csv` begins so (such as "CC0").
+      licence: keep assets that have it in `assets_dir/assets.csv`, as `licences.has` says ("cc0").
       limit: keep the first so many assets, in order of their paths.
       workers: processes that render; None is one a core, 0 renders in this process.
       overwrite: replace `out_dir` if it holds a dataset.
@@ -92,7 +93,7 @@ def prepare(
     files, licences, skipped = _find(assets_dir, licence)
     files = files[:limit]
     if not files:
-        raise ValueError(f"no .glb file below {str(assets_dir)!r} with {licence=}")
+        raise ValueError(f"no .glb file below {assets_dir}")
     render.Renderer(image_size, 1).close()  # a missing EGL is said here, once
 
     with output_folder(out_dir, DATASET, overwrite=overwrite) as partial:
@@ -103,7 +104,7 @@ def prepare(
             _Job(
                 str(assets_dir / f),
                 f.removesuffix(".glb"),
-                licences.get(f, "unknown"),
+                licences.get(f, UNKNOWN),
                 settings,
                 str(spool),
             )
@@ -113,9 +114,11 @@ def prepare(
         clips = sorted((c for r in results for c in r["clips"]), key=lambda c: c["clip_id"])
         render_s = time.perf_counter() - start
         if not clips:
-            reasons = [f"{q['file']}: {q['reason']}" for r in results for q in r["quarantined"]]
-            detail = reasons[0] if reasons else "all were dropped because they hardly move"
-            raise ValueError(f"no clip left of {len(files)} files ({detail})")
+            left_out = [q for r in results for q in (*r["quarantined"], *r["dropped"])]
+            shown = [f"{q['file']}: {q['reason']}" for q in left_out[:3]]
+            more = len(left_out) - len(shown)
+            detail = "; ".join(shown) + (f" and {more} more" if more else "")
+            raise ValueError(f"no clip left of {len(files)} files below {assets_dir} ({detail})")
         _build(partial, clips, settings)
         frames = sum(c["num_frames"] for c in clips) * (views + extra_views)
         report = {
@@ -163,18 +166,23 @@ def _check(s: Settings) -> None:
 def _find(assets_dir: Path, licence: str | None) -> tuple[list[str], dict[str, str], int]:
     """GLB files below the folder that have the licence, all licences, and how many lack it."""
     files = sorted(p.relative_to(assets_dir).as_posix() for p in assets_dir.rglob("*.glb"))
-    licences = {}
+    found = {}
     table = assets_dir / "assets.csv"
     if table.is_file():
         with open(table, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if not {"file", "licence"} <= set(reader.fieldnames or ()):
                 raise ValueError(f"{table} has no columns file and licence")
-            licences = {row["file"]: row["licence"] for row in reader}
+            found = {row["file"]: row["licence"] or UNKNOWN for row in reader}
     if licence is None:
-        return files, licences, 0
-    kept = [f for f in files if licences.get(f, "unknown").startswith(licence)]
-    return kept, licences, len(files) - len(kept)
+        return files, found, 0
+    kept = [f for f in files if has(found.get(f, UNKNOWN), licence)]
+    if files and not kept:
+        there = listed(found.get(f, UNKNOWN) for f in files)
+        raise ValueError(
+            f"no file below {assets_dir} has the licence {licence!r}: there are {there}"
+        )
+    return kept, found, len(files) - len(kept)
 
 
 def _run(jobs: list[_Job], workers: int, log: Callable[[str], None]) -> list[dict]:
