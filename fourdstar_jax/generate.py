@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,13 @@ class Object4D:
                 ).renders
             )
         return jnp.stack(images)
+
+
+class Clip(NamedTuple):
+    """What a model sees of a video, and where it came from."""
+
+    images: Float[np.ndarray, "T h w 3"]  # in [0, 1], on white
+    info: dict[str, Any]  # JSON, as in the manifest; `data.video.described` puts it in words
 
 
 def load(folder: str | os.PathLike[str]) -> "Model":
@@ -156,7 +163,7 @@ class Model:
 
     def generate(
         self,
-        video: str | os.PathLike[str] | Shaped[np.ndarray, "T h w c"],
+        video: str | os.PathLike[str] | Shaped[np.ndarray, "T h w c"] | Clip,
         text: str | None = None,
         *,
         key: jax.Array | None = None,
@@ -166,32 +173,29 @@ class Model:
         top_k: int | None = None,
         cfg: float = 1.0,
         fit: str = "object",
+        start: float = 0.0,
+        fps: float | None = None,
         folder_fps: float = video_input.FPS,
         max_frames: int = video_input.MAX_FRAMES,
         progress: bool = False,
     ) -> Object4D:
         """Makes a 4D object that looks and moves like a video; a picture makes a static one.
 
-        `video` is a file or folder (see `data.video.read_video`) or an array of RGB or RGBA frames,
-        uint8 or floats in [0, 1], that are 1 / fps of the model apart. `text` says what is seen and
-        how it moves; without it the paper's neutral prompt stands in. The randomness is `key` or
-        `jax.random.key(seed)` (0). All timesteps there are are used, up to the model's maximum;
-        `timesteps` asks for a number, and a shorter clip is then repeated, as in training.
+        `video` is what `read` takes with the arguments of the same names, or what it gave. `text`
+        says what is seen and how it moves; without it the paper's neutral prompt stands in. The
+        randomness is `key` or `jax.random.key(seed)` (0). The object's fps is the clip's.
 
         Raises ValueError for input that cannot be used.
         """
         if key is not None and seed is not None:
             raise ValueError("give key or seed, not both")
-        if timesteps is not None and not 1 <= timesteps <= self.max_timesteps:
-            raise ValueError(
-                f"{timesteps=} must be from 1 to {self.max_timesteps}, the model's most"
-            )
         sample.check_settings(temperature=temperature, top_k=top_k, cfg_scale=cfg)
-        images, info = self._read(
-            video, timesteps or self.max_timesteps, fit, folder_fps, max_frames
-        )
-        if timesteps is not None:
-            images = images[np.arange(timesteps) % len(images)]
+        if not isinstance(video, Clip):
+            video = self.read(
+                video, timesteps=timesteps, fit=fit, start=start, fps=fps, folder_fps=folder_fps,
+                max_frames=max_frames,
+            )  # fmt: skip
+        images, info = video
         if key is None:
             seed = seed if seed is not None else 0
             if not 0 <= seed <= MAX_SEED:
@@ -239,7 +243,8 @@ class Model:
                 ("tokenizer", "vqvae", "star", *(["text"] if self.text_encoder == "t5" else []))
             ),
         }
-        return dataclasses.replace(self._object(tokens, meta), frames=images)
+        rig = dataclasses.replace(self.rig, fps=info["fps"])
+        return dataclasses.replace(self._object(tokens, meta), rig=rig, frames=images)
 
     def reconstruct(self, images: Float[np.ndarray, "T V h w 3"], **info: Any) -> Object4D:
         """The object of a clip seen by the whole rig, through tokenizer and 4D VQ-VAE alone.
@@ -259,34 +264,63 @@ class Model:
         }
         return self._object(tokens, meta)
 
-    def _read(
-        self, source: Any, timesteps: int, fit: str, folder_fps: float, max_frames: int
-    ) -> tuple[Float[np.ndarray, "T h w 3"], dict[str, Any]]:
-        if isinstance(source, str | os.PathLike):
-            images, info = video_input.read_video(
-                source,
-                resolution=self.resolution,
-                timesteps=timesteps,
-                fps=self.rig.fps,
-                folder_fps=folder_fps,
-                fit=fit,
-                max_frames=max_frames,
+    def read(
+        self,
+        video: str | os.PathLike[str] | Shaped[np.ndarray, "T h w c"],
+        *,
+        timesteps: int | None = None,
+        fit: str = "object",
+        start: float = 0.0,
+        fps: float | None = None,
+        folder_fps: float = video_input.FPS,
+        max_frames: int = video_input.MAX_FRAMES,
+    ) -> Clip:
+        """What `generate` sees of a video.
+
+        `video` is a file or folder (see `data.video.read_video`) or an array of RGB or RGBA frames,
+        uint8 or floats in [0, 1], all used, 1 / fps apart. `fps` is by default that of the model's
+        training. All timesteps there are are read, up to the model's maximum; `timesteps` asks for
+        a number, and a shorter clip is then repeated, as in training.
+
+        Raises ValueError for input that cannot be used.
+        """
+        most = self.max_timesteps if timesteps is None else timesteps
+        if not 1 <= most <= self.max_timesteps:
+            raise ValueError(
+                f"{timesteps=} must be from 1 to {self.max_timesteps}, the model's most"
             )
-            return images, {**info, "name": Path(source).name, "sha256": _sha256_of(Path(source))}
-        frames = np.asarray(source)
+        fps = self.rig.fps if fps is None else fps
+        if isinstance(video, str | os.PathLike):
+            images, info = video_input.read_video(
+                video, resolution=self.resolution, timesteps=most, fit=fit, start=start, fps=fps,
+                folder_fps=folder_fps, max_frames=max_frames,
+            )  # fmt: skip
+            info |= {"name": Path(video).name, "sha256": _sha256_of(Path(video))}
+        else:
+            images, info = self._frames(video, most, fit, fps)
+        if timesteps is not None:
+            images = images[np.arange(timesteps) % len(images)]
+        return Clip(images, info | {"timesteps": len(images)})
+
+    def _frames(
+        self, video: Shaped[np.ndarray, "N h w c"], most: int, fit: str, fps: float
+    ) -> tuple[Float[np.ndarray, "T r r 3"], dict[str, Any]]:
+        frames = np.asarray(video)
         if frames.ndim != 4 or len(frames) == 0:
             raise ValueError(f"video has shape {frames.shape}; [T, h, w, 3 or 4] is needed")
+        if not fps > 0:
+            raise ValueError(f"{fps=} must be positive")
         if np.issubdtype(frames.dtype, np.floating):
             if not (np.isfinite(frames).all() and frames.min() >= 0 and frames.max() <= 1):
                 raise ValueError("video: floats must lie in [0, 1]")
             frames = np.rint(frames * 255).astype(np.uint8)
         if frames.dtype != np.uint8:
             raise ValueError(f"video has type {frames.dtype}; uint8 or floats are needed")
-        digest = hashlib.sha256(np.ascontiguousarray(frames[:timesteps]).tobytes()).hexdigest()
-        images, info = video_input.frame_object(
-            frames[:timesteps], resolution=self.resolution, fit=fit
-        )
-        return images, {**info, "kind": "array", "sha256": digest}
+        used = frames[:most]
+        digest = hashlib.sha256(np.ascontiguousarray(used).tobytes()).hexdigest()
+        images, info = video_input.frame_object(used, resolution=self.resolution, fit=fit)
+        seconds = {"seconds": len(frames) / fps, "seconds_read": len(used) / fps, "start": 0.0}
+        return images, {"kind": "array", **seconds, **info, "fps": fps, "sha256": digest}
 
     def _object(self, tokens: Int[Array, "T N K"], meta: dict[str, Any]) -> Object4D:
         views = self.rig.num_views

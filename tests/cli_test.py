@@ -136,12 +136,102 @@ def make_frames(folder):
         picture(folder / f"{i}.png")
 
 
+def object_seen(frame):
+    """Columns of what is not white, from the first to the last."""
+    columns = np.flatnonzero((frame < 128).any(axis=(0, 2)))
+    return columns[0], columns[-1]
+
+
+@pytest.mark.parametrize(
+    "make, found",
+    [
+        ("white", "object found by its plain background, 20.0 % of the frame"),
+        ("clear", "object found by its alpha, 20.0 % of the frame"),
+        ("noise", None),
+    ],
+)
+def test_generate_says_what_it_uses_before_it_starts(capsys, tmp_path, tiny_bundle, make, found):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(10):
+        path = picture(folder / f"{index}.png")
+        if make == "noise":
+            noise = np.random.default_rng(index).integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(noise).save(path)
+        elif make == "clear":
+            image = np.asarray(Image.open(path).convert("RGBA")).copy()
+            image[..., 3] = np.where(image[..., 1] == 255, 0, 255)
+            Image.fromarray(image).save(path)
+    code, out, lines = run(
+        capsys, "generate", "--video", folder, "--model", tiny_bundle, "--size", 32,
+        "--out", tmp_path / "out", "--preview", tmp_path / "a.png", "--start", 0.5, "--fps", 2,
+        "--folder_fps", 5,
+    )  # fmt: skip
+    assert code == 0, lines
+    said = out[: out.index("device:")]
+    assert f"{folder}: folder of 40x40 pixels: 1.00 of 2.00 s, from 0.50 s on at 2 frames" in said
+    assert "2 timesteps" in said and str(tmp_path / "a.png") in said
+    warnings = [line for line in lines if "the whole frame counts as the object" in line]
+    assert len(warnings) == (found is None) and all(str(folder) in line for line in warnings)
+    assert (found or "frames") in said
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["fps"] == 2  # so that the object moves as fast as the clip
+    wanted = {"white": "plain background", "clear": "alpha", "noise": None}[make]
+    expected = {"start": 0.5, "fps": 2, "seconds": 2, "seconds_read": 1, "timesteps": 2}
+    assert {**manifest["input"], **expected, "object": wanted} == manifest["input"]
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    assert sheet.shape == (20, 38, 3)  # two frames of 16 pixels between seams of 2
+
+
+def test_a_preview_needs_no_output_and_replaces_nothing(capsys, tmp_path, tiny_bundle):
+    source = picture(tmp_path / "a.png")
+    before = source.read_bytes()
+
+    def preview(path, *more):
+        return run(
+            capsys, "generate", "--image", source, "--model", tiny_bundle, "--preview", path, *more
+        )
+
+    code, out, _ = preview(tmp_path / "b.png")
+    assert code == 0 and "picture of 40x40" in out and "device" not in out
+    sheet = np.asarray(Image.open(tmp_path / "b.png"))
+    assert sheet.shape == (20, 20, 3) and (sheet[2:4, 2:18] > 250).all()
+    left, right = object_seen(sheet[2:18, 2:18])
+    assert 3 <= left < 7 and 9 <= right < 13
+    for path, words in {
+        tmp_path / "b.png": "b.png exists",
+        tmp_path / "b.txt": "must end in .png",
+        tmp_path / "nowhere" / "b.png": "there is no folder",
+    }.items():
+        code, _, lines = preview(path)
+        assert code == 2 and len(lines) == 1 and words in lines[0], lines
+    assert preview(tmp_path / "b.png", "--overwrite")[0] == 0
+    for path, more in {
+        source: ["--overwrite"],
+        tmp_path / "out" / "b.png": ["--out", tmp_path / "out"],
+    }.items():
+        (tmp_path / "out").mkdir(exist_ok=True)
+        code, _, lines = preview(path, *more)
+        assert code == 2 and "must lie outside" in lines[0], lines
+    assert source.read_bytes() == before and not list((tmp_path / "out").iterdir())
+    code, _, lines = run(capsys, "generate", "--image", source, "--model", tiny_bundle)
+    assert code == 2 and "--out DIR" in lines[0] and len(lines) == 1
+
+
+def make_sizes(folder):
+    folder.mkdir()
+    picture(folder / "0.png")
+    picture(folder / "1.png", (50, 40))
+
+
 BAD_INPUT = {
     "missing.mp4": (lambda p: None, "does not exist"),
     "text.mp4": (lambda p: p.write_text("no video"), "not a video"),
     "empty.mp4": (lambda p: p.write_bytes(b""), "empty"),
     "dot.png": (lambda p: picture(p).unlink() or Image.new("1", (1, 1)).save(p), "1x1"),
     "huge.png": (lambda p: Image.new("1", (20_000, 20_000)).save(p), "max_pixels"),
+    "one_frame.gif": (lambda p: Image.new("L", (40, 40)).save(p), "no object"),
+    "sizes": (make_sizes, "1.png is 40x50 pixels, the pictures before it 40x40"),
     "no_frames": (lambda p: p.mkdir(), "no pictures"),
     "too_many": (make_frames, "max_frames = 2"),
 }
@@ -157,7 +247,7 @@ def test_bad_input(capsys, tmp_path, tiny_bundle, name):
         "--out", tmp_path / "out", "--max_frames", 2,
     )  # fmt: skip
     assert code == 2 and len(lines) == 1 and lines[0].startswith("fourdstar: "), lines
-    assert words in lines[0]
+    assert words in lines[0] and str(tmp_path / name) in lines[0]
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -365,10 +455,11 @@ def test_doctor(capsys):
 
 
 NUMBERS = {
-    "generate --video a --out b": ["seed", "frames", "fps", "temperature", "top_k", "cfg", "size"],
+    "generate --video a --out b": ["seed", "frames", "fps", "start", "folder_fps"]
+    + ["temperature", "top_k", "cfg", "size"],
     "prepare --assets a --out b": ["image_size", "views", "extra_views", "max_frames", "fps"]
     + ["limit", "workers", "batch"],
-    "reconstruct --data a --out b": ["clip", "batch", "fps", "size"],
+    "reconstruct --data a --out b": ["clip", "batch", "fps", "start", "size"],
     "encode-text --data a --bundle b --out c": ["batch"],
     "bench tokenizer": ["batch", "repeats"],
     "bench rasterize": ["repeats"],

@@ -84,7 +84,7 @@ def test_the_estimate_leaves_out_the_first_step(monkeypatch):
 
 
 def test_input_view_keeps_its_tokens(model, object4d):
-    images, _ = model._read(frames(), T, "object", 8.0, 100)
+    images, _ = model.read(frames())
     known = np.asarray(generate.encode_images(model.tokenizer, jnp.asarray(images)))
     np.testing.assert_array_equal(object4d.tokens[:, :4], known)
 
@@ -121,7 +121,25 @@ def test_a_short_clip_loops_to_the_timesteps_asked_for(model):
     assert len(model.generate(frames(1), seed=0).tokens) == 1
 
 
+def test_what_is_read_can_be_looked_at_first(model):
+    clip = model.read(frames(), timesteps=1)
+    assert clip.images.shape == (1, 16, 16, 3) and clip.info["timesteps"] == 1
+    assert clip.info["object"] == "alpha" and 0 < clip.info["object_area"] < 1
+    at_once, later = model.generate(frames(), timesteps=1, seed=3), model.generate(clip, seed=3)
+    np.testing.assert_array_equal(at_once.tokens, later.tokens)
+    assert at_once.meta == later.meta
+    np.testing.assert_array_equal(later.frames, clip.images)
+
+
+def test_the_object_moves_as_fast_as_what_was_read(model):
+    slow = model.generate(frames(), seed=3, fps=2.5)
+    assert slow.fps == 2.5 and slow.meta["input"]["seconds_read"] == T / 2.5
+    assert model.rig.fps == 8
+
+
 def test_bad_arguments(model):
+    with pytest.raises(ValueError, match="fps=0"):
+        model.generate(frames(), fps=0)
     with pytest.raises(ValueError, match="timesteps=3"):
         model.generate(frames(), timesteps=3)
     with pytest.raises(ValueError, match="key or seed"):

@@ -115,3 +115,14 @@ def say_device() -> None:
 
     device = jax.devices()[0]
     print(f"device: {device.platform} ({device.device_kind}), {jax.device_count()} there")
+
+
+def say_input(path: Path, info: dict[str, Any], *, fit: str) -> None:
+    """Says what of a video or picture is used, from `data.video.read_video`; warnings to stderr."""
+    from fourdstar_jax.data import video
+
+    for line in video.described(info, fit=fit):
+        if line.startswith("warning: "):
+            print(f"warning: {path}: {line.removeprefix('warning: ')}", file=sys.stderr)
+        else:
+            print(f"{path}: {line}")

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fourdstar_jax.cli.common import (
     FPS,
@@ -10,9 +11,13 @@ from fourdstar_jax.cli.common import (
     output_flags,
     real,
     say_device,
+    say_input,
     whole,
 )
 from fourdstar_jax.outside import MAX_SEED
+
+if TYPE_CHECKING:
+    from fourdstar_jax.generate import Clip, Model
 
 SUMMARY = "turn a video or picture into a moving 3D object"
 
@@ -23,7 +28,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--video", type=Path, metavar="PATH", help="mp4, webm, gif, or a folder of frames"
     )
     source.add_argument("--image", type=Path, metavar="PATH", help="a picture: a static 3D object")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="FILE.png",
+        help="write what the model will see; without --out nothing else is done",
+    )
     model_flag(parser)
     parser.add_argument("--text", help="what the object is and does; default a neutral prompt")
     parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the sampling")
@@ -33,7 +44,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="timesteps; default all of the video that fit",
     )
-    parser.add_argument("--fps", type=FPS, default=8.0, help="of a folder of frames")
+    parser.add_argument(
+        "--start", type=real(0, 1e6), default=0.0, metavar="SECONDS", help="where in the video"
+    )
+    parser.add_argument(
+        "--fps", type=FPS, help="timesteps a second of the video; default the model's"
+    )
+    parser.add_argument(
+        "--folder_fps", type=FPS, default=8.0, help="what a folder of frames counts as"
+    )
     parser.add_argument(
         "--fit",
         choices=["object", "none"],
@@ -59,24 +78,62 @@ def run(arguments: argparse.Namespace) -> None:
     source = arguments.video if arguments.video is not None else arguments.image
     if not source.exists():
         raise ValueError(f"{source} does not exist")
+    preview = arguments.preview
+    if preview is not None:
+        _check_preview(preview, (source, arguments.out), overwrite=arguments.overwrite)
+    if arguments.out is None:
+        if preview is None:
+            raise ValueError("give --out DIR, or --preview FILE.png to see the input only")
+        _see(load_model(arguments.model), source, arguments)
+        return
     from fourdstar_jax import export
     from fourdstar_jax.folders import OBJECT, output_folder
 
     with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
         model = load_model(arguments.model)
+        clip = _see(model, source, arguments)
         say_device()
         object4d = model.generate(
-            source,
+            clip,
             text=arguments.text,
             seed=arguments.seed,
-            timesteps=1 if arguments.image is not None else arguments.frames,
-            folder_fps=arguments.fps,
-            fit=arguments.fit,
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             cfg=arguments.cfg,
-            max_frames=arguments.max_frames,
             progress=True,
         )
         export.write(object4d, folder, size=arguments.size, progress=True)
     print(f"{len(object4d.gaussians.means)} timesteps of 3D Gaussians: {arguments.out}")
+
+
+def _see(model: "Model", source: Path, arguments: argparse.Namespace) -> "Clip":
+    """Reads the input, says what of it is used, and writes the preview."""
+    clip = model.read(
+        source,
+        timesteps=1 if arguments.image is not None else arguments.frames,
+        fit=arguments.fit,
+        start=arguments.start,
+        fps=arguments.fps,
+        folder_fps=arguments.folder_fps,
+        max_frames=arguments.max_frames,
+    )
+    say_input(source, clip.info, fit=arguments.fit)
+    if arguments.preview is not None:
+        from fourdstar_jax.export import pictures
+
+        pictures.write_sheet(arguments.preview, clip.images)
+        print(f"what the model will see: {arguments.preview}")
+    return clip
+
+
+def _check_preview(path: Path, others: tuple[Path | None, ...], *, overwrite: bool) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--preview {path} must end in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--preview {path}: there is no folder {path.parent}")
+    places = (path.resolve(), *path.resolve().parents)
+    for other in others:  # it would replace the input, become a frame of it, or go with old output
+        if other is not None and other.resolve() in places:
+            raise ValueError(f"--preview {path} must lie outside {other}")
+    if path.exists() and not (overwrite and path.is_file()):
+        raise ValueError(f"--preview {path} exists (--overwrite replaces it)")

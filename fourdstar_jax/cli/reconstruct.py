@@ -1,9 +1,19 @@
 """`fourdstar reconstruct`: through the tokenizer and back, beside the truth."""
 
 import argparse
+import functools
 from pathlib import Path
 
-from fourdstar_jax.cli.common import FPS, load_model, model_flag, output_flags, say_device, whole
+from fourdstar_jax.cli.common import (
+    FPS,
+    load_model,
+    model_flag,
+    output_flags,
+    real,
+    say_device,
+    say_input,
+    whole,
+)
 from fourdstar_jax.tokenizer import FAMILIES
 
 SUMMARY = "encode and decode a clip of a dataset, or pictures and videos, beside the truth"
@@ -23,6 +33,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=["none", "crop", "object"],
         default="none",
         help="pictures to squares: pad, take the middle, or cut the object out (--input)",
+    )
+    parser.add_argument(
+        "--start",
+        type=real(0, 1e6),
+        default=0.0,
+        metavar="SECONDS",
+        help="where in the videos (--input)",
     )
     parser.add_argument("--fps", type=FPS, default=8.0, help="sampling of videos (--input)")
     parser.add_argument(
@@ -94,8 +111,10 @@ def _pictures(arguments: argparse.Namespace) -> None:
             arguments.input,
             folder,
             fit=arguments.fit,
+            start=arguments.start,
             fps=arguments.fps,
             batch_size=arguments.batch,
+            on_input=functools.partial(say_input, fit=arguments.fit),
         )
     line = f"{len(result['files'])} files, mean PSNR {result['mean_psnr']:.2f} dB"
     print(f"{line}: {arguments.out}")

@@ -44,6 +44,12 @@ def refuse(message: str) -> NoReturn:
     sys.exit(3)
 
 
+def refuse_damaged(path: Path, error: Exception) -> NoReturn:
+    """Pillow meets damage with exceptions of every kind, IndexError and struct.error among them."""
+    found = " ".join(str(error).split()) or type(error).__name__
+    refuse(f"{path} cannot be read: {found}")
+
+
 def check_size(width: int, height: int, request: dict[str, Any], name: str) -> None:
     least, most = request["min_side"], request["max_pixels"]
     if min(width, height) < least:
@@ -112,8 +118,10 @@ def folder_frames(folder: Path, request: dict[str, Any], info: dict[str, Any]) -
             nonlocal size
             try:
                 picture = pictures.upright_srgb(open_picture(folder / name, request))
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-                refuse(f"{folder / name} is not a readable picture{why(error)}")
+            except UnidentifiedImageError:
+                refuse(f"{folder / name} is not a picture that can be read")
+            except Exception as error:
+                refuse_damaged(folder / name, error)
             if size is not None and picture.size != size:
                 found, before = ("{}x{}".format(*x) for x in (picture.size, size))
                 refuse(f"{folder / name} is {found} pixels, the pictures before it {before}")
@@ -121,11 +129,6 @@ def folder_frames(folder: Path, request: dict[str, Any], info: dict[str, Any]) -
             return shrink(picture)
 
         yield index / request["folder_fps"], 1 / request["folder_fps"], decode
-
-
-def why(error: Exception) -> str:
-    """What Pillow found wrong, unless it only says that it does not know the file."""
-    return "" if isinstance(error, UnidentifiedImageError) else f": {error}"
 
 
 def picture_frames(
@@ -310,18 +313,18 @@ def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any
         else:
             source = picture_frames(picture, path, request, info)
     fps, start = request["fps"], request["start"]
-    try:
-        frames, end = sample(source, fps, request["timesteps"], start)
-        if info["kind"] == "animation":  # which tells its length only frame by frame
-            for _ in source:
-                pass
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        refuse(f"{path} cannot be read: {error}")
+    frames, end = sample(source, fps, request["timesteps"], start)
+    if info["kind"] == "animation":  # which tells its length only frame by frame
+        for _ in source:
+            pass
     if not frames:
         refuse(f"{path} ends after {end:g} s, before start = {start:g}")
     if any(frame.shape != frames[0].shape for frame in frames):
         refuse(f"the frames of {path} differ in size")
-    info["seconds_read"] = min(len(frames) / fps, end - start)
+    if info["seconds"] is None and len(frames) < request["timesteps"]:
+        info["seconds"] = end
+    length = np.inf if info["seconds"] is None else max(info["seconds"], end)
+    info["seconds_read"] = min(len(frames) / fps, length - start)
     return np.stack(frames), info
 
 
@@ -342,6 +345,8 @@ def main() -> None:
         np.save(out / "frames.npy", frames, allow_pickle=False)
     except MemoryError:
         refuse(f"{path} needs more than {memory >> 20} MiB of memory to decode")
+    except Exception as error:
+        refuse_damaged(path, error)
     (out / "info.json").write_text(json.dumps(info))
 
 

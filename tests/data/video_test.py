@@ -132,6 +132,30 @@ def test_real_background_stays(tmp_path):
     assert images[0, 0].min() == 1 and images[0, 30].min() < 0.2  # padded, not cropped
 
 
+def test_a_little_noise_in_alpha_hides_nothing():
+    frame = np.concatenate([disc((40, 40)), np.full((96, 96, 1), 250, np.uint8)], axis=-1)
+    _, info = video.frame_object(frame[None], resolution=64)
+    assert info["background"] == "white" and info["object"] == "plain background"
+    assert abs(info["object_area"] - np.pi * 14**2 / 96**2) < 0.01
+
+
+def test_what_was_read_in_words(tmp_path):
+    write_mp4(tmp_path / "a.mp4", moving(24))
+    path = tmp_path / "a.mp4"
+    _, info = video.read_video(path, resolution=32, timesteps=3, start=0.25)
+    first, second = video.described(info, fit="object")
+    assert "0.38 of 1.00 s, from 0.25 s on at 8 frames a second, 3 timesteps" in first
+    assert abs(info["object_area"] - np.pi * 14**2 / 96**2) < 0.01
+    share = f"{100 * info['object_area']:.1f} % of the frame"
+    assert second == f"object found by its plain background, {share}"
+    assert "whole frame is used" in video.described(info, fit="none")[1]
+    lines = video.described(info | {"object": None, "seconds": None}, fit="object")
+    assert "of an unknown number of s" in lines[0] and lines[1].startswith("warning: no object")
+    for start in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="start="):
+            video.read_video(path, resolution=32, timesteps=3, start=start)
+
+
 def test_kept_aspect(tmp_path):
     """A wide picture is padded, not squeezed."""
     wide = np.full((50, 200, 3), 255, np.uint8)
@@ -182,7 +206,7 @@ def test_refused(tmp_path, name):
     make(tmp_path / name)
     with pytest.raises(ValueError, match=words) as error:
         video.read_video(tmp_path / name, resolution=64, timesteps=4)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
 def test_frame_caps(tmp_path):
@@ -198,8 +222,9 @@ def test_frame_caps(tmp_path):
 def test_frames_of_two_sizes(tmp_path):
     Image.fromarray(disc((40, 40))).save(tmp_path / "0.png")
     Image.fromarray(disc((40, 40), size=80)).save(tmp_path / "1.png")
-    with pytest.raises(ValueError, match="1.png"):
+    with pytest.raises(ValueError, match="1.png is 80x80 pixels") as error:
         video.read_video(tmp_path, resolution=64, timesteps=4)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_a_decoder_that_takes_too_long_is_stopped(tmp_path):

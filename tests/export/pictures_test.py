@@ -30,9 +30,12 @@ def run(folder, out, *more):
 
 def test_pictures_and_videos_come_back(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--batch", "2") == 0
-    assert "2 files" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 files" in said and "a.png: a picture of 96x48 pixels" in said
+    assert "b.mp4: video of 48x48 pixels: 0.38 of 0.38 s" in said
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [(f["file"], f["frames"]) for f in manifest["files"]] == [("a.png", 1), ("b.mp4", 3)]
+    assert [f["input"]["kind"] for f in manifest["files"]] == ["picture", "video"]
     assert manifest["tokenizer"] == bundle.read(BUNDLED_MODEL).spec.to_dict()
     assert Image.open(tmp_path / "out" / "a.png").size == (128, 64)
     assert (tmp_path / "out" / "b.mp4").stat().st_size > 500
@@ -43,6 +46,15 @@ def test_pictures_and_videos_come_back(folder, tmp_path, capsys):
     again = np.asarray(Image.open(tmp_path / "out" / "a.png"), np.float32)[:, 64:] / 255
     one = np.load(tmp_path / "out" / "tokens" / "a.npy", allow_pickle=False)
     np.testing.assert_allclose(again, tokenizer.decode(jnp.asarray(one))[0], atol=0.6 / 255)
+
+
+def test_the_start_and_the_whole_frame_of_videos(folder, tmp_path, capsys):
+    more = ["--start", "0.25", "--fit", "object"]
+    assert run(folder / "b.mp4", tmp_path / "out", *more) == 0
+    (result,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert result["frames"] == 1 and result["input"]["object"] is None
+    warning = f"warning: {folder / 'b.mp4'}: no object was found"
+    assert warning in capsys.readouterr().err
 
 
 def test_crop_takes_the_middle(folder, tmp_path):

@@ -231,7 +231,9 @@ def test_float64_is_kept():
         peaks = empty_peaks(60, 4, 1, jnp.float64)
         ids, mask = jnp.arange(60)[:, None], jnp.ones(60, bool)
         peaks = add_group(peaks, jnp.asarray(exact - 1e5), ids, mask, k=5)
-        assert {y.dtype for y in (peaks.x, peaks.log_densities, peaks.deltas)} == {np.dtype("float64")}
+        assert {y.dtype for y in (peaks.x, peaks.log_densities, peaks.deltas)} == {
+            np.dtype("float64")
+        }
         assert sizes(find_clusters(peaks, num_clusters=3)) == ([20, 20, 20], 0)
 
 
