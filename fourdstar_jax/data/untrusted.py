@@ -325,7 +325,10 @@ def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any
         info["seconds"] = end
     length = np.inf if info["seconds"] is None else max(info["seconds"], end)
     info["seconds_read"] = min(len(frames) / fps, length - start)
-    return np.stack(frames), info
+    stacked = np.stack(frames)
+    if info["kind"] == "video" and stacked[..., 3].max() == 0:
+        stacked[..., 3] = 255  # the fourth byte of an uncompressed AVI, which nothing fills
+    return stacked, info
 
 
 def main() -> None:
@@ -336,6 +339,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.MAX_IMAGE_PIXELS = request["max_pixels"]
+    warnings.simplefilter("ignore")  # stderr is for the one line
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     av.logging.set_level(None)
     path = Path(request["path"])

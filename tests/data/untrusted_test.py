@@ -1,10 +1,12 @@
 """Frames come out as a player shows them: colours, orientation, shape of pixels, transparency."""
 
 import itertools
+import json
 import os
 import struct
 import subprocess
 import sys
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -97,6 +99,14 @@ def test_alpha_of_streams_that_have_it(tmp_path, name, codec, pix_fmt, width):
     assert frames[0, 18, width * 3 // 8, 3] >= 250 and close(frames[0, 18, width * 3 // 8], RED)
     area = (frames[0, ..., 3] > 127).mean()
     assert abs(area - 1 / 16) < 0.01
+
+
+def test_a_fourth_byte_that_nothing_fills_is_no_alpha(tmp_path):
+    frame = np.concatenate([square(), np.zeros((64, 64, 1), np.uint8)], axis=-1)
+    write(tmp_path / "a.avi", [frame] * 3, "rawvideo", "bgra")
+    frames, _ = decode(tmp_path / "a.avi")
+    assert frames[..., 3].min() == 255
+    assert close(frames[0, 0, 0], WHITE) and close(frames[0, 20, 20], RED)
 
 
 @pytest.mark.parametrize("save", [dict(), dict(lossless=True)], ids=["APNG", "WEBP"])
@@ -365,6 +375,52 @@ def test_heic_without_the_extra_says_what_to_install(tmp_path):
     )
     last = result.stderr.strip().splitlines()[-1]
     assert "a.heic is HEIC" in last and "fourdstar-jax[heic]" in last
+
+
+PIECES = {
+    "a.gif": dict(duration=125),
+    "b.png": dict(duration=125),
+    "c.webp": dict(duration=125, lossless=True),
+    "d.tif": dict(compression="tiff_lzw"),
+}
+
+
+@pytest.mark.parametrize("name", [*PIECES, "e.jpg", "f.mp4", "g.webm"])
+def test_damaged_files_are_told_in_one_line(tmp_path, monkeypatch, capsys, name):
+    """Cut short, or with bytes changed: frames, or a line that names the file."""
+    path = tmp_path / name
+    frames = [square(64, 48, colour=(0, 0, blue)) for blue in (0, 100, 200)]
+    if name in PIECES:
+        first, *rest = map(Image.fromarray, frames)
+        first.save(path, save_all=True, append_images=rest, **PIECES[name])
+    elif name == "e.jpg":
+        Image.fromarray(frames[0]).save(path)
+    else:
+        write(path, frames, "libvpx-vp9" if name == "g.webm" else "libx264")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[: round(len(whole) * part)] for part in np.linspace(0.02, 1, 15)]
+    for _ in range(15):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[rng.integers(len(data), size=4)] = rng.integers(256, size=4)
+        damaged.append(data.tobytes())
+    monkeypatch.setattr(untrusted.resource, "setrlimit", lambda *limits: None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000_000)
+    request = REQUEST | {"path": str(path), "out": str(tmp_path), "timeout_s": 9}
+    monkeypatch.setattr(sys, "argv", ["", json.dumps(request | {"max_memory": 1 << 30})])
+    outcomes = set()
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            with warnings.catch_warnings():
+                untrusted.main()
+            outcomes.add("read")
+        except SystemExit as ended:
+            assert ended.code == 3
+            assert str(path) in capsys.readouterr().err.strip().splitlines()[-1]
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+    assert {file.name for file in tmp_path.iterdir()} == {name, "frames.npy", "info.json"}
 
 
 @pytest.mark.parametrize("name", ["width500.mp4", "width512_control.mp4"])
