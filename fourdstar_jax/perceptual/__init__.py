@@ -1,0 +1,1 @@
+"""How alike pictures look: networks that were trained elsewhere and stay frozen."""
