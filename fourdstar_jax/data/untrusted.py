@@ -36,6 +36,7 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg"
 INDEXED_FORMATS = {"mov", "matroska"}  # that find the key frame before a time
 WORKING_SIDE = 1024  # larger pictures are shrunk to this as soon as they are decoded
+UNSPECIFIED = 2  # of H.273, for curve, primaries and matrix alike
 WIDEST_PIXEL = 16  # width to height, and the other way round
 
 
@@ -186,13 +187,23 @@ def turned(array: np.ndarray, frame: Any) -> np.ndarray:
     return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def video_pixels(frame: Any, described: Any, aspect: fractions.Fraction) -> np.ndarray:
-    """A frame as uint8 RGBA. Its curve, primaries and orientation are those of `described`."""
+def video_pixels(
+    frame: Any, colours: tuple[int, int, int], aspect: fractions.Fraction
+) -> np.ndarray:
+    """A frame as uint8 RGBA; what it does not say of its colours, the container's do.
+
+    They are transfer, primaries and matrix, as H.273 numbers them.
+    """
     # Planar RGB, and alpha only where the stream has it: on the way to packed formats swscale
     # leaves columns undefined at some widths.
     form = frame.format
     alpha = form.has_palette or any(component.is_alpha for component in form.components)
-    transfer, primaries = int(described.color_trc), int(described.color_primaries)
+    own = (int(frame.color_trc), int(frame.color_primaries), int(frame.colorspace))
+    transfer, primaries, matrix = (
+        said if found == UNSPECIFIED else found for found, said in zip(own, colours, strict=True)
+    )
+    if own[2] != matrix:
+        frame.colorspace = matrix
     if colour.is_srgb(transfer, primaries):
         array = frame.to_ndarray(format="gbrap" if alpha else "gbrp")
     else:
@@ -202,8 +213,7 @@ def video_pixels(frame: Any, described: Any, aspect: fractions.Fraction) -> np.n
         if alpha:
             array = np.concatenate([array, (deep[..., 3:] >> 8).astype(np.uint8)], axis=-1)
         aspect = fractions.Fraction(1)
-    picture = shrink(Image.fromarray(array).convert("RGBA"), aspect)
-    return np.ascontiguousarray(turned(picture, described))
+    return shrink(Image.fromarray(array).convert("RGBA"), aspect)
 
 
 def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> Iterator:
@@ -231,6 +241,7 @@ def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> I
             seconds = stream.duration * base
         info |= {"kind": "video", "seconds": seconds}
         decoder: Any = stream.codec_context
+        colours = (decoder.color_trc, decoder.color_primaries, decoder.colorspace)
         separate = stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9")
         if separate:
             # FFmpeg's own VP8 and VP9 decoders drop the alpha channel; libvpx keeps it.
@@ -247,7 +258,7 @@ def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> I
             first = stream.start_time * base
         try:
             for packet in container.demux(stream):
-                if separate and described is None:  # only the stream's own decoder knows the file
+                if separate and described is None:  # only its own decoder knows the orientation
                     described = next(iter(stream.codec_context.decode(packet)), None)
                 for frame in decoder.decode(packet):
                     decoded += 1
@@ -260,7 +271,8 @@ def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> I
                     previous = time
 
                     def decode(frame=frame, described=described):
-                        return video_pixels(frame, described or frame, aspect)
+                        pixels = video_pixels(frame, colours, aspect)
+                        return np.ascontiguousarray(turned(pixels, described or frame))
 
                     yield time - first, 1 / rate, decode
         except av.error.FFmpegError:
