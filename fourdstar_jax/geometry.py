@@ -17,8 +17,18 @@ from fourdstar_jax.outside import Fields
 from fourdstar_jax.types import Array, Cameras, Gaussians
 
 RADIUS, FOV_DEG = 1.5, 49.1  # of every rig here, scene units and degrees: L4GM's and LGM's
-# Longest side of an object's box, scene units: its near corners stay inside that field of view.
-OBJECT_SIDE = 0.9
+# The size of an object in its pictures, a fraction of their side: see `apparent_size`.
+OCCUPANCY = 0.58
+WIDE = 1.5  # an object so many times as wide as high still has the size of its height
+
+
+def apparent_size(width: float, height: float) -> float:
+    """Size of what is `width` wide and `height` high in a picture: the one rule for all objects.
+
+    The views around an object agree on its height and much less on its width. So the height
+    counts, and the width only of what is wider than WIDE heights.
+    """
+    return max(height, width / WIDE)
 
 
 def normalize(x: Float[Array, "*b n"], eps: float = 1e-12) -> Float[jax.Array, "*b n"]:

@@ -1,7 +1,7 @@
 """Reads what users bring (mp4, webm, gif, a folder of frames, a picture) as the model's input.
 
 The frames are sampled in time and framed in space as the training data is: `fps` 8, white
-background, the object centred at the size that the training rig shows it at.
+background, the object centred and as large as in training (`posing.placing`).
 """
 
 import json
@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from fourdstar_jax.geometry import FOV_DEG, OBJECT_SIDE, RADIUS
+from fourdstar_jax.data.posing import root_motion
+from fourdstar_jax.geometry import OCCUPANCY, apparent_size
 
 MAX_FRAMES = 10_000
 MAX_PIXELS = 64_000_000
@@ -25,8 +26,6 @@ CROP = 1.125  # UniTok resizes a photograph's short side to so many times the mi
 MIN_SIDE = 16
 FPS = 8.0
 
-# Fraction of the picture's side that the box over a whole clip takes in the training images.
-OCCUPANCY = OBJECT_SIDE / (2 * RADIUS * math.tan(math.radians(FOV_DEG) / 2))
 # What told the object from each kind of background.
 FOUND_BY = {
     "transparent": "alpha",
@@ -57,8 +56,8 @@ def read_video(
     each), for as long as it lasts; a picture gives one frame. A folder's pictures, in natural order
     (2 before 10), and the pages of a TIFF are `folder_fps` a second. Frames are as players show
     them: turned, mirrored and stretched as the file says, HDR as sRGB. Transparent pixels become
-    white. With `fit="object"` the object is cut out by the bounding box over the whole clip and
-    scaled as in training; `fit="none"` only pads to a square and resizes; `fit="crop"` takes the
+    white. With `fit="object"` the object is cut out, followed where it moves on, and scaled as in
+    training; `fit="none"` only pads to a square and resizes; `fit="crop"` takes the
     middle square and resizes it bilinearly, as UniTok and LlamaGen evaluate photographs. Values are
     in [0, 1]; the second result tells what was read (`described` puts it in words).
 
@@ -171,21 +170,24 @@ def frame_object(
         raise ValueError("no object to be seen: every frame is nothing but background")
     height, width = mask.shape[1:]
     side = min(width, height) / CROP if fit == "crop" else float(max(width, height))
+    path = np.zeros((len(images), 2))
+    left, top = (width - side) / 2, (height - side) / 2
     if fit == "object" and background != "not plain":
-        columns, rows = _extent(mask.any(axis=0), axis=0), _extent(mask.any(axis=0), axis=1)
-        side = max(columns[1] - columns[0], rows[1] - rows[0]) / OCCUPANCY
-        left, top = (sum(columns) - side) / 2, (sum(rows) - side) / 2
-    else:
-        left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, side)
+        (left, top, side), path = _object_box(mask)
     resample = Image.Resampling.BILINEAR if fit == "crop" else Image.Resampling.BICUBIC
-    squares = np.stack([_crop(image, box, resolution, resample) for image in images])
+    squares = np.stack(
+        [
+            _crop(image, (left + x, top + y, side), resolution, resample)
+            for image, (x, y) in zip(images, path, strict=True)
+        ]
+    )
     info: dict[str, Any] = {
         "background": background,
         "object": FOUND_BY[background],
         "object_area": float(mask.mean()),
         "source_size": [width, height],
         "crop": [left, top, side],
+        "followed": bool(path.any()),
     }
     return squares.astype(np.float32) / 255, info
 
@@ -206,6 +208,26 @@ def _on_white(
     if colour.min() >= 255 - tolerance:
         return images, mask, "white"
     return np.where(mask[..., None], images, np.uint8(255)), mask, "plain"
+
+
+def _object_box(
+    masks: Bool[np.ndarray, "T h w"],
+) -> tuple[tuple[float, float, float], Float[np.ndarray, "T 2"]]:
+    """The square (left, top, side) of the first frame, and where it is from there in the others.
+
+    It has the object in its middle at the size that it has in training (`posing.placing`).
+    """
+    seen = np.flatnonzero(masks.any(axis=(1, 2)))
+    boxes = np.array([[_extent(masks[t], axis) for axis in (0, 1)] for t in seen])  # [F, xy, ends]
+    centers = np.array([np.argwhere(masks[t]).mean(axis=0)[::-1] for t in seen])  # [F, xy]
+    size = float(np.median((boxes[..., 1] - boxes[..., 0]).max(axis=1)))
+    path = np.stack([root_motion(centers[:, i : i + 1], size)[:, 0] for i in (0, 1)], axis=1)
+    low = (boxes[..., 0] - path).min(axis=0)
+    high = (boxes[..., 1] - path).max(axis=0)
+    side = apparent_size(*map(float, high - low)) / OCCUPANCY
+    left, top = (low + high - side) / 2
+    nearest = np.abs(np.arange(len(masks))[:, None] - seen).argmin(axis=1)  # a frame that sees it
+    return (float(left), float(top), side), path[nearest]
 
 
 def _extent(mask: Bool[np.ndarray, "h w"], axis: int) -> tuple[float, float]:

@@ -21,7 +21,7 @@ AXES = {
     "splats.safetensors": "RUB: x right, y up, z towards the camera of azimuth 0",
     "ply": ply.AXES,
 }
-UNITS = "the object's longest side over the clip is 0.9 in training; cameras stand at `radius`"
+UNITS = "an object of training is about 0.8 high over its clip; cameras stand at `radius`"
 README = """\
 Watch input_and_orbit.webp (what the model saw, and the object from all around), orbit.mp4 and
 fixed_*.mp4 (azimuth in degrees).

@@ -66,9 +66,14 @@ def test_no_more_timesteps_than_asked_for(tmp_path):
 def test_object_fills_the_picture_as_in_training(tmp_path):
     write_mp4(tmp_path / "a.mp4", moving(24))
     images, _ = video.read_video(tmp_path / "a.mp4", resolution=100, timesteps=8)
-    width, height = extents(images)  # the disc's way is longer than the disc is high
-    assert abs(width - 100 * video.OCCUPANCY) <= 3
-    assert height < width
+    width, height = extents(images)  # the disc's way is longer than half of it: it is followed
+    assert abs(width - 100 * video.OCCUPANCY) <= 3 and abs(height - width) <= 3
+    near = [disc((40 + i, 40)) for i in range(8)]
+    write_mp4(tmp_path / "near.mp4", near)
+    images, info = video.read_video(tmp_path / "near.mp4", resolution=100, timesteps=8)
+    width, height = extents(images)
+    assert not info["followed"] and height < width < 1.5 * height
+    assert abs(height - 100 * video.OCCUPANCY) <= 3
     rows = np.flatnonzero((images.min(axis=-1) < 0.5).any(axis=(0, 2)))
     assert abs((rows[0] + rows[-1] + 1) / 2 - 50) <= 1.5
 

@@ -30,7 +30,7 @@ AZIMUTHS, ELEVATIONS = (0.0, 60.0, 215.0), (0.0, -25.0, 5.0)
 
 def ours(assets: Path, out: Path) -> None:
     from fourdstar_jax import geometry
-    from fourdstar_jax.data import gltf, render
+    from fourdstar_jax.data import gltf, posing, render
 
     cameras = geometry.orbit_cameras(AZIMUTHS, ELEVATIONS, width=SIZE, height=SIZE)
     renderer = render.Renderer(SIZE, len(AZIMUTHS), supersample=SAMPLES)
@@ -39,8 +39,7 @@ def ours(assets: Path, out: Path) -> None:
         asset = gltf.load(assets / file)
         renderer.load(asset)
         posed = asset.pose(clip, np.array(times_s))
-        low, high = posed.positions.min((0, 1)), posed.positions.max((0, 1))
-        center, scale = (low + high) / 2, geometry.OBJECT_SIDE / (high - low).max()
+        center, scale, _ = posing.placing(posed.positions)
         masks = [
             renderer.draw((p - center) * scale, n, cameras).rgba[..., 3]
             > 128  # half of the samples is 128
