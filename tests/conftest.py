@@ -79,7 +79,7 @@ def mesh():
 @pytest.fixture(scope="session")
 def assets():
     """Folder of animated GLB files for training, which users do not have."""
-    folder = SHARED / "assets"
+    folder = SHARED / "assets_v2"
     if not folder.is_dir():
         pytest.skip("the training assets are not here")
     return folder

@@ -148,7 +148,14 @@ class ClipSource:
         text = ("object_id", "clip_id", "asset_sha256", "clip_name", "split", "licence")
         out: dict[str, Any] = {k: as_text(record[k]) for k in (*text, "appearance", "motion")}
         clip_index = int(record["clip_index"])
-        splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
+        splits.check(
+            out["clip_id"],
+            out["asset_sha256"],
+            clip_index,
+            out["split"],
+            self.split,
+            self.manifest["split_sha256"],
+        )
         s = self.manifest["settings"]
         F = len(record["frame_times"])
         for name, views in (("rig", s["views"]), ("extra", s["extra_views"])):
@@ -163,6 +170,7 @@ class ClipSource:
         for key in ("rig_flow", "rig_depth"):
             if key in record:
                 out[key] = np.asarray(record[key])
+        out["clip_index"] = clip_index
         out |= {"fps": float(record["fps"]), "frame_times": record["frame_times"]}
         out["index"] = int(record["index"])
         nbytes = sum(v.nbytes for v in out.values() if isinstance(v, np.ndarray))

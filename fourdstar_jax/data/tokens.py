@@ -79,7 +79,7 @@ def tokenize(
                 metadata = {k: clip[k] for k in _TEXT}
                 metadata |= {
                     "index": str(clip["index"]),
-                    "clip_index": clip["clip_id"].split("#")[-1],
+                    "clip_index": str(clip["clip_index"]),
                 }
                 arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
                 writer.write(save(arrays, metadata=metadata))
@@ -197,7 +197,14 @@ class TokenSource:
         out |= {k: metadata.text(k) for k in _TEXT}
         out["index"] = int(metadata.text("index", pattern=r"\d{1,9}"))
         clip_index = int(metadata.text("clip_index", pattern=r"\d{1,9}"))
-        splits.check(out["clip_id"], out["asset_sha256"], clip_index, out["split"], self.split)
+        splits.check(
+            out["clip_id"],
+            out["asset_sha256"],
+            clip_index,
+            out["split"],
+            self.split,
+            self.folder.hashes["split_sha256"],
+        )
         return out
 
     def __getstate__(self) -> dict:  # for worker processes, which open the files themselves

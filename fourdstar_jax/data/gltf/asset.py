@@ -8,6 +8,8 @@ from jaxtyping import Float, Float32, Int32, UInt8
 
 from fourdstar_jax.data.gltf.container import MalformedAsset
 
+HUE_SHARE, HUE_GAP = 0.03, 30.0  # of the surface; degrees between two hues that are distinct
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -173,6 +175,29 @@ class Asset:
             where = "the rest pose" if clip is None else f"clip {self.clips[clip].name!r}"
             raise MalformedAsset(f"{where} has vertices that are not finite")
         return Posed(out, out_normals)
+
+    def coloured(self) -> bool:
+        """Whether it has a texture or at least two distinct hues on its surface."""
+        if self.textures:
+            return True
+        corners = self.positions[self.triangles].astype(np.float64)
+        areas = np.linalg.norm(
+            np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=-1
+        )
+        linear = np.clip(
+            self.colors[self.triangles[:, 0], :3] + self.emission[self.triangles[:, 0]], 0, 1
+        )
+        rgb = np.where(linear < 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+        high, low = rgb.max(1), rgb.min(1)
+        vivid = high - low > 0.1
+        r, g, b = rgb[vivid].T
+        chroma = (high - low)[vivid]
+        sectors = [(g - b) / chroma % 6, (b - r) / chroma + 2, (r - g) / chroma + 4]
+        hues = 60 * np.choose(rgb[vivid].argmax(1), sectors)
+        share = np.bincount((hues // 5).astype(int), areas[vivid], 72) / max(areas.sum(), 1e-12)
+        found = 5 * np.flatnonzero(share >= HUE_SHARE)
+        apart = np.abs(found[:, None] - found)
+        return bool((np.minimum(apart, 360 - apart) >= HUE_GAP).any())
 
     def local_rotations(
         self, clip: int, times_s: Float[np.ndarray, " T"]

@@ -16,6 +16,7 @@ MAX_FILE_BYTES = 256 << 20
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_VALUES = 16_000_000
 MAX_VALUES = 64 << 20  # elements of one accessor
+MAX_BAD_WEIGHTS = 0.003  # share of skin weights that may be no numbers: a few, as viewers allow
 MAX_EMPTY = 2_000_000  # elements of an accessor without data, which costs the file nothing
 
 COMPONENTS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
@@ -126,7 +127,10 @@ class Container:
     def accessor(
         self, index: int, kinds: tuple[str, ...], *, raw: bool = False, use: str = ""
     ) -> np.ndarray:
-        """Values [count, width], float32 unless `raw`; normalized integers as fractions."""
+        """Values [count, width], float32 unless `raw`; normalized integers as fractions.
+
+        All are finite, but for a few rows of skin weights (`use` begins so).
+        """
         accessor, what = self.item("accessors", index), f"accessor {index}{use and f' ({use})'}"
         kind, count, code = accessor["type"], accessor["count"], accessor["componentType"]
         if kind not in kinds:
@@ -172,6 +176,8 @@ class Container:
             limit = np.iinfo(COMPONENTS[code]).max
             out = np.maximum(out / limit, -1.0)
         bad = int((~np.isfinite(out)).any(axis=1).sum())
+        if bad and use.startswith("WEIGHTS") and bad <= MAX_BAD_WEIGHTS * count:
+            return out
         if bad:
             raise MalformedAsset(f"{what} is not finite in {bad} of {count} rows")
         self.read[index] = out

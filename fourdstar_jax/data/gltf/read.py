@@ -274,6 +274,13 @@ class _Reader:
         joints, weights, bones, inverse_bind = self._skin(
             attribute, attributes, node, node_index, P, count
         )
+        placeless = ~np.isfinite(weights).all(axis=1)  # viewers show no triangle with such a corner
+        if placeless.any():
+            self.notes.warn(
+                f"{placeless.sum()} of {P} vertices have skin weights that are not numbers"
+            )
+            triangles = triangles[~placeless[triangles].any(axis=1)]
+            arrays["triangles"] = triangles
         morph_positions, morph_normals, rest = self._morphs(primitive, mesh, node, P)
         used = np.unique(triangles)  # the others are not seen, and must not widen the box
         for key, values in arrays.items():
@@ -355,12 +362,13 @@ class _Reader:
             raise MalformedAsset("joints without weights")
         weights = np.concatenate(weights, 1)  # [P, S]
         joints = np.rint(joints).astype(np.int64)
-        joints = np.where(weights == 0, 0, joints)  # numbers of unused slots mean nothing
+        meant = np.isfinite(weights) & (weights != 0)
+        joints = np.where(meant, joints, 0)  # numbers of unused slots mean nothing
         if joints.min() < 0 or joints.max() >= len(bones):
             raise MalformedAsset(f"a vertex names joint {joints.max()} of {len(bones)}")
         total = weights.sum(1, keepdims=True)
         first = np.arange(weights.shape[1]) == 0  # no weight at all: the first joint holds it
-        weights = np.where(total > 0, weights / np.where(total > 0, total, 1), first)
+        weights = np.where(total <= 0, first, weights / np.where(total <= 0, 1, total))
         return joints, weights.astype(np.float32), bones, inverse_bind
 
     def _morphs(self, primitive: dict, mesh: int, node: Node, P: int):
