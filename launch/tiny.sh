@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the bundled tiny model from a folder of animated GLB files: ./launch/tiny.sh ASSETS [OUT]
 #
-# On two CPU cores about half an hour after the rendering, which takes 10 to 20 minutes for 180 files.
+# On two CPU cores about half an hour after the rendering, which takes 20 to 40 minutes for 360 files.
 # OUT (default runs/tiny) holds data, tokens and a run a stage; the model is OUT/star/bundle. A run that
 # was cut goes on where it was: call the same line again. STEPS=20 makes each training that short, to
 # try the line; LICENCE="" takes files of any licence.
@@ -14,9 +14,9 @@ fourdstar=.venv/bin/fourdstar
 short=(${STEPS:+"--config.steps=$STEPS"})
 say() { printf '\n== %s\n' "$*"; }
 
-say "1 of 6: every clip of every file as pictures from four sides (10 to 20 minutes)"
+say "1 of 6: the clips of every file as pictures from four sides (20 to 40 minutes)"
 [ -e "$out/data/manifest.json" ] ||
-  $fourdstar prepare --assets "$assets" --out "$out/data" ${licence:+--licence "$licence"}
+  $fourdstar prepare --assets "$assets" --out "$out/data" --max_frames 8 ${licence:+--licence "$licence"}
 
 say "2 of 6: the tokenizer, pictures to tokens and back (4,000 steps, about 12 minutes)"
 $fourdstar train --config=configs/tokenizer.py:tiny --workdir="$out/tokenizer" \

@@ -1,4 +1,4 @@
-"""`fourdstar inspect`: what a bundle holds."""
+"""`fourdstar inspect`: what a bundle or a dataset holds."""
 
 import argparse
 from pathlib import Path
@@ -6,16 +6,26 @@ from typing import Any
 
 from fourdstar_jax.cli.common import BUNDLED_MODEL
 
-SUMMARY = "tell what a model bundle holds"
+SUMMARY = "tell what a model bundle or a dataset holds"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, nargs="?", default=BUNDLED_MODEL)
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", default=BUNDLED_MODEL, help="folder of either kind"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="write a picture of a dataset's objects"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from fourdstar_jax import bundle
+    from fourdstar_jax.folders import DATASET, is_of_kind
 
+    if is_of_kind(arguments.bundle, DATASET):
+        return _dataset(arguments.bundle, arguments.sheet)
+    if arguments.sheet is not None:
+        raise ValueError(f"{arguments.bundle} is not a dataset: --sheet needs one")
     found = bundle.read(arguments.bundle)
     print(f"bundle {arguments.bundle}")
     if found.tokenizer is not None:
@@ -53,3 +63,17 @@ def _short(value: Any) -> str:
 def _printable(value: Any) -> str:
     text = str(value)
     return (text if text.isprintable() else ascii(text))[:100]
+
+
+def _dataset(folder: Path, picture: Path | None) -> None:
+    from fourdstar_jax.data import pipeline, sheet
+
+    manifest = pipeline.read_manifest(folder)
+    print(f"dataset {folder}")
+    for name, value in manifest["settings"].items():
+        print(f"  {name}: {_short(value)}")
+    for split, clips in manifest["splits"].items():
+        told = manifest.get("counts", {}).get(split, {"clips": clips})
+        print(f"  {split}: " + ", ".join(f"{k} {v}" for k, v in told.items()))
+    if picture is not None:
+        print(f"  {sheet.write(folder, picture)} objects in {picture}")

@@ -4,31 +4,42 @@ import argparse
 from pathlib import Path
 
 from fourdstar_jax.cli import encode_text, tokenize
-from fourdstar_jax.cli.common import FPS, whole
+from fourdstar_jax.cli.common import FPS, real, whole
+from fourdstar_jax.data.settings import Settings
 
 SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    default = Settings()
     parser.add_argument("--assets", type=Path, metavar="DIR", help="folder of GLB files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--image_size", type=whole(1, 1024), default=64, help="pixels a side")
-    parser.add_argument("--views", type=whole(1, 64), default=4, help="rig views, equally around")
-    parser.add_argument(
-        "--extra_views", type=whole(0, 63), default=2, help="random views, for losses"
-    )
-    parser.add_argument(
-        "--max_frames", type=whole(1, 1024), default=8, help="of a clip; the rest is cut"
-    )
-    parser.add_argument("--fps", type=FPS, default=8.0, help="sampling of the animations")
     parser.add_argument("--licence", help="only assets of this licence in assets.csv, such as CC0")
     parser.add_argument("--limit", type=whole(1, 10**9), help="only so many assets")
+    for name, kind, text in (
+        ("image_size", whole(1, 1024), "pixels a side"),
+        ("views", whole(1, 64), "rig views, equally around"),
+        ("extra_views", whole(0, 63), "random views, for losses"),
+        ("max_frames", whole(1, 1024), "of a clip; the rest is cut"),
+        ("fps", FPS, "sampling of the animations"),
+        ("rigs", whole(1, 64), "times a clip of training is seen, from another side each"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
     parser.add_argument(
-        "--flow", action=argparse.BooleanOptionalAction, default=True, help="optical flow"
+        "--zoom",
+        type=real(0.1, 2),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=default.zoom,
+        help="of clips of training, drawn at random between the two",
     )
-    parser.add_argument(
-        "--depth", action=argparse.BooleanOptionalAction, default=False, help="depth maps"
-    )
+    for name, text in (("flow", "optical flow"), ("depth", "depth maps")):
+        parser.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            default=getattr(default, name),
+            help=text,
+        )
     parser.add_argument(
         "--workers", type=whole(0, 1024), help="processes; 0 works in this one, default one a core"
     )
@@ -75,15 +86,9 @@ def run(arguments: argparse.Namespace) -> None:
     prepare.prepare(
         arguments.assets,
         arguments.out,
-        image_size=arguments.image_size,
-        views=arguments.views,
-        extra_views=arguments.extra_views,
-        max_frames=arguments.max_frames,
-        fps=arguments.fps,
         licence=arguments.licence,
         limit=arguments.limit,
-        flow=arguments.flow,
-        depth=arguments.depth,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        **{name: getattr(arguments, name) for name in Settings._fields},
     )

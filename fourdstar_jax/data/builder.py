@@ -8,7 +8,7 @@ with frame 0.
 | --- | --- | --- |
 | `index` | number of the clip in the dataset, over all splits, in order of `clip_id` | int64 |
 | `object_id` | path of the file below the assets folder, without its ending | text |
-| `clip_id` | `object_id`, "#", number of the animation in the file | text |
+| `clip_id` | `object_id`, "#", number of the animation, "@" and the rig unless it is 0 | text |
 | `asset_sha256`, `clip_name` | of the file; of its animation | text |
 | `clip_index` | number of the animation in the file | int64 |
 | `split` | train, unseen_clip or unseen_object | text |
@@ -24,8 +24,8 @@ with frame 0.
 
 Flow and depth are compressed by zlib; the flow of the last frame leads to frame 0.
 
-World frame: x right, y up, z towards the camera of azimuth 0; the box around the whole clip is
-centred and its longest side is 0.9. Rig cameras: radius 1.5, fov 49.1 degrees, elevation 0,
+World frame: x right, y up, z towards the camera of azimuth 0; the object is in the middle, as large
+as docs/DATASET.md says. Rig cameras: radius 1.5, fov 49.1 degrees, elevation 0,
 azimuths 0, 360/V, ... Extra cameras: the same, at random azimuths and elevations in [-30, 5]
 degrees (negative looks from above).
 """
@@ -44,11 +44,11 @@ SCHEMA_VERSION = 1
 class FourdstarConfig(tfds.core.BuilderConfig):
     """Sizes of a dataset and the function that yields its records by split."""
 
-    image_size: int = 64
-    views: int = 4
-    extra_views: int = 2
-    flow: bool = True
-    depth: bool = False
+    image_size: int
+    views: int
+    extra_views: int
+    flow: bool
+    depth: bool
     splits: tuple[str, ...] = ("train",)
     records: Callable[[str], Iterable[tuple[str, dict[str, Any]]]] | None = None
 

@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -29,24 +28,13 @@ import numpy as np
 from fourdstar_jax import geometry
 from fourdstar_jax.data import gltf, posing, render, splits
 from fourdstar_jax.data.licences import UNKNOWN, has, listed
+from fourdstar_jax.data.settings import Settings
 from fourdstar_jax.folders import DATASET, output_folder
 from fourdstar_jax.text import captions
 from fourdstar_jax.types import Cameras
 
 EXTRA_ELEVATIONS_DEG = (-30.0, 5.0)  # negative looks from above
 PNG_LEVEL = 4
-
-
-class Settings(NamedTuple):
-    """What decides the content of a dataset."""
-
-    image_size: int = 64
-    views: int = 4
-    extra_views: int = 2
-    max_frames: int = 8
-    fps: float = 8.0
-    flow: bool = True
-    depth: bool = False
 
 
 class _Job(NamedTuple):
@@ -61,22 +49,17 @@ def prepare(
     assets_dir: str | Path,
     out_dir: str | Path,
     *,
-    image_size: int = 64,
-    views: int = 4,
-    extra_views: int = 2,
-    max_frames: int = 8,
-    fps: float = 8.0,
-    flow: bool = True,
-    depth: bool = False,
     licence: str | None = None,
     limit: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     log: Callable[[str], None] = print,
+    **settings: Any,
 ) -> dict:
     """Renders every moving clip below `assets_dir` into `out_dir`; returns the manifest.
 
     Args:
+      settings: fields of `Settings`.
       licence: keep assets that have it in `assets_dir/assets.csv`, as `licences.has` says ("cc0").
       limit: keep the first so many assets, in order of their paths.
       workers: processes that render; None is one a core, 0 renders in this process.
@@ -85,8 +68,7 @@ def prepare(
     Raises ValueError for settings out of range, a folder without usable clips and an `out_dir`
     that is not empty; RuntimeError when there is no EGL.
     """
-    settings = Settings(image_size, views, extra_views, max_frames, float(fps), flow, depth)
-    _check(settings)
+    chosen = Settings(**settings).check()
     assets_dir, out_dir = Path(assets_dir), Path(out_dir)
     if not assets_dir.is_dir():
         raise ValueError(f"assets_dir={str(assets_dir)!r} is not a folder")
@@ -94,7 +76,7 @@ def prepare(
     files = files[:limit]
     if not files:
         raise ValueError(f"no .glb file below {assets_dir}")
-    render.Renderer(image_size, 1).close()  # a missing EGL is said here, once
+    render.Renderer(chosen.image_size, 1).close()  # a missing EGL is said here, once
 
     with output_folder(out_dir, DATASET, overwrite=overwrite) as partial:
         start = time.perf_counter()
@@ -105,7 +87,7 @@ def prepare(
                 str(assets_dir / f),
                 f.removesuffix(".glb"),
                 licences.get(f, UNKNOWN),
-                settings,
+                chosen,
                 str(spool),
             )
             for f in files
@@ -119,12 +101,14 @@ def prepare(
             more = len(left_out) - len(shown)
             detail = "; ".join(shown) + (f" and {more} more" if more else "")
             raise ValueError(f"no clip left of {len(files)} files below {assets_dir} ({detail})")
-        _build(partial, clips, settings)
-        frames = sum(c["num_frames"] for c in clips) * (views + extra_views)
+        _build(partial, clips, chosen)
+        frames = sum(c["num_frames"] for c in clips) * (chosen.views + chosen.extra_views)
+        manifest = _manifest(clips, chosen)
         report = {
             "assets": len(files),
             "assets_without_the_licence": skipped,
             "clips_kept": len(clips),
+            "counts": manifest["counts"],
             "quarantined": sorted(
                 (q for r in results for q in r["quarantined"]), key=lambda q: q["file"]
             ),
@@ -138,29 +122,15 @@ def prepare(
             "render_seconds": round(render_s, 1),
             "images_per_second": round(frames / render_s, 1),
         }
-        manifest = _manifest(clips, settings)
         for name, content in (("report.json", report), (DATASET.manifest, manifest)):
             (partial / name).write_text(json.dumps(content, indent=1) + "\n")
         shutil.rmtree(spool)
-    counts = ", ".join(f"{n} {s}" for s, n in manifest["splits"].items())
+    of_splits = ", ".join(f"{n} {s}" for s, n in manifest["splits"].items())
     log(
-        f"{len(clips)} clips ({counts}), {len(report['dropped'])} dropped, "
+        f"{len(clips)} clips ({of_splits}), {len(report['dropped'])} dropped, "
         f"{len(report['quarantined'])} files quarantined: {out_dir / 'report.json'}"
     )
     return manifest
-
-
-def _check(s: Settings) -> None:
-    for name in ("image_size", "views", "max_frames", "fps"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise ValueError(f"{name}={getattr(s, name)} must be positive")
-    if s.extra_views < 0:
-        raise ValueError(f"extra_views={s.extra_views} must not be negative")
-    if s.image_size > 1024 or s.views + s.extra_views > 64 or s.max_frames > 1024:
-        raise ValueError(
-            f"image_size={s.image_size} (at most 1024), {s.views}+{s.extra_views} views (64) or "
-            f"max_frames={s.max_frames} (1024) is too large"
-        )
 
 
 def _find(assets_dir: Path, licence: str | None) -> tuple[list[str], dict[str, str], int]:
@@ -256,30 +226,15 @@ def _render_asset(job: _Job) -> dict:
         renderer = _renderers[key]
         renderer.load(asset)
         for clip in asset.clips:
-            if posing.num_frames(clip, s.fps, s.max_frames) < min(2, s.max_frames):
-                reason = f"{clip.duration_s:.3f} s long: one frame at {s.fps:g} frames a second"
-                result["dropped"].append({"file": file, "clip": clip.name, "reason": reason})
-                continue
-            sequence = posing.sample_clip(asset, clip, fps=s.fps, max_frames=s.max_frames)
-            if sequence.motion < posing.MIN_MOTION and s.max_frames > 1:
-                reason = f"hardly moves: {sequence.motion:.4f} < {posing.MIN_MOTION}"
-                result["dropped"].append({"file": file, "clip": clip.name, "reason": reason})
-                continue
-            record = _record(asset, clip, sequence, renderer, job)
-            path = Path(job.spool) / f"{asset.sha256}-{clip.index}.npz"
-            made.append(path)
-            np.savez(path, allow_pickle=False, **record)
-            result["clips"].append(
-                {
-                    "clip_id": str(record["clip_id"]),
-                    "split": str(record["split"]),
-                    "appearance": str(record["appearance"]),
-                    "motion": str(record["motion"]),
-                    "num_frames": len(record["frame_times"]),
-                    "sha256": _content_hash(record),
-                    "spool": str(path),
-                }
-            )
+            split = splits.split_of(asset.sha256, clip.index, job.object_id)
+            for rig in range(s.rigs if split == "train" else 1):
+                path = Path(job.spool) / f"{asset.sha256}-{clip.index}-{rig}.npz"
+                told = _render_clip(asset, clip, split, rig, renderer, job, path)
+                if isinstance(told, str):
+                    result["dropped"].append({"file": file, "clip": clip.name, "reason": told})
+                    break
+                made.append(path)
+                result["clips"].append(told)
     except gltf.MalformedAsset as error:  # the file is set aside whole, its clips with it
         for path in made:
             path.unlink()
@@ -292,14 +247,50 @@ def _render_asset(job: _Job) -> dict:
     return result
 
 
-def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]:
-    """The clip's fields as arrays; PNG files as their bytes in a row and their lengths."""
+def _render_clip(asset, clip, split: str, rig: int, renderer, job: _Job, path: Path) -> dict | str:
+    """Writes one record to `path`; returns what the report says of it, or why there is none."""
     s = job.settings
-    clip_id = f"{job.object_id}#{clip.index}"
-
-    rig = geometry.Rig.around(s.views, fps=s.fps).cameras(s.image_size)
-    seed = hashlib.sha256(f"{asset.sha256}#{clip.index}".encode()).digest()
+    if split == splits.LEFT_OUT:
+        reason = splits.reason_of(asset.sha256, clip.index)
+        return f"left out of the split {splits.CURRENT}: {reason}"
+    if posing.num_frames(clip, s.fps, s.max_frames) < min(2, s.max_frames):
+        return f"{clip.duration_s:.3f} s long: one frame at {s.fps:g} frames a second"
+    seed = hashlib.sha256(f"{asset.sha256}#{clip.index}@{rig}".encode()).digest()
     rng = np.random.default_rng(np.frombuffer(seed, "<u4"))
+    turn_deg = rng.uniform(0, 360) if rig else 0.0
+    sequence = posing.sample_clip(
+        asset, clip, fps=s.fps, max_frames=s.max_frames, turn_deg=turn_deg
+    )
+    if sequence.motion < posing.MIN_MOTION and s.max_frames > 1:
+        return f"hardly moves: {sequence.motion:.4f} < {posing.MIN_MOTION}"
+    zoom = min(rng.uniform(*s.zoom), sequence.room) if split == "train" else 1.0
+    sequence = sequence._replace(positions=sequence.positions * np.float32(zoom))
+    record, areas = _record(asset, clip, sequence, renderer, job, rng)
+    if areas.min() < posing.MIN_AREA * zoom**2:
+        return f"covers {areas.min() / zoom**2:.2%} of a picture, less than {posing.MIN_AREA:.0%}"
+    record |= {
+        "clip_id": np.asarray(f"{job.object_id}#{clip.index}" + (f"@{rig}" if rig else "")),
+        "split": np.asarray(split),
+    }
+    np.savez(path, allow_pickle=False, **record)
+    told = {k: str(record[k]) for k in ("clip_id", "object_id", "split", "appearance", "motion")}
+    return told | {
+        "num_frames": len(sequence.positions),
+        "sha256": _content_hash(record),
+        "spool": str(path),
+        "coloured": asset.coloured(),
+        "textured": bool(asset.textures),
+        "mask_area": float(areas.mean()),
+    }
+
+
+def _record(asset, clip, sequence, renderer, job: _Job, rng) -> tuple[dict, np.ndarray]:
+    """The clip's fields as arrays, and the share [F, V] of each rig picture that is covered.
+
+    PNG files are kept as their bytes in a row and their lengths.
+    """
+    s = job.settings
+    rig = geometry.Rig.around(s.views, fps=s.fps).cameras(s.image_size)
     extra = geometry.orbit_cameras(
         rng.uniform(0, 360, s.extra_views),
         rng.uniform(*EXTRA_ELEVATIONS_DEG, s.extra_views),
@@ -309,7 +300,7 @@ def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]
     cameras = Cameras(*(np.concatenate(pair) for pair in zip(rig, extra, strict=True)))
     F, V = len(sequence.positions), s.views
     pngs: dict[str, list[bytes]] = {"rig_rgba": [], "extra_rgba": []}
-    flow, depth = [], []
+    flow, depth, areas = [], [], []
     for f in range(F):
         frame = renderer.draw(
             sequence.positions[f],
@@ -318,6 +309,7 @@ def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]
             next_positions=sequence.positions[(f + 1) % F] if s.flow else None,
             depth=s.depth,
         )
+        areas.append(frame.rgba[:V, ..., 3].mean(axis=(1, 2)) / 255)
         for v, image in enumerate(frame.rgba):
             pngs["rig_rgba" if v < V else "extra_rgba"].append(_png(image))
         if frame.flow is not None:
@@ -326,11 +318,9 @@ def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]
             depth.append(frame.depth[:V].astype(np.float16))
     record: dict[str, Any] = {
         "object_id": job.object_id,
-        "clip_id": clip_id,
         "asset_sha256": asset.sha256,
         "clip_index": clip.index,
         "clip_name": clip.name,
-        "split": splits.split_of(asset.sha256, clip.index),
         "licence": job.licence,
         "appearance": captions.appearance_caption(job.object_id),
         "motion": captions.motion_caption(clip.name),
@@ -348,7 +338,7 @@ def _record(asset, clip, sequence, renderer, job: _Job) -> dict[str, np.ndarray]
         record["rig_flow"] = np.stack(flow)
     if s.depth:
         record["rig_depth"] = np.stack(depth)
-    return {key: np.asarray(value) for key, value in record.items()}
+    return {key: np.asarray(value) for key, value in record.items()}, np.array(areas)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -433,6 +423,24 @@ def _example(path: str, index: int, s: Settings) -> dict:
     return example
 
 
+def counts(clips: list[dict]) -> dict[str, dict]:
+    """Of each split: records, objects, how many have colours, and how large they are seen."""
+    out = {}
+    for split in splits.SPLITS:
+        chosen = [c for c in clips if c["split"] == split]
+        objects = {c["object_id"]: c for c in chosen}.values()
+        if chosen:
+            quartiles = np.quantile([c["mask_area"] for c in chosen], [0.25, 0.5, 0.75])
+            out[split] = {
+                "clips": len(chosen),
+                "objects": len(objects),
+                "coloured": sum(c["coloured"] for c in objects),
+                "textured": sum(c["textured"] for c in objects),
+                "mask_area_quartiles": [round(float(q), 4) for q in quartiles],
+            }
+    return out
+
+
 def _manifest(clips: list[dict], s: Settings) -> dict:
     """What a reader must know, with a hash over settings, records and split."""
     identity = {
@@ -449,6 +457,7 @@ def _manifest(clips: list[dict], s: Settings) -> dict:
         "settings": identity["settings"],
         "split_sha256": splits.SHA256,
         "splits": {x: n for x in splits.SPLITS if (n := sum(c["split"] == x for c in clips))},
+        "counts": counts(clips),
         "train_captions": sorted(captions.caption(a, m) for a, m in train),
         "clips": [{k: c[k] for k in ("clip_id", "split", "num_frames", "sha256")} for c in clips],
         "versions": {

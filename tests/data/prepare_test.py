@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import glb
 
 from fourdstar_jax import geometry
-from fourdstar_jax.data import pipeline, posing, prepare, splits
+from fourdstar_jax.data import pipeline, prepare, sheet, splits
 
-TINY = dict(
+TINY: dict[str, Any] = dict(
     image_size=9, views=2, extra_views=0, max_frames=3, workers=0, log=lambda line: None, flow=False
 )
 
@@ -80,19 +81,6 @@ def test_images_depth_and_flow_belong_together(dataset_dir):
     assert clip["rig_rgba"][..., 1:3].max() == 0
 
 
-def test_the_box_of_the_whole_clip_is_centred():
-    from fourdstar_jax.data import gltf
-
-    asset = gltf.load(glb.moving_box(3.0, 2.0))
-    sequence = posing.sample_clip(asset, asset.clips[0], fps=8, max_frames=99)
-    assert len(sequence.positions) == 16  # the end itself is left out
-    # box of side 1 that goes from 0 to 3: x spans 4 units of the file, 0.9 of ours
-    np.testing.assert_allclose(sequence.positions[0, :, 0].min(), -0.45, atol=1e-6)
-    assert sequence.positions[..., 0].max() < 0.45
-    np.testing.assert_allclose(np.ptp(sequence.positions[3], axis=0), 0.225, atol=1e-6)
-    np.testing.assert_allclose(sequence.motion, 0.225 * 3 * 15 / 16, atol=1e-5)
-
-
 def test_the_same_files_give_the_same_hash_and_options_change_it(objects_dir, tmp_path):
     make = prepare.prepare
     first = make(objects_dir, tmp_path / "a", **TINY)
@@ -156,9 +144,102 @@ def test_failure_leaves_nothing_behind(objects_dir, tmp_path):
     assert names(tmp_path) == ["bad"]
 
 
+def masks(folder, split="train"):
+    """Share of the picture that is covered, of each record: the mean over frames and views."""
+    source = pipeline.ClipSource(folder, split)
+    clips = [source[i] for i in range(len(source))]
+    return {c["clip_id"]: (c["rig_rgba"][..., 3] / 255).mean() for c in clips}
+
+
+def test_clips_of_training_have_a_zoom_and_rigs_of_their_own(objects_dir, tmp_path):
+    options = TINY | {"image_size": 32, "views": 4, "zoom": (1.0, 1.0)}
+    prepare.prepare(objects_dir, tmp_path / "one", **options)
+    prepare.prepare(objects_dir, tmp_path / "low", **options | {"zoom": (0.6, 0.6)})
+    prepare.prepare(objects_dir, tmp_path / "rigs", **options | {"zoom": (0.6, 1.1), "rigs": 5})
+    one, low, rigs = (masks(tmp_path / name) for name in ("one", "low", "rigs"))
+    for clip_id, area in one.items():
+        np.testing.assert_allclose(low[clip_id] / area, 0.36, rtol=0.2)  # nearer than in 1.5 units
+        seen = [rigs[clip_id], *(rigs[f"{clip_id}@{r}"] for r in range(1, 5))]
+        assert len({round(float(x), 5) for x in seen}) == 5
+        assert 0.2 < min(seen) / area and max(seen) / area < 4  # a plate from its sides
+    assert len(rigs) == 5 * len(one)
+    words = pipeline.load_words(tmp_path / "rigs", 7)
+    batch = next(
+        iter(
+            pipeline.make_loader(tmp_path / "rigs", "train", batch_size=8, timesteps=2, words=words)
+        )
+    )
+    assert len(batch["clip"]) == 8
+
+
+def test_unseen_clips_have_no_zoom_and_what_is_left_out_is_named(
+    objects_dir, tmp_path, monkeypatch
+):
+    import hashlib
+
+    def sha(name):
+        return hashlib.sha256((objects_dir / name).read_bytes()).hexdigest()
+
+    plate, box = sha("pack/wild_pack__Plate2.glb"), sha("pack/wild_pack__RedBox.glb")
+    table = {(plate, 0): "left_out", (plate, 1): "train", (box, 0): "unseen_object"}
+    monkeypatch.setattr(splits, "load", lambda: table)
+    monkeypatch.setattr(splits, "reason_of", lambda sha, index: "by the test")
+    for name, zoom in (("a", (1.0, 1.0)), ("b", (0.6, 0.6))):
+        prepare.prepare(objects_dir, tmp_path / name, **TINY | {"zoom": zoom, "rigs": 2})
+    assert masks(tmp_path / "a", "unseen_object") == masks(tmp_path / "b", "unseen_object")
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    reasons = {(d["file"], d["clip"]): d["reason"] for d in report["dropped"]}
+    dropped = reasons["pack/wild_pack__Plate2.glb", "Armature|Jump_High"]
+    assert dropped == "left out of the split v2: by the test"
+    assert report["counts"]["unseen_object"]["clips"] == 1
+    assert report["counts"]["train"]["clips"] == 2 and report["counts"]["train"]["objects"] == 1
+
+
+def test_clips_that_are_hardly_seen_are_dropped_and_counts_told(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "box.glb").write_bytes(glb.moving_box(0.4))
+    w = glb.box_writer(size=(0.1, 0.1, 0.1))  # a speck that leaps to and fro, and up a bit
+    ways = [[0, 0, 0], [0.9, 0.04, 0], [0, 0, 0]]
+    w.animate("leap", (0, "translation", [0, 0.5, 1], ways))
+    w.tree["nodes"] = [
+        {"name": "root", "children": [1, 2]},
+        {"name": "speck", "mesh": 0},
+        {"name": "far", "mesh": 0, "translation": [40, 0, 0]},
+    ]
+    w.tree["animations"][0]["channels"][0]["target"]["node"] = 1
+    (folder / "specks.glb").write_bytes(w.bytes())
+    prepare.prepare(folder, tmp_path / "out", **TINY | {"image_size": 32, "max_frames": 8})
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (dropped,) = report["dropped"]
+    assert dropped["file"] == "specks.glb" and "of a picture, less than 1%" in dropped["reason"]
+    counts = report["counts"]["train"]
+    assert (counts["clips"], counts["objects"]) == (1, 1)
+    assert (counts["coloured"], counts["textured"]) == (0, 0)
+    assert 0.05 < counts["mask_area_quartiles"][1] < 0.5
+
+
+def test_sheet_shows_every_object_once(dataset_dir, tmp_path):
+    from PIL import Image
+
+    assert sheet.write(dataset_dir, tmp_path / "sheet.png") == 2
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert picture.shape == (sheet.CELL + sheet.LABEL, 4 * sheet.CELL, 3)
+    red = (picture[..., 0] > 100) & (picture[..., 1:].max(-1) < 60)
+    assert red[:, 2 * sheet.CELL :].sum() > 100  # the red box is the second by name
+    with pytest.raises(ValueError, match="sheet.tga must end in .png"):
+        sheet.write(dataset_dir, tmp_path / "sheet.tga")
+
+
 @pytest.mark.parametrize(
     "change, named",
-    [({"image_size": 0}, "image_size=0"), ({"views": 99}, "99"), ({"extra_views": -1}, "-1")],
+    [
+        ({"image_size": 0}, "image_size=0"),
+        ({"views": 99}, "99"),
+        ({"extra_views": -1}, "-1"),
+        ({"zoom": (1.1, 0.6)}, "zoom="),
+        ({"rigs": 65}, "rigs=65"),
+    ],
 )
 def test_settings_out_of_range_are_named(objects_dir, tmp_path, change, named):
     with pytest.raises(ValueError, match=named):

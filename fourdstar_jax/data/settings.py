@@ -1,0 +1,36 @@
+"""What decides the content of a dataset, and its defaults: the flags of `fourdstar prepare`."""
+
+import math
+from typing import NamedTuple
+
+
+class Settings(NamedTuple):
+    """Sizes of a dataset and what is rendered for it."""
+
+    image_size: int = 64
+    views: int = 4
+    extra_views: int = 2
+    max_frames: int = 24
+    fps: float = 8.0
+    flow: bool = True
+    depth: bool = False
+    zoom: tuple[float, float] = (0.6, 1.1)  # of clips of training: drawn between the two
+    rigs: int = 1  # that see a clip of training, each from its own side and with its own zoom
+
+    def check(self) -> "Settings":
+        """Itself; ValueError names what is out of range."""
+        for name in ("image_size", "views", "max_frames", "fps", "rigs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.extra_views < 0:
+            raise ValueError(f"extra_views={self.extra_views} must not be negative")
+        views = self.views + self.extra_views
+        if self.image_size > 1024 or views > 64 or self.max_frames > 1024 or self.rigs > 64:
+            raise ValueError(
+                f"image_size={self.image_size} (at most 1024), {self.views}+{self.extra_views} "
+                f"views (64), max_frames={self.max_frames} (1024) or rigs={self.rigs} (64) is too "
+                "large"
+            )
+        if len(self.zoom) != 2 or not 0.1 <= self.zoom[0] <= self.zoom[1] <= 2:
+            raise ValueError(f"zoom={self.zoom} must be two numbers of 0.1 to 2, in order")
+        return self
