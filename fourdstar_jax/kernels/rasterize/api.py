@@ -2,15 +2,16 @@
 
 import functools
 import math
+import typing
 import warnings
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
 
+from fourdstar_jax.kernels.arguments import as_array, whole_number, widest_float
 from fourdstar_jax.kernels.rasterize import binning, pallas_gpu, pallas_tpu, reference, xla
 from fourdstar_jax.kernels.rasterize.binning import pick_capacity
 from fourdstar_jax.kernels.rasterize.implementation import Implementation
@@ -48,20 +49,21 @@ IMPLEMENTATIONS = {
 FALLBACK = "xla"  # by default, where no kernel of its own runs
 
 
+@typing.no_type_check  # arguments are checked below, in the tests as elsewhere
 def rasterize(
     gaussians: Gaussians,
     cameras: Cameras,
     *,
-    width: int,
-    height: int,
-    features: Shaped[Array | np.ndarray, "..."] | None = None,
+    width: SupportsIndex,
+    height: SupportsIndex,
+    features: Any = None,
     background: Any = None,
     near: float = 0.01,
     far: float = math.inf,
     eps2d: float = 0.3,
     antialiased: bool = False,
     with_depths: bool = True,
-    capacity: int | None = None,
+    capacity: SupportsIndex | None = None,
     implementation: str | None = None,
 ) -> Rendered:
     """Renders 3D Gaussians into every camera (3D Gaussian Splatting, Kerbl et al. 2023).
@@ -75,11 +77,18 @@ def rasterize(
     `[B, T]` Gaussians and `[B, 1]` cameras give renders `[B, T, V, h, w, 3]`.
 
     Differentiable in means, quats, scales, opacities, colors, features, viewmats, Ks and
-    background; jit, vmap and shard_map work (on GPUs with `check_vma=False`). A Gaussian with a NaN
-    or an infinity anywhere is dropped whole (`usable_mask` finds those), a zero quaternion is the
-    identity, the sign of a scale is ignored.
+    background: first derivatives in reverse mode (jax.grad, jax.vjp). Forward mode (jax.jvp,
+    jax.jacfwd) raises JAX's TypeError, a second derivative NotImplementedError. jit, vmap and
+    shard_map work (on GPUs with `check_vma=False`).
+
+    A Gaussian with a NaN or an infinity anywhere is dropped whole (`usable_mask` finds those), and
+    so is one whose projection leaves the range of the type (a scale of 1e30); a zero quaternion is
+    the identity, the sign of a scale is ignored. Computes in float64 if any array is that, else in
+    float32; lists and numbers stand for arrays of their shape.
 
     Args:
+      gaussians, cameras: intrinsics are [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] and viewmats end in a
+        row of 0, 0, 0, 1: checked where they are not traced.
       width, height: image size in pixels.
       features: up to 16 further channels `[..., G, F]`, blended as colours are, over zero.
       background: colour behind everything, broadcastable to `[..., V, 3]`; black by default.
@@ -93,7 +102,8 @@ def rasterize(
         1,048,576; a call with concrete arrays renders again with room for all where that was too
         little. Where pairs do not fit under a trace (jit, grad, vmap) or in a capacity that was
         given, `overflow` is set and the images are not to be used; `pick_capacity` chooses a
-        capacity from a count. `reference` ignores it.
+        capacity from a count. A count that does not fit int32 is the largest one, and
+        overflows. `reference` ignores it.
       implementation: "reference" (dense), "xla" (tiles, any device), "pallas_gpu" (kernels for
         Hopper or newer GPUs, float32), "pallas_tpu" (kernels for TPUs; they have not run on one
         yet). By default "pallas_gpu" where it runs, else "xla".
@@ -102,9 +112,14 @@ def rasterize(
       ValueError: an argument has a wrong shape, type or size; the message names it.
       NotImplementedError: this implementation does not run here; the message says which do.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in tuple(IMPLEMENTATIONS):
         raise ValueError(f"{implementation=} must be one of {tuple(IMPLEMENTATIONS)}")
-    _check_options(width, height, near, far, eps2d, capacity)
+    width, height = whole_number("width", width, 1), whole_number("height", height, 1)
+    if capacity is not None:
+        capacity = whole_number("capacity", capacity, 1, binning.MAX_PAIRS)
+    near, far, eps2d = _check_options(
+        near, far, eps2d, antialiased=antialiased, with_depths=with_depths
+    )
     gaussians, cameras, features, background, batch = _check_arrays(
         gaussians, cameras, features, background
     )
@@ -117,20 +132,25 @@ def rasterize(
             f"implementation {implementation!r} {reason}; {' and '.join(others)} run here"
         )
     options: dict[str, Any] = dict(
-        width=int(width),
-        height=int(height),
-        near=float(near),
-        far=float(far),
-        eps2d=float(eps2d),
+        width=width,
+        height=height,
+        near=near,
+        far=far,
+        eps2d=eps2d,
         antialiased=bool(antialiased),
         with_depths=bool(with_depths),
         implementation=implementation,
     )
+    images, num = math.prod(batch) * cameras.Ks.shape[-3], max(gaussians.means.shape[-2], 1)
+    grid = Grid(IMPLEMENTATIONS[implementation].tile, width, height)
+    if images * max(num, grid.columns * grid.rows) > binning.MAX_PAIRS:
+        raise ValueError(
+            f"{images} images of {width}x{height} pixels with {num} gaussians each are too many "
+            "for a call: neither their tiles nor gaussians fit int32"
+        )
     if capacity is not None:
-        return _rasterize(*arrays, **options, capacity=int(capacity))
-    images = math.prod(batch) * cameras.Ks.shape[-3]
-    grid = Grid(IMPLEMENTATIONS[implementation].tile, int(width), int(height))
-    capacity = binning.default_capacity(images, max(gaussians.means.shape[-2], 1), grid)
+        return _rasterize(*arrays, **options, capacity=capacity)
+    capacity = binning.default_capacity(images, num, grid)
     result = _rasterize(*arrays, **options, capacity=capacity)
     if isinstance(result.overflow, jax.core.Tracer) or not result.overflow:
         return result
@@ -172,16 +192,47 @@ def _dtype(arrays):
     return jax.tree.leaves(arrays)[0].dtype
 
 
-def _check_options(width, height, near, far, eps2d, capacity):
-    for name, value in (("width", width), ("height", height), ("capacity", capacity)):
-        if name == "capacity" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value <= 0:
-            raise ValueError(f"{name}={value!r} must be a positive whole number")
+def _check_options(near, far, eps2d, **flags) -> tuple[float, float, float]:
+    numbers = []
+    for name, value in (("near", near), ("far", far), ("eps2d", eps2d)):
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):  # JAX's error for a traced number is a TypeError
+            raise ValueError(f"{name}={value!r} must be a number, known when compiling") from None
+    near, far, eps2d = numbers
     if not 0 < near < far:
         raise ValueError(f"near={near} and far={far} must satisfy 0 < near < far")
     if not 0 <= eps2d < math.inf:
         raise ValueError(f"eps2d={eps2d} must be finite and not negative")
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name}={value!r} must be True or False")
+    return near, far, eps2d
+
+
+def _check_values(viewmats, Ks):
+    """Checks what cameras hold, where that is known: traced ones are taken at their word."""
+    for name, x, check, wanted in (
+        ("viewmats", viewmats, _is_rigid, "finite, with a last row of 0, 0, 0, 1"),
+        ("Ks", Ks, _is_pinhole, "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]], finite, fx and fy above 0"),
+    ):
+        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+            continue
+        matrices = np.asarray(x).astype(np.float64).reshape(-1, *x.shape[-2:])
+        good = check(matrices)
+        if not good.all():
+            found = matrices[np.argmin(good)].tolist()
+            raise ValueError(f"cameras.{name} must be {wanted}, not {found}")
+
+
+def _is_rigid(m):
+    return np.isfinite(m).all((1, 2)) & (np.abs(m[:, 3] - [0, 0, 0, 1]) <= 1e-4).all(1)
+
+
+def _is_pinhole(K):
+    entries = K[:, [0, 1, 2, 2, 2], [1, 0, 0, 1, 2]]  # skew, and the last row
+    zeros = (np.abs(entries - [0, 0, 0, 0, 1]) <= 1e-4).all(1)
+    return np.isfinite(K).all((1, 2)) & zeros & (K[:, 0, 0] > 0) & (K[:, 1, 1] > 0)
 
 
 def _check_arrays(gaussians, cameras, features, background):
@@ -196,11 +247,9 @@ def _check_arrays(gaussians, cameras, features, background):
         named["features"] = features
     if background is not None:
         named["background"] = background
-    for name, x in named.items():
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise ValueError(f"{name} must hold floats, not {jnp.result_type(x)}")
-    dtype = jnp.result_type(jnp.float32, *named.values())
-    named = {name: jnp.asarray(x, dtype) for name, x in named.items()}
+    given = {name: as_array(name, x, "floats") for name, x in named.items()}
+    dtype = widest_float(given)
+    named = {name: jnp.asarray(x, dtype) for name, x in given.items()}
 
     means = named["gaussians.means"]
     if means.ndim < 2 or means.shape[-1] != 3:
@@ -249,11 +298,13 @@ def _check_arrays(gaussians, cameras, features, background):
         fits = np.broadcast_shapes((*batch, views, 3), background.shape) == (*batch, views, 3)
     except ValueError:
         fits = False
-    if not fits or background.shape[-1:] != (3,):
+    if not fits:
         raise ValueError(
             f"background must broadcast to {(*batch, views, 3)}, not {background.shape}"
         )
+    _check_values(given["cameras.viewmats"], given["cameras.Ks"])
     gaussians = Gaussians(*(named[f"gaussians.{field}"] for field in Gaussians._fields))
+    background = jnp.broadcast_to(background, (*background.shape[:-1], 3))
     return gaussians, Cameras(viewmats, Ks), features, background, batch
 
 
@@ -286,18 +337,54 @@ def _rasterize(
     images = IMPLEMENTATIONS[implementation].blend(
         gaussians, cameras, features, usable, interpret=interpret, **options
     )
-    alphas, depths = images.alphas, images.depths
+    pictures = (images.colors, images.alphas, images.depths, images.features, images.left)
+    inputs = (gaussians, cameras, features)
+    colors, alphas, depths, blended_features, left = _differentiable_once(pictures, inputs)
     if depths is not None:
         hit = alphas > 0
         depths = jnp.where(hit, depths / jnp.where(hit, alphas, 1.0), 0.0)
     return Rendered(
-        renders=images.colors + images.left * background[..., None, None, :],
+        renders=colors + left * background[..., None, None, :],
         alphas=alphas,
         depths=depths,
-        features=images.features,
+        features=blended_features,
         num_intersections=images.num_pairs,
         overflow=images.overflow,
     )
+
+
+@jax.custom_vjp
+def _differentiable_once(pictures, inputs):
+    """The pictures; a derivative of their gradient is refused in words."""
+    del inputs
+    return pictures
+
+
+def _differentiable_once_fwd(pictures, inputs):
+    return pictures, inputs
+
+
+def _differentiable_once_bwd(inputs, cotangents):
+    return _no_further(cotangents, inputs), None
+
+
+_differentiable_once.defvjp(_differentiable_once_fwd, _differentiable_once_bwd)
+
+
+@jax.custom_vjp
+def _no_further(cotangents, inputs):
+    del inputs
+    return cotangents
+
+
+def _refuse(*_):
+    raise NotImplementedError(
+        "rasterize has first derivatives in reverse mode only (jax.grad, jax.vjp, jax.jacrev): no "
+        "gradients of its gradients, and no hessians"
+    )
+
+
+_no_further.defvjp(_refuse, _refuse)
 
 
 def _drop_unusable(gaussians, features):

@@ -23,6 +23,7 @@ DENSE_LIMIT = 2**22
 # Gaussian and image, but for no fewer than TRACED_PAIRS_LEAST in all.
 TRACED_PAIRS_PER_GAUSSIAN = 16
 TRACED_PAIRS_LEAST = 2**20
+MAX_PAIRS = 2**31 - 2**16  # a count of more than these is the largest int32, and overflows
 
 
 class Bins(NamedTuple):
@@ -39,7 +40,8 @@ def default_capacity(images: int, gaussians: int, grid: Grid) -> int:
     most = images * grid.columns * grid.rows * gaussians
     if most <= DENSE_LIMIT:
         return most
-    return min(most, max(TRACED_PAIRS_LEAST, TRACED_PAIRS_PER_GAUSSIAN * images * gaussians))
+    wanted = max(TRACED_PAIRS_LEAST, TRACED_PAIRS_PER_GAUSSIAN * images * gaussians)
+    return min(most, wanted, MAX_PAIRS)
 
 
 def pick_capacity(num_intersections: int, current: int | None = None) -> int:
@@ -75,7 +77,7 @@ def saturating_sum(x: Int[Array, "..."], axis: int | None = None) -> Int[Array, 
 
     Capacities are below that, so a sum that left the range of int32 overflows any of them.
     """
-    too_many = jnp.sum(x.astype(jnp.float32), axis=axis) > 2.0**31 - 2**16
+    too_many = jnp.sum(x.astype(jnp.float32), axis=axis) > MAX_PAIRS
     most = jnp.iinfo(jnp.int32).max
     return jnp.where(too_many, most, jnp.sum(x, axis=axis, dtype=jnp.int32))
 

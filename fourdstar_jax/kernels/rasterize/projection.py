@@ -5,6 +5,7 @@ Shared by every implementation of `rasterize`, and left to autodiff. Every numbe
 elements, are slow on every backend.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -115,6 +116,10 @@ def _to_image(xyz, factor, rotation, intrinsics, size):
     return positions, rows
 
 
+def _times(rows, factor):
+    return [[x * factor for x in row] for row in rows]
+
+
 def _covariance(rows, eps2d):
     """Blurred 2D covariance (xx, xy, yy), its determinant, and the determinant before the blur.
 
@@ -169,15 +174,23 @@ def project_planes(
     # an unused branch would still reach the gradients.
     dry = jax.lax.stop_gradient((xyz, factor, rotation, intrinsics))
     (u, v), rows = _to_image(*dry, size)
-    xx, _, yy, det, _ = _covariance(rows, eps2d)
+    # Large rows in units of the largest one, for the determinant has their fourth power.
+    unit = functools.reduce(jnp.maximum, [jnp.abs(x) for row in rows for x in row])
+    unit = jnp.where(unit > 2.0**24, unit, 1.0)
+    inverse = 1 / unit
+    xx, _, yy, det, _ = _covariance(_times(rows, inverse), eps2d * inverse * inverse)
     total = u + v + xx / det + yy / det + 1 / xx + 1 / yy
     keep = (dry[0][2] >= near) & (dry[0][2] <= far) & usable[..., None, :]
-    keep &= jnp.isfinite(total) & (det > 0)
+    # Gradients have squares of these below the line, and of positions.
+    least = 8 * float(jnp.finfo(xx.dtype).tiny) ** 0.5
+    keep &= jnp.isfinite(total) & jnp.isfinite((xx + yy) * unit * unit)
+    keep &= (jnp.minimum(yy, det) > least) & (jnp.maximum(jnp.abs(u), jnp.abs(v)) < least**-0.5)
+    unit, inverse = (jnp.where(keep, x, 1.0) for x in (unit, inverse))
 
     xyz = [jnp.where(keep, x, harmless) for x, harmless in zip(xyz, (0.0, 0.0, 1.0), strict=True)]
     factor = [[jnp.where(keep, x, 0.0) for x in row] for row in factor]
     (u, v), rows = _to_image(xyz, factor, rotation, intrinsics, size)
-    xx, xy, yy, det, sharp = _covariance(rows, eps2d)
+    xx, xy, yy, det, sharp = _covariance(_times(rows, inverse), eps2d * inverse * inverse)
     xx, yy, det = (jnp.where(keep, x, 1.0) for x in (xx, yy, det))
 
     opacities = jnp.where(keep, opacities, 0.0)
@@ -186,17 +199,24 @@ def project_planes(
         thin = ratio <= 0
         opacities *= jnp.where(thin, 0.0, jnp.sqrt(jnp.where(thin, 1.0, ratio)))
 
-    a = jnp.sqrt(yy / det)
+    a = jnp.sqrt(yy / det) * inverse
     # alpha >= ALPHA_MIN means sigma <= reach; the box holds that ellipse with a little to spare.
     reach = jnp.log(jnp.maximum(jax.lax.stop_gradient(opacities), 1e-12) / ALPHA_MIN)
     visible = keep & (reach > -1e-3)
     reach = 2 * (jnp.maximum(reach, 0.0) + 1e-3)
     radii = [
-        jax.lax.stop_gradient(jnp.where(visible, jnp.sqrt(reach * x) * 1.001 + 0.01, 0.0))
+        jax.lax.stop_gradient(jnp.where(visible, jnp.sqrt(reach * x) * unit * 1.001 + 0.01, 0.0))
         for x in (xx, yy)
     ]
     return Planes(
-        u, v, a, -a * xy / yy, 1 / jnp.sqrt(yy), jnp.where(visible, opacities, 0.0), xyz[2], *radii
+        u,
+        v,
+        a,
+        -a * xy / yy,
+        1 / jnp.sqrt(yy) * inverse,
+        jnp.where(visible, opacities, 0.0),
+        xyz[2],
+        *radii,
     )
 
 

@@ -41,8 +41,8 @@ def blend(
     height: int,
 ) -> Float[Array, "I h w C+1"]:
     """Images of I cameras, each with its own Gaussians; the last channel is transmittance."""
-    x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
-    pixels = jnp.stack([x, y], axis=-1).astype(channels.dtype)  # [h, w, 2]
+    columns, rows = (jnp.arange(n, dtype=channels.dtype) + 0.5 for n in (width, height))
+    pixels = jnp.stack(jnp.meshgrid(columns, rows), axis=-1)  # [h, w, 2]
 
     def image(args):
         projected, channels = args

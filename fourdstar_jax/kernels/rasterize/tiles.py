@@ -27,7 +27,7 @@ def tile_centres(grid: Grid, dtype) -> tuple[Float[Array, " tiles"], Float[Array
     index = jnp.arange(grid.columns * grid.rows)
     half = grid.tile / 2
     x, y = (index % grid.columns * grid.tile, index // grid.columns * grid.tile)
-    return (x + half).astype(dtype), (y + half).astype(dtype)
+    return x.astype(dtype) + half, y.astype(dtype) + half
 
 
 def untile(tiles: Float[Array, "N C P"], grid: Grid) -> Float[Array, "I h w C"]:

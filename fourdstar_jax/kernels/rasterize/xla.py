@@ -86,7 +86,8 @@ def _pixel_offsets(grid: Grid, dtype):
     """Pixel centres (x, y) of a tile relative to its centre, [P] each."""
     index = jnp.arange(grid.tile * grid.tile)
     shift = 0.5 - grid.tile / 2
-    return (index % grid.tile + shift).astype(dtype), (index // grid.tile + shift).astype(dtype)
+    x, y = index % grid.tile, index // grid.tile
+    return x.astype(dtype) + shift, y.astype(dtype) + shift
 
 
 def _running(combine, unit, x):
