@@ -263,7 +263,10 @@ def save_arrays(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage}.safetensors"
     with output_file(path) as partial:
-        safetensors.numpy.save_file(arrays, partial)
+        try:
+            safetensors.numpy.save_file(arrays, partial)
+        except safetensors.SafetensorError as error:  # a full disk, say
+            raise ValueError(f"{path} cannot be written: {error}") from error
         sha256 = file_sha256(partial)
     entry = Stage(
         file=path.name,

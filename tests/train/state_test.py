@@ -1,5 +1,8 @@
 """State over a mesh, optimizer, checkpoints with the data iterator inside."""
 
+import resource
+from typing import Any
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -87,6 +90,58 @@ def test_restores_state_and_iterator_on_another_mesh(tmp_path):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
             assert b.sharding == c.sharding
     assert [next(again) for _ in range(5)] == expected and len(set(seen)) == 7
+
+
+def test_a_save_that_fails_is_told_and_those_before_it_stay(tmp_path):
+    """Files above a limit, as on a full disk: in the background, so that the next call tells."""
+    big = {"w": jnp.asarray(np.random.default_rng(0).random((300, 1000)), jnp.float32)}
+
+    def state(step):
+        return train_state.TrainState(jnp.int32(step), big, {}, {"m": jnp.ones(3)})  # pyright: ignore
+
+    def dataset():
+        return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+    iterator, checkpoints = dataset(), Checkpoints(tmp_path, every=1, keep=3)
+    for step in (1, 2):
+        next(iterator)
+        checkpoints.save(step, state(step), iterator)
+    checkpoints._manager.wait_until_finished()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        checkpoints.save(3, state(3), iterator)
+        with pytest.raises(
+            ValueError, match="checkpoints in .* cannot be written: .*File too large"
+        ):
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoints.latest_step() == 2
+
+    again = Checkpoints(tmp_path, every=1, keep=3)
+    assert again.latest_step() == 2 and again._manager.all_steps() == [1, 2]
+    restored, iterator = again.restore(state(0), dataset())
+    assert int(restored.step) == 2 and next(iterator) == 2
+    again.save(3, state(3), iterator)
+    again.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
+
+
+def test_a_checkpoint_of_another_config_is_told(tmp_path):
+    def state(size):
+        params: Any = {"w": jnp.ones(size)}
+        return train_state.TrainState(jnp.int32(1), params, params, params)
+
+    def dataset():
+        return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints.save(1, state(3), dataset())
+    checkpoints.close()
+    with pytest.raises(ValueError, match="of step 1 do not fit this config") as error:
+        Checkpoints(tmp_path, every=1).restore(state(5), dataset())
+    assert "\n" not in str(error.value)
 
 
 def test_weight_decay_leaves_vectors_alone():
