@@ -8,6 +8,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [ $# -ge 1 ] || { echo "usage: ./launch/tiny.sh ASSETS [OUT]" >&2; exit 2; }
+[ -d "$1" ] || { echo "tiny: $1 is not a folder" >&2; exit 2; }
 assets=$1 out=${2:-runs/tiny} licence=${LICENCE-CC0}
 ./launch/setup.sh dev
 fourdstar=.venv/bin/fourdstar

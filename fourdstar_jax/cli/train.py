@@ -57,6 +57,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, arguments.overrides)
+    if Path(arguments.workdir).exists() and not Path(arguments.workdir).is_dir():
+        raise ValueError(f"--workdir {arguments.workdir} is a file")
     import importlib
 
     if config.get("stage") not in ("tokenizer", "vqvae", "star"):

@@ -79,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, object]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     if path.name.endswith(".index.json"):
         return {name: x for shard in _shards(path) for name, x in read(shard).items()}
     if path.suffix == ".safetensors":
