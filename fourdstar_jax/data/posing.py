@@ -50,13 +50,14 @@ def sample_clip(
         turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)
         positions, normals = positions @ turn.T, normals @ turn.T
     size = float(np.median(np.ptp(positions, axis=1).max(axis=1)))
-    if not np.isfinite(size) or np.ptp(positions, axis=(0, 1)).max() <= 0:
-        raise MalformedAsset(f"clip {clip.name!r} has a bounding box without extent")
     path = positions.mean(axis=1, dtype=np.float64)  # [F, 3]
     root = np.zeros_like(path)
     for axes in ([0, 2], [1]):  # over the ground; up and down
         root[:, axes] = root_motion(path[:, axes], size)
     still = (positions - root[:, None]).astype(np.float32)
+    side = float(np.ptp(still, axis=(0, 1)).max())
+    if not 1e-30 < side < 1e30:
+        raise MalformedAsset(f"clip {clip.name!r} has a bounding box of side {side}")
     center, scale, room = placing(still)
     moved = np.linalg.norm(positions - positions[:1], axis=-1).mean(axis=1).max() * scale
     placed = ((still - center) * scale).astype(np.float32)

@@ -57,6 +57,13 @@ def test_root_motion_goes_when_it_leads_farther_than_half_of_the_object(directio
         np.testing.assert_allclose(moved / body, distance * 63 / 64 if stays else 0, atol=1e-3)
 
 
+def test_what_has_no_extent_is_refused_also_when_it_moves():
+    w = glb.box_writer(size=(0.0, 0.0, 0.0))
+    w.animate("go", (0, "translation", [0, 1], [[0, 0, 0], [5, 0, 0]]))
+    with pytest.raises(gltf.MalformedAsset, match="'go' has a bounding box of side 0"):
+        sampled(w.bytes())
+
+
 def test_limbs_still_move_when_the_root_is_followed():
     w = glb.box_writer(size=(1.0, 2.0, 1.0))
     corners, triangles = glb.box((0.2, 1.0, 0.2))
