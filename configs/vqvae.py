@@ -2,9 +2,10 @@
 
     fourdstar train --config=configs/vqvae.py:tiny --workdir=runs/vqvae
 
-`tiny` takes 6 to 9 minutes on two CPU cores, after configs/tokenizer.py:tiny, and gives 25.8 dB on
-unseen clips (16.9 inside the mask; docs/RESULTS.md). The others have not been trained yet: `small`
-is for one GPU, `base` for one to four, `paper` for eight (paper section 4.1, which gives no sizes).
+Wants `fourdstar prepare --depth` and, but for `tiny`, LPIPS' weights (docs/WEIGHTS.md). `tiny`
+takes about 8 minutes on two CPU cores, after configs/tokenizer.py:tiny. The others have not been
+trained in full yet: `small` is for one GPU, `base` for one to four, `paper` for eight (paper
+section 4.1, which gives no sizes). docs/RESULTS.md says how decoder and losses were chosen.
 The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,vq16`.
 """
 
@@ -12,6 +13,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from fourdstar_jax.tokenizer import RELEASED
+
+# Standard deviations of Gaussians, in halves of the map's spacing: no needles, none that covers
+# less than a third of a pixel where the map has half the picture's side.
+SCALE_LIMITS = (1 / 3, 4.0)
 
 
 def get_config(argument: str = "small") -> ConfigDict:
@@ -27,12 +32,17 @@ def get_config(argument: str = "small") -> ConfigDict:
 
     config.model = model(scale, tokenizer or "unitok")
     # What is rendered of each object and step; the tokens of all timesteps and views go in.
-    config.render = ConfigDict(dict(num_timesteps=4, num_views=4))
+    config.render = ConfigDict(dict(num_timesteps=4, rig_views=2, extra_views=4))
+    config.lpips = "weights/lpips_vgg16.npz"  # by `fourdstar convert lpips`; docs/WEIGHTS.md
+    # Triples are (first, last, share of the steps after which it is the last).
     config.loss = ConfigDict(
         dict(
-            coarse_weight=0.5,
+            coarse_weight=(0.5, 0.1, 1.0),
             alpha_weight=1.0,
-            foreground_weight=0.0,
+            foreground_weight=1.0,
+            lpips_weight=0.2,
+            own_depth_weight=(1.0, 0.0, 0.6),  # these two need `fourdstar prepare --depth`
+            own_opacity_weight=(0.1, 0.0, 0.6),
             flow_weight=0.05,
             warp_weight=0.05,
             capacity=placeholder(int),  # (Gaussian, tile) pairs of a render; None: see rasterize
@@ -53,8 +63,8 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.data.timesteps = 4
             config.batch_size = 2
             config.steps = 1500
-            config.render = ConfigDict(dict(num_timesteps=2, num_views=2))
-            config.loss.foreground_weight = 1.0
+            config.render = ConfigDict(dict(num_timesteps=2, rig_views=1, extra_views=1))
+            config.loss.lpips_weight = 0.0  # twice the step's time on a CPU
             config.loss.flow_weight = 0.0
             config.loss.warp_weight = 0.0
             config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=50))
@@ -93,6 +103,7 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     offset_heads=4,
                     unet_channels=(8, 16),
                     unet_blocks=1,
+                    scale_limits=SCALE_LIMITS,
                     dtype="float32",
                 )
             )
@@ -113,6 +124,7 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     offset_heads=4,
                     unet_channels=(16, 32, 64),
                     unet_blocks=1,
+                    scale_limits=SCALE_LIMITS,
                     dtype="bfloat16",
                 )
             )
@@ -136,6 +148,7 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     offset_heads=8,
                     unet_channels=(32, 64, 128) if paper else (24, 48, 96),
                     unet_blocks=2,
+                    scale_limits=SCALE_LIMITS,
                     remat=True,
                     dtype="bfloat16",
                 )

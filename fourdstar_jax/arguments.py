@@ -72,6 +72,8 @@ def _check(fields: Fields, name: str, annotation: Any) -> None:
         fields.number(name, -1e6, 1e6)
     elif typing.get_origin(annotation) is Literal:
         fields.text(name, choices=options)
+    elif annotation == Sequence[float]:
+        fields.numbers(name, -1e6, 1e6, most=MAX_LIST)
     elif typing.get_origin(annotation) is Sequence:
         fields.integers(name, low, high, most=MAX_LIST)
     elif annotation is str:

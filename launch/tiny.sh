@@ -17,7 +17,8 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1 of 6: the clips of every file as pictures from four sides (20 to 40 minutes)"
 [ -e "$out/data/manifest.json" ] ||
-  $fourdstar prepare --assets "$assets" --out "$out/data" --max_frames 8 ${licence:+--licence "$licence"}
+  $fourdstar prepare --assets "$assets" --out "$out/data" --max_frames 8 --depth \
+    ${licence:+--licence "$licence"}
 
 say "2 of 6: the tokenizer, pictures to tokens and back (4,000 steps, about 12 minutes)"
 $fourdstar train --config=configs/tokenizer.py:tiny --workdir="$out/tokenizer" \

@@ -11,6 +11,7 @@ from flax import nnx
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.kernels.rasterize import pick_capacity
+from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -24,25 +25,29 @@ from fourdstar_jax.vqvae.model import VQVAE4D
 FEW_PAIRS = 2**18
 
 
-def loss_of(model, tokenizer, batch, key, *, render_config, loss_config, capacity=None):
+def loss_of(model, networks, batch, key, progress, *, render_config, loss_config, capacity=None):
     """Loss and metrics of a batch: tokens of everything in, a few pictures compared."""
+    tokenizer, lpips = networks
     codes = tokenizer.codes(tokenizer.encode(batch["images"]))  # [B, T, V, n, D]
     decoded = model(codes, Cameras(batch["viewmats"], batch["Ks"]), batch["times"])
     supervision = choose_supervision(key, batch, **render_config)
     if capacity is not None:
         loss_config = {**loss_config, "capacity": capacity}
-    return reconstruction_loss(decoded, supervision, **loss_config)
+    return reconstruction_loss(decoded, supervision, progress=progress, lpips=lpips, **loss_config)
 
 
-def train_step(graphdef, state, tokenizer, batch, key, *, tx, **configs):
-    """One optimizer step. Pure; the randomness of step s is `key` folded with s.
+def train_step(graphdef, state, networks, batch, key, *, tx, steps, **configs):
+    """One optimizer step of `steps`. Pure; the randomness of step s is `key` folded with s.
+
+    `networks` are the frozen ones: the tokenizer, and LPIPS or None.
 
     Where the Gaussians overflow the rasterizer's capacity nothing is learnt from the step.
     """
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.rest)
-        return loss_of(model, tokenizer, batch, jax.random.fold_in(key, state.step), **configs)
+        step_key = jax.random.fold_in(key, state.step)
+        return loss_of(model, networks, batch, step_key, state.step / steps, **configs)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     overflow = metrics.pop("overflow")
@@ -51,10 +56,10 @@ def train_step(graphdef, state, tokenizer, batch, key, *, tx, **configs):
     return train_state.apply_gradients(state, grads, tx), metrics
 
 
-def eval_step(graphdef, state, tokenizer, batch, key, **configs):
+def eval_step(graphdef, state, networks, batch, key, *, steps, **configs):
     """Metrics of a batch; the same pictures each time for the same key."""
     model = nnx.merge(graphdef, state.params, state.rest)
-    _, metrics = loss_of(model, tokenizer, batch, key, **configs)
+    _, metrics = loss_of(model, networks, batch, key, state.step / steps, **configs)
     return jax.tree.map(jnp.float32, metrics)
 
 
@@ -77,7 +82,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     key = jax.random.key(config.seed)
     tokenizer = bundle.read(config.bundle).load("tokenizer")
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
-        tokenizer = train_state.replicate(tokenizer, mesh)
+        lpips = None
+        if config.loss.lpips_weight > 0:
+            lpips = perceptual.load(config.lpips, dtype=jnp.dtype(config.model.dtype))
+        networks = train_state.replicate((tokenizer, lpips), mesh)
         loader = functools.partial(
             pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
         )
@@ -94,7 +102,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         state, batches = checkpoints.restore(state, batches)
 
         configs: dict[str, Any] = dict(
-            render_config=config.render.to_dict(), loss_config=config.loss.to_dict()
+            render_config=config.render.to_dict(),
+            loss_config=config.loss.to_dict(),
+            steps=config.steps,
         )
         step_fn = jax.jit(
             functools.partial(train_step, graphdef, tx=tx, **configs),
@@ -110,7 +120,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         capacity, before = None, None
         for step in range(first, config.steps):
             batch = train_state.to_device(next(batches), mesh)
-            state, metrics = step_fn(state, tokenizer, batch, key, capacity=capacity)
+            state, metrics = step_fn(state, networks, batch, key, capacity=capacity)
             # The step before is done by now: to read its count keeps no device waiting.
             if config.loss.capacity is None and before is not None:
                 pairs, overflow = jax.device_get(before)
@@ -129,10 +139,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 held = Mean()
                 for batch in held_out:
                     batch = train_state.to_device(batch, mesh)
-                    values = eval_fn(state, tokenizer, batch, key, capacity=capacity)
+                    values = eval_fn(state, networks, batch, key, capacity=capacity)
                     if values["overflow"]:
                         room = pick_capacity(int(values["pairs"]))
-                        values = eval_fn(state, tokenizer, batch, key, capacity=room)
+                        values = eval_fn(state, networks, batch, key, capacity=room)
                     held.add(values)
                 writer.write(done, held.result(), prefix="eval")
                 writer.restart_clock()

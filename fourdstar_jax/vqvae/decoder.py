@@ -45,13 +45,21 @@ class StaticMaps(NamedTuple):
     tokens: Float[Array, "B T V n D"]  # continuous tokens, before the blocks
 
 
-def activate(raw: Float[Array, "B T V m m 14"], cameras: Cameras, *, resolution: int) -> Gaussians:
+def activate(
+    raw: Float[Array, "B T V m m 14"],
+    cameras: Cameras,
+    *,
+    resolution: int,
+    scale_limits: Sequence[float] | None = None,
+) -> Gaussians:
     """Gaussians `[B, T, G, ...]`, view-major, in the cameras' world frame.
 
     `cameras.Ks` belong to images of `resolution` squared. At `raw` zero a Gaussian lies on its
     pixel's ray, in the plane of the origin's depth, with half the pixel spacing there as standard
     deviation: as dense as it takes to cover the plane, at any map size, radius or field of view.
-    Channels and activations follow L4GM; its free positions are clamped to [-1, 1].
+    Channels and activations follow L4GM; its free positions are clamped to [-1, 1]. `scale_limits`
+    bound the standard deviations, in multiples of that start; None leaves them free, and grows
+    needles.
     """
     raw = raw.astype(jnp.float32)
     b, t, v, m = raw.shape[:4]
@@ -71,9 +79,13 @@ def activate(raw: Float[Array, "B T V m m 14"], cameras: Cameras, *, resolution:
     means = means + c2w[:, None, :, None, None, :3, 3]
     means = jnp.clip(means, -MAX_XYZ, MAX_XYZ)
 
-    sigma = jnp.maximum(0.5 * depth / Ks[..., 0, 0], 1e-4) / SCALE_UNIT  # [B, V, 1, 1]
-    scale_bias = (sigma + jnp.log(-jnp.expm1(-sigma)))[:, None, ..., None]  # softplus inverted
-    scales = SCALE_UNIT * nnx.softplus(raw[..., SCALE] + scale_bias)
+    sigma = jnp.maximum(0.5 * depth / Ks[..., 0, 0], 1e-4)[:, None, ..., None]  # [B, 1, V, 1, 1, 1]
+    if scale_limits is None:
+        bias = sigma / SCALE_UNIT
+        bias = bias + jnp.log(-jnp.expm1(-bias))  # softplus inverted
+        scales = SCALE_UNIT * nnx.softplus(raw[..., SCALE] + bias)
+    else:
+        scales = sigma * jnp.exp(_between(raw[..., SCALE], *map(math.log, scale_limits)))
 
     turn = geometry.rotmat_to_quat(c2w[..., :3, :3])[:, None, :, None, None]
     local = geometry.normalize(raw[..., ROTATION])
@@ -89,6 +101,12 @@ def activate(raw: Float[Array, "B T V m m 14"], cameras: Cameras, *, resolution:
         opacities=flat(nnx.sigmoid(raw[..., OPACITY])),
         colors=flat(0.5 * jnp.tanh(raw[..., RGB]) + 0.5),
     )
+
+
+def _between(x: Float[Array, "*b"], low: float, high: float) -> Float[Array, "*b"]:
+    """x near zero, and between `low` < 0 and `high` > 0 everywhere."""
+    limit = jnp.where(x < 0, -low, high)
+    return limit * jnp.tanh(x / limit)
 
 
 class ViewAttention(nnx.Module):

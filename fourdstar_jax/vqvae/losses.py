@@ -1,11 +1,12 @@
-"""Losses of the 4D VQ-VAE: pixels of both stages and two that punish wrong motion (section 3.1).
+"""Losses of the 4D VQ-VAE: pictures of both stages, surfaces, and wrong motion (section 3.1).
 
 The paper names a pixel, a discriminator and an optical-flow loss and leaves weights and forms to a
-supplement that is not public; L4GM's pixel losses (MSE of colour and of alpha) stand in. Rendering
-all T x V pictures of an object is the larger cost, so each step draws a few.
+supplement that is not public; L4GM's pixel losses (MSE of colour and of alpha) and LPIPS stand in.
+Rendering all T x V pictures of an object is the larger cost, so each step draws a few.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,19 @@ from jaxtyping import Float, Int
 
 from fourdstar_jax import sharding
 from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.perceptual.lpips import LPIPS
 from fourdstar_jax.types import Array, Cameras, Gaussians, Rendered
 from fourdstar_jax.vqvae.model import Decoded
 
 NEAR = 0.01  # camera z below which nothing is projected, scene units
+
+
+class OwnPixels(NamedTuple):
+    """What each rig view saw itself, at every timestep."""
+
+    cameras: Cameras  # [B, V, ...]
+    masks: Float[Array, "B T V h w 1"]
+    depth: Float[Array, "B T V h w 1"]  # camera z in scene units, 0 where there is nothing
 
 
 class Supervision(NamedTuple):
@@ -30,31 +40,36 @@ class Supervision(NamedTuple):
     cameras: Cameras  # [B, Q, ...]
     flow: Float[Array, "B P Q h w 2"] | None  # pixels to the next timestep (P = S - 1)
     flow_known: Float[Array, "B Q"]  # 1 for views that have flow
+    own: OwnPixels | None  # where the data has depth
 
 
 def choose_supervision(
-    key: Array, batch: Mapping[str, Any], *, num_timesteps: int, num_views: int
+    key: Array, batch: Mapping[str, Any], *, num_timesteps: int, rig_views: int, extra_views: int
 ) -> Supervision:
     """Draws consecutive timesteps and distinct views, for each object of a data batch on its own.
 
-    Rig views and extra views (`extra_*`, if there) are drawn alike; fewer are returned where there
-    are not as many. `num_timesteps=1` leaves the flow out.
+    `rig_views` of the rig's come first, then `extra_views` of the others (`extra_*`, if there);
+    fewer are returned where there are not as many. `num_timesteps=1` leaves the flow out.
     """
     b, t, v = batch["images"].shape[:3]
-    extra = "extra_images" in batch and batch["extra_images"].shape[2] > 0
+    extra = batch["extra_images"].shape[2] if "extra_images" in batch else 0
     num_timesteps = min(num_timesteps, t)
 
     def views(name, axis):
         parts = [batch[name], batch[f"extra_{name}"]] if extra else [batch[name]]
         return jnp.concatenate(parts, axis=axis)
 
+    def draw(key, count, there):
+        order = jnp.argsort(jax.random.uniform(key, (b, there)), axis=1)
+        return order[:, : min(count, there)]
+
     viewmats, Ks = views("viewmats", 1), views("Ks", 1)
-    num_views = min(num_views, viewmats.shape[1])
-    start_key, view_key = jax.random.split(key)
+    start_key, rig_key, extra_key = jax.random.split(key, 3)
     start = jax.random.randint(start_key, (b,), 0, t - num_timesteps + 1)
     timesteps = start[:, None] + jnp.arange(num_timesteps)
-    order = jnp.argsort(jax.random.uniform(view_key, (b, viewmats.shape[1])), axis=1)
-    chosen = order[:, :num_views]
+    chosen = jnp.concatenate(
+        [draw(rig_key, rig_views, v), v + draw(extra_key, extra_views, extra)], axis=1
+    )
 
     def pick(x):  # [B, T, V, ...] -> [B, S, Q, ...]
         return jax.vmap(lambda x, i, j: x[i][:, j])(x, timesteps, chosen)
@@ -77,6 +92,9 @@ def choose_supervision(
         cameras=Cameras(take(viewmats, chosen), take(Ks, chosen)),
         flow=flow,
         flow_known=known,
+        own=OwnPixels(Cameras(batch["viewmats"], batch["Ks"]), batch["masks"], batch["depth"])
+        if "depth" in batch
+        else None,
     )
 
 
@@ -147,6 +165,36 @@ def pixel_losses(
     rgb = jnp.mean(weight * (rendered.renders - images) ** 2) / jnp.mean(weight)
     alpha = jnp.mean((rendered.alphas - masks) ** 2)
     return rgb, alpha
+
+
+def own_pixel_losses(
+    gaussians: Gaussians, own: OwnPixels
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What a view's own Gaussians should be: on the surface that their pixels see, and opaque.
+
+    `gaussians` `[B, T, G, ...]` are view-major maps of the V views. Returns the mean absolute error
+    of depth inside the mask, scene units, and the cross-entropy of opacity against the mask, nats.
+    Photometric losses alone make fog first; of these two, early in training, come surfaces.
+    """
+    cameras, masks, depth = own
+    b, t, v, h = depth.shape[:4]
+    m = math.isqrt(gaussians.means.shape[-2] // v)
+    patch = h // m
+    means = gaussians.means.reshape(b, t, v, m, m, 3)
+    row = cameras.viewmats[:, None, :, 2]  # [B, 1, V, 4]
+    z = jnp.einsum("btvijc,bovc->btvij", means, row[..., :3]) + row[..., 3, None, None]
+
+    def pool(x):  # sums over the pixels of a Gaussian
+        return x.reshape(b, t, v, m, patch, m, patch).sum((4, 6))
+
+    count = pool((depth > 0).astype(jnp.float32))
+    target = pool(depth) / jnp.maximum(count, 1.0)
+    known = (count > 0.5 * patch**2).astype(jnp.float32)
+    error = jnp.sum(known * jnp.abs(z - target)) / jnp.maximum(jnp.sum(known), 1.0)
+    share = pool(masks) / patch**2
+    opacity = jnp.clip(gaussians.opacities.reshape(b, t, v, m, m), 1e-4, 1 - 1e-4)
+    entropy = -(share * jnp.log(opacity) + (1 - share) * jnp.log1p(-opacity))
+    return error, jnp.mean(entropy)
 
 
 def project_points(points: Float[Array, "*b G 3"], cameras: Cameras) -> Float[Array, "*b V G 2"]:
@@ -248,9 +296,11 @@ def warp_loss(
     *,
     max_difference: float = 0.1,
 ) -> Float[Array, ""]:
-    """Mean absolute difference of the render at t and the one at t + 1 drawn back by the true flow.
+    """How wrongly the render changes from t to t + 1, the later one drawn back by the true flow.
 
-    It needs no correspondence between Gaussians, and punishes flicker. Only pixels visible in both
+    The mean absolute difference between this change and that of the true pictures, which is not
+    zero: lights that stand still shade a surface that turns. It needs no correspondence between
+    Gaussians, and punishes flicker. Only pixels visible in both
     count: inside both masks, inside the picture, and of one colour (within `max_difference`) in
     the true pictures, which occluded pixels seldom are.
     """
@@ -258,23 +308,41 @@ def warp_loss(
     x, y = jnp.meshgrid(jnp.arange(w) + 0.5, jnp.arange(h) + 0.5)
     xy = jnp.stack([x, y], axis=-1) + flow
     inside = (xy >= 0) & (xy <= jnp.array([w, h], xy.dtype))
-    true_later = sample_bilinear(images[:, 1:], xy)
-    same = jnp.max(jnp.abs(true_later - images[:, :-1]), axis=-1, keepdims=True) < max_difference
+    true_change = sample_bilinear(images[:, 1:], xy) - images[:, :-1]
+    same = jnp.max(jnp.abs(true_change), axis=-1, keepdims=True) < max_difference
     weight = masks[:, :-1] * sample_bilinear(masks[:, 1:], xy) * same
     weight = weight * jnp.all(inside, axis=-1, keepdims=True)
     weight = weight * known[:, None, :, None, None, None]
-    difference = jnp.abs(sample_bilinear(renders[:, 1:], xy) - renders[:, :-1])
-    difference = jnp.mean(difference, axis=-1, keepdims=True)
+    change = sample_bilinear(renders[:, 1:], xy) - renders[:, :-1]
+    difference = jnp.mean(jnp.abs(change - true_change), axis=-1, keepdims=True)
     return jnp.sum(weight * difference) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+class Annealed(NamedTuple):
+    """A weight that moves in a straight line over the steps, `start` to `end`, until `until`."""
+
+    start: float
+    end: float
+    until: float  # share of all steps
+
+    def at(self, progress: Float[Array, ""] | float) -> Float[Array, ""]:
+        """The weight after a share `progress` of all steps."""
+        done = jnp.minimum(jnp.asarray(progress) / self.until, 1.0)
+        return self.start + (self.end - self.start) * done
 
 
 def reconstruction_loss(
     decoded: Decoded,
     supervision: Supervision,
     *,
-    coarse_weight: float = 0.5,
+    progress: Float[Array, ""] | float = 0.0,
+    lpips: LPIPS | None = None,
+    coarse_weight: Sequence[float] = (0.5, 0.1, 1.0),
     alpha_weight: float = 1.0,
     foreground_weight: float = 0.0,
+    lpips_weight: float = 0.0,
+    own_depth_weight: Sequence[float] = (0.0, 0.0, 1.0),
+    own_opacity_weight: Sequence[float] = (0.0, 0.0, 1.0),
     flow_weight: float = 0.0,
     warp_weight: float = 0.0,
     capacity: int | None = None,
@@ -283,10 +351,14 @@ def reconstruction_loss(
     """The loss of one step and its parts before weighting.
 
     The corrected Gaussians weigh 1 and the coarse ones `coarse_weight`, so that the model without
-    the offset predictor stays a valid one. `flow` and `warp` are computed where their weight is
-    not zero and the data has flow. `pairs` counts the (Gaussian, tile) pairs of the render with
+    the offset predictor stays a valid one. `coarse_weight` and the `own_` ones are (first, last,
+    share of all steps at which it is the last), see `Annealed`; `progress` is the share that is
+    done. Own pixels, `flow` and `warp` are computed where their weight is not zero; the last two
+    only where the data has flow. `pairs` counts the (Gaussian, tile) pairs of the render with
     most, for `pick_capacity`; `overflow` tells that `capacity` (of `rasterize`) was too small:
     the step's gradients are then not to be used.
+
+    Raises ValueError for weights without what they need: LPIPS' network, the data's depth.
     """
     images, masks, cameras = supervision.images, supervision.masks, supervision.cameras
     height, width = images.shape[-3:-1]
@@ -297,14 +369,14 @@ def reconstruction_loss(
     metrics = {}
     overflow = jnp.zeros((), bool)
     pairs = jnp.zeros((), jnp.int32)
+    coarse = Annealed(*coarse_weight)
     chosen = {
         "": take_timesteps(decoded.gaussians, supervision.timesteps),
         "coarse_": take_timesteps(decoded.coarse, supervision.timesteps),
     }
     renders = {}
-    for prefix, weight in (("", 1.0), ("coarse_", coarse_weight)):
-        if prefix and weight == 0:
-            continue
+    for prefix in ("", "coarse_") if any(coarse[:2]) else ("",):
+        weight = coarse.at(progress) if prefix else 1.0
         rendered = render(chosen[prefix], cameras, **options)
         rgb, alpha = pixel_losses(rendered, images, masks, foreground_weight=foreground_weight)
         loss = loss + weight * (rgb + alpha_weight * alpha)
@@ -314,6 +386,19 @@ def reconstruction_loss(
         metrics[f"{prefix}rgb"] = rgb
         metrics[f"{prefix}alpha"] = alpha
         metrics[f"{prefix}psnr"] = psnr(jnp.mean((rendered.renders - images) ** 2))
+    if lpips_weight > 0:
+        if lpips is None:
+            raise ValueError(f"{lpips_weight=} needs the network: lpips=")
+        metrics["lpips"] = jnp.mean(lpips(renders[""], jnp.asarray(images)))
+        loss = loss + lpips_weight * metrics["lpips"]
+    own = Annealed(*own_depth_weight), Annealed(*own_opacity_weight)
+    if any(weight.start or weight.end for weight in own):
+        if supervision.own is None:
+            raise ValueError("own_depth_weight needs data with depth: `fourdstar prepare --depth`")
+        found = own_pixel_losses(decoded.coarse, supervision.own)
+        for name, weight, value in zip(("own_depth", "own_opacity"), own, found, strict=True):
+            metrics[name] = value
+            loss = loss + weight.at(progress) * value
     if supervision.flow is not None and flow_weight > 0:
         flow, share = splatted_flow(chosen[""], cameras, **options)
         metrics["flow"] = flow_loss(

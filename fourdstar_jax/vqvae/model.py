@@ -54,6 +54,8 @@ class VQVAE4D(nnx.Module):
       view_gate_init: 1 from scratch, 0 to start from a decoder that never saw several views.
       offset_*: cross-attention of the offset predictor; `offset_features` lets its queries see the
         decoder's features beside the Gaussians. unet_channels, unet_blocks: its 3D U-Net.
+      scale_limits: least and largest standard deviation of a Gaussian, in multiples of half the
+        spacing of the map; None leaves them free.
       remat: recomputes the static decoder's blocks in the backward pass.
     """
 
@@ -79,6 +81,7 @@ class VQVAE4D(nnx.Module):
         offset_features: bool = False,
         unet_channels: Sequence[int],
         unet_blocks: int,
+        scale_limits: Sequence[float] | None = None,
         remat: bool = False,
         dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -115,7 +118,12 @@ class VQVAE4D(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        if scale_limits is not None:
+            low, high = scale_limits
+            if not 0 < low < 1 < high:
+                raise ValueError(f"{scale_limits=} must be a number below 1 and one above")
         self.resolution = resolution
+        self.scale_limits = None if scale_limits is None else tuple(scale_limits)
         self.grid = grid
         self.map_size = map_size
 
@@ -139,7 +147,7 @@ class VQVAE4D(nnx.Module):
         offsets = self.offsets(static, times)
 
         def gaussians(raw):
-            found = activate(raw, rig, resolution=self.resolution)
+            found = activate(raw, rig, resolution=self.resolution, scale_limits=self.scale_limits)
             return geometry.transform_gaussians(found, back[:, None])
 
         return Decoded(gaussians(static.raw), gaussians(static.raw + offsets))

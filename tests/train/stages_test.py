@@ -77,10 +77,10 @@ def run(stage, mesh_shape, devices, steps=3):
                 graphdef, state = train_state.create(VQVAE4D, VQVAE, tx, key, mesh)
 
                 def step(state, data):
-                    render = dict(num_timesteps=1, num_views=2)
+                    render = dict(num_timesteps=1, rig_views=2, extra_views=0)
                     return vqvae.train_step(
-                        graphdef, state, frozen, data, key,
-                        tx=tx, render_config=render, loss_config={},
+                        graphdef, state, (frozen, None), data, key,
+                        tx=tx, steps=steps, render_config=render, loss_config={},
                     )  # fmt: skip
 
             case "star":

@@ -22,7 +22,15 @@ QUIET = dict(log=lambda line: None)
 def data_dir(objects_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("trainers") / "data"
     prepare.prepare(
-        objects_dir, out, image_size=16, views=2, extra_views=1, max_frames=3, workers=0, **QUIET
+        objects_dir,
+        out,
+        image_size=16,
+        views=2,
+        extra_views=1,
+        max_frames=3,
+        depth=True,
+        workers=0,
+        **QUIET,
     )
     return out
 

@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fourdstar_jax import geometry
 from fourdstar_jax.types import Gaussians
-from fourdstar_jax.vqvae import losses
+from fourdstar_jax.vqvae import decoder, losses
 from fourdstar_jax.vqvae.model import Decoded
 
 B, T, V, E, SIZE = 2, 5, 3, 2, 24
@@ -66,9 +67,10 @@ def moving_cloud(shift, timesteps=2, num=40, radius=0.3):
 def test_supervision_pictures_belong_to_their_indices():
     batch, cameras = numbered_batch()
     seen = set()
-    choose = jax.jit(losses.choose_supervision, static_argnames=("num_timesteps", "num_views"))
+    counts = dict(num_timesteps=2, rig_views=2, extra_views=1)
+    choose = jax.jit(losses.choose_supervision, static_argnames=tuple(counts))
     for i in range(30):
-        s = choose(jax.random.key(i), batch, num_timesteps=2, num_views=3)
+        s = choose(jax.random.key(i), batch, **counts)
         assert s.images.shape == (B, 2, 3, 4, 4, 3) and s.masks.shape == (B, 2, 3, 4, 4, 1)
         t, v = np.asarray(s.timesteps), np.asarray(s.views)
         np.testing.assert_array_equal(t[:, 1], t[:, 0] + 1)
@@ -76,7 +78,7 @@ def test_supervision_pictures_belong_to_their_indices():
         np.testing.assert_allclose(s.images[..., 0, 0, 0], wanted, rtol=1e-6)
         np.testing.assert_allclose(s.masks[..., 3, 3, 0], wanted, rtol=1e-6)
         for b in range(B):
-            assert len(set(v[b])) == 3
+            assert len(set(v[b])) == 3 and np.sum(v[b] < V) == 2
             np.testing.assert_array_equal(s.cameras.viewmats[b], cameras.viewmats[b, v[b]])
         known = v < V
         np.testing.assert_array_equal(s.flow_known, known)
@@ -90,9 +92,10 @@ def test_supervision_pictures_belong_to_their_indices():
 
 def test_supervision_takes_what_there_is():
     batch, _ = numbered_batch(extra=False)
-    s = losses.choose_supervision(jax.random.key(0), batch, num_timesteps=9, num_views=9)
-    assert s.images.shape[1:3] == (T, V)
-    s = losses.choose_supervision(jax.random.key(0), batch, num_timesteps=1, num_views=2)
+    key = jax.random.key(0)
+    s = losses.choose_supervision(key, batch, num_timesteps=9, rig_views=9, extra_views=9)
+    assert s.images.shape[1:3] == (T, V) and s.own is None
+    s = losses.choose_supervision(key, batch, num_timesteps=1, rig_views=2, extra_views=0)
     assert s.flow is None and not np.any(s.flow_known)
 
 
@@ -115,7 +118,8 @@ def test_own_render_has_no_loss():
         Ks=cameras.Ks,
         flow=jnp.zeros((1, 1, 2, SIZE, SIZE, 2)),
     )
-    s = losses.choose_supervision(jax.random.key(1), batch, num_timesteps=2, num_views=2)
+    counts = dict(num_timesteps=2, rig_views=2, extra_views=0)
+    s = losses.choose_supervision(jax.random.key(1), batch, **counts)
     faded = cloud._replace(opacities=0.5 * cloud.opacities)
     loss, metrics = losses.reconstruction_loss(Decoded(faded, cloud), s)
     assert metrics["rgb"] < 1e-10 and metrics["alpha"] < 1e-10 and metrics["psnr"] > 90
@@ -132,6 +136,41 @@ def test_own_render_has_no_loss():
     )
     _, metrics = losses.reconstruction_loss(Decoded(faded, cloud), s, capacity=1)
     assert metrics["overflow"]
+    later, _ = losses.reconstruction_loss(Decoded(faded, cloud), s, progress=1.0)
+    np.testing.assert_allclose(later, loss / 5, rtol=1e-5)  # the coarse weight goes down to 0.1
+    with pytest.raises(ValueError, match="lpips_weight=0.2 needs the network"):
+        losses.reconstruction_loss(Decoded(faded, cloud), s, lpips_weight=0.2)
+    with pytest.raises(ValueError, match="own_depth_weight needs data with depth"):
+        losses.reconstruction_loss(Decoded(faded, cloud), s, own_depth_weight=(1, 0, 0.5))
+
+
+def test_weights_move_in_a_straight_line_and_stay():
+    weight = losses.Annealed(1.0, 0.2, 0.5)
+    found = [float(weight.at(progress)) for progress in (0, 0.25, 0.5, 0.9)]
+    np.testing.assert_allclose(found, [1.0, 0.6, 0.2, 0.2], rtol=1e-6)
+
+
+def test_own_pixels_want_an_opaque_surface():
+    """Gaussians at a known place of their pixels' rays, under a mask of half of the pictures."""
+    cameras, m = rig([0, 90], batch=1), SIZE // 2
+    depth = jnp.zeros((1, 2, 2, SIZE, SIZE, 1)).at[..., : SIZE // 2, :].set(1.3)
+    own = losses.OwnPixels(cameras, (depth > 0).astype(jnp.float32), depth)
+    raw = jnp.zeros((1, 2, 2, m, m, 14))
+    raw = raw.at[..., decoder.XYZ.start + 2].set((1.25 - 1.5) / decoder.XYZ_UNIT)
+    covered = jnp.arange(m)[:, None] * 0 + (jnp.arange(m) < m // 2)
+    raw = raw.at[..., decoder.OPACITY].set(jnp.where(covered, 12.0, -12.0))
+    gaussians = decoder.activate(raw, cameras, resolution=SIZE)
+    error, entropy = losses.own_pixel_losses(gaussians, own)
+    np.testing.assert_allclose(error, 0.05, rtol=1e-4)
+    assert entropy < 2e-4
+    fog = gaussians._replace(opacities=0.5 + 0 * gaussians.opacities)
+    _, entropy = losses.own_pixel_losses(fog, own)
+    np.testing.assert_allclose(entropy, np.log(2), rtol=1e-5)
+    nothing = losses.OwnPixels(cameras, 0 * own.masks, 0 * own.depth)
+    for gradient in jax.tree.leaves(
+        jax.grad(lambda g: sum(losses.own_pixel_losses(g, nothing)))(gaussians)
+    ):
+        assert np.isfinite(gradient).all()
 
 
 def test_foreground_counts_more():
@@ -219,6 +258,11 @@ def test_warp_loss_sees_flicker_only():
     assert losses.warp_loss(images, images, masks, flow, known) < 1e-6
     darker = images.at[:, 1].add(-0.3)
     np.testing.assert_allclose(losses.warp_loss(darker, images, masks, flow, known), 0.3, rtol=1e-4)
+    shaded = images.at[:, 1].add(-0.05)  # the true picture gets darker, the render has to follow
+    assert losses.warp_loss(shaded, shaded, masks, flow, known) < 1e-6
+    np.testing.assert_allclose(
+        losses.warp_loss(images, shaded, masks, flow, known), 0.05, rtol=1e-4
+    )
     # A constant error is no flicker; an occluded pixel (another true colour) does not count.
     assert losses.warp_loss(images - 0.3, images, masks, flow, known) < 1e-6
     occluded = images.at[:, 1, :, 4, 4].add(0.5)

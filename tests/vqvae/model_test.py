@@ -140,6 +140,19 @@ def test_activations_stay_in_range():
     np.testing.assert_allclose(np.linalg.norm(gaussians.quats, axis=-1), 1, rtol=1e-5)
 
 
+def test_scales_stay_within_their_limits():
+    cameras = rig(2, [0, 90])
+    raw = 40 * jax.random.normal(jax.random.key(0), (2, 1, 2, 8, 8, 14))
+    start = activate(0 * raw, cameras, resolution=SIZE)
+    same = activate(0 * raw, cameras, resolution=SIZE, scale_limits=(1 / 3, 4.0))
+    np.testing.assert_allclose(same.scales, start.scales, rtol=1e-5)
+    found = activate(raw, cameras, resolution=SIZE, scale_limits=(1 / 3, 4.0)).scales
+    ratio = found / start.scales
+    np.testing.assert_allclose([ratio.min(), ratio.max()], [1 / 3, 4.0], rtol=1e-3)
+    with pytest.raises(ValueError, match="scale_limits=.* below 1 and one above"):
+        build(scale_limits=(2.0, 4.0))
+
+
 def test_zero_map_lies_on_the_rays_at_the_origins_depth():
     size, m = 24, 6
     cameras = rig(1, [0, 130], size, radius=2.0, fov_deg=40.0)
@@ -286,7 +299,7 @@ def test_one_step_wakes_everything_from_the_real_start():
     def gradients(model):
         def loss(model):
             supervision = losses.choose_supervision(
-                jax.random.key(0), batch, num_timesteps=2, num_views=2
+                jax.random.key(0), batch, num_timesteps=2, rig_views=2, extra_views=0
             )
             return losses.reconstruction_loss(model(codes, cameras, times), supervision)
 

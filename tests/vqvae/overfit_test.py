@@ -80,7 +80,9 @@ def test_overfits_one_object():
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def step(model, opt_state, key):
         def loss(model):
-            supervision = losses.choose_supervision(key, batch, num_timesteps=2, num_views=4)
+            supervision = losses.choose_supervision(
+                key, batch, num_timesteps=2, rig_views=4, extra_views=0
+            )
             return losses.reconstruction_loss(model(codes, cameras, times), supervision)
 
         grads, metrics = jax.grad(loss, has_aux=True)(model)
