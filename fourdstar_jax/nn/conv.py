@@ -96,6 +96,24 @@ def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     return nnx.avg_pool(x, (3, 3), strides=(2, 2), padding=padding, count_include_pad=False)
 
 
+def blur_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Half the size, each pixel a weighted mean of four by four: [1, 3, 3, 1] along both sides.
+
+    Zhang 2019 (arXiv:1904.11486), with StyleGAN2's filter: little aliasing, so that a picture moved
+    by one pixel looks alike after it. Zeros lie beyond the borders.
+
+    Raises ValueError for odd sizes.
+    """
+    h, w = x.shape[1:3]
+    if h % 2 or w % 2:
+        raise ValueError(f"pictures of {w}x{h} pixels; both must be even")
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = [x[:, i : i + h - 1 : 2] for i in range(4)]
+    x = 0.125 * (taps[0] + taps[3]) + 0.375 * (taps[1] + taps[2])
+    taps = [x[:, :, i : i + w - 1 : 2] for i in range(4)]
+    return 0.125 * (taps[0] + taps[3]) + 0.375 * (taps[1] + taps[2])
+
+
 def depth_to_space(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c4"]:
     """Four channels to 2x2 pixels (sub-pixel convolution, Shi et al. 2016, arXiv:1609.05158)."""
     return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from fourdstar_jax import sharding
@@ -24,6 +25,27 @@ def test_stride_two_pads_evenly():
 
 def test_average_pool_does_not_count_padding():
     np.testing.assert_allclose(conv.average_pool(jnp.ones((1, 6, 6, 2))), 1, rtol=1e-6)
+
+
+def test_blur_pool_against_numpy():
+    """Also of the picture moved by a pixel: the other phase of the same blurred picture."""
+    x = np.random.default_rng(0).normal(size=(10, 8)).astype(np.float32)
+    x[-1], x[:, -1] = 0, 0
+    taps = np.array([1, 3, 3, 1]) / 8
+    padded = np.pad(x, 2)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4))
+    blurred = np.einsum("ijkl,k,l->ij", windows, taps, taps)  # at every place, [11, 9]
+
+    def pooled(x):
+        return conv.blur_pool(jnp.asarray(x)[None, ..., None])[0, ..., 0]
+
+    np.testing.assert_allclose(pooled(x), blurred[1::2, 1::2], atol=1e-6)
+    np.testing.assert_allclose(pooled(padded[1:-3, 1:-3]), blurred[:-1:2, :-1:2], atol=1e-6)
+    # The finest stripes, which plain subsampling would show as black or white, vanish.
+    stripes = np.tile([0.0, 1.0], (8, 4)).astype(np.float32)
+    np.testing.assert_allclose(pooled(stripes)[1:-1, 1:-1], 0.5, atol=1e-6)
+    with pytest.raises(ValueError, match="3x2 pixels"):
+        conv.blur_pool(jnp.zeros((1, 2, 3, 1)))
 
 
 def test_depth_to_space_and_upsample():
