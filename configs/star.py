@@ -17,11 +17,11 @@ of FLAN-T5 XL, computed beforehand with a bundle that has it as its stage `text`
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from fourdstar_jax.tokenizer import RELEASED
+from fourdstar_jax.tokenizer import LOCAL, RELEASED, check_choice
 
 
 def get_config(argument: str = "small") -> ConfigDict:
-    """`argument` is "scale" or "scale,tokenizer", the released tokenizer that it builds on."""
+    """`argument` is "scale" or "scale,tokenizer", the tokenizer that it builds on."""
     scale, _, tokenizer = argument.partition(",")
     config = ConfigDict()
     config.stage = "star"
@@ -80,10 +80,11 @@ def get_config(argument: str = "small") -> ConfigDict:
 
 def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
     """Constructor arguments of `STAR` at a scale; its `text_vocab` is counted from the captions."""
-    if tokenizer not in RELEASED:
-        raise ValueError(f"{tokenizer=} must be one of {sorted(RELEASED)}")
-    if tokenizer != "unitok" and scale not in ("base", "paper"):
-        raise ValueError(f"{tokenizer=} goes with the scales base and paper, not {scale!r}")
+    check_choice(tokenizer, scale)
+    if tokenizer == "local":
+        config = model(scale)
+        config.update(LOCAL[scale])
+        return config
     match scale:
         case "tiny":
             return ConfigDict(

@@ -4,14 +4,16 @@
     fourdstar train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
 `tiny` takes 12 minutes on two CPU cores; its own decoder then gives 27.8 dB on unseen clips (18.7
-inside the mask; docs/RESULTS.md). `small` is for one GPU and has not been trained yet. At the
+inside the mask; docs/RESULTS.md). `small` is for one GPU and has not been trained yet. `tiny,local`
+and `small,local` train the local tokenizer instead, whose codes depend on a patch's surroundings
+only and whose blank patches share one token; the later stages then take the same argument. At the
 scales `base` and `paper` the tokenizer is a released one with frozen weights, UniTok or, as
 `paper,vq16`, LlamaGen's VQ-16: there is nothing to train, and the config says its sizes.
 """
 
 from ml_collections import ConfigDict
 
-from fourdstar_jax.tokenizer import RELEASED, UNITOK
+from fourdstar_jax.tokenizer import LOCAL, RELEASED, UNITOK, check_choice
 
 
 def get_config(argument: str = "small") -> ConfigDict:
@@ -56,12 +58,23 @@ def get_config(argument: str = "small") -> ConfigDict:
 
 
 def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
-    """Arguments of `tokenizer.make` at a scale: the constructor's of `UniTok` or `VQ16`."""
-    if tokenizer not in RELEASED:
-        raise ValueError(f"{tokenizer=} must be one of {sorted(RELEASED)}")
+    """Arguments of `tokenizer.make` at a scale: the constructor's of the tokenizer's class."""
+    check_choice(tokenizer, scale)
+    if tokenizer == "local":
+        tiny = scale == "tiny"
+        return ConfigDict(
+            dict(
+                family="local",
+                resolution=64 if tiny else 128,
+                stem_channels=(16, 32, 64) if tiny else (48, 96, 192),
+                dim=64 if tiny else 192,
+                num_decoder_blocks=2 if tiny else 4,
+                tail_channels=(64, 32, 16) if tiny else (128, 64, 32),
+                dtype="float32" if tiny else "bfloat16",
+                **LOCAL[scale],
+            )
+        )
     if tokenizer == "vq16":
-        if scale not in ("base", "paper"):
-            raise ValueError(f"{tokenizer=} goes with the scales base and paper, not {scale!r}")
         return ConfigDict(
             dict(
                 family="vq16",

@@ -12,7 +12,7 @@ The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from fourdstar_jax.tokenizer import RELEASED
+from fourdstar_jax.tokenizer import LOCAL, RELEASED, check_choice
 
 # Standard deviations of Gaussians, in halves of the map's spacing: no needles, none that covers
 # less than a third of a pixel where the map has half the picture's side.
@@ -20,7 +20,7 @@ SCALE_LIMITS = (1 / 3, 4.0)
 
 
 def get_config(argument: str = "small") -> ConfigDict:
-    """`argument` is "scale" or "scale,tokenizer", the released tokenizer that it builds on."""
+    """`argument` is "scale" or "scale,tokenizer", the tokenizer that it builds on."""
     scale, _, tokenizer = argument.partition(",")
     config = ConfigDict()
     config.stage = "vqvae"
@@ -81,10 +81,11 @@ def get_config(argument: str = "small") -> ConfigDict:
 
 def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
     """Constructor arguments of `VQVAE4D` at a scale."""
-    if tokenizer not in RELEASED:
-        raise ValueError(f"{tokenizer=} must be one of {sorted(RELEASED)}")
-    if tokenizer != "unitok" and scale not in ("base", "paper"):
-        raise ValueError(f"{tokenizer=} goes with the scales base and paper, not {scale!r}")
+    check_choice(tokenizer, scale)
+    if tokenizer == "local":
+        config = model(scale)
+        config.update(code_dim=LOCAL[scale]["code_dim"], projection="token")
+        return config
     match scale:
         case "tiny":
             return ConfigDict(

@@ -10,12 +10,12 @@ import pytest
 
 from fourdstar_jax import bundle, geometry, nn
 from fourdstar_jax.star.model import STAR, Condition
-from fourdstar_jax.tokenizer import RELEASED, make
+from fourdstar_jax.tokenizer import LOCAL, RELEASED, make
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.model import VQVAE4D
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
+SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16", "tiny,local", "small,local")
 STAGES = {"tokenizer": make, "vqvae": VQVAE4D, "star": STAR}
 # Millions of parameters, tokenizer, vqvae and star: from the sizes of the published parts.
 MILLIONS = {
@@ -25,6 +25,8 @@ MILLIONS = {
     "paper": ((680, 710), (370, 430), (800, 870)),
     "base,vq16": ((71.8, 71.9), (360, 420), (330, 390)),
     "paper,vq16": ((71.8, 71.9), (370, 430), (800, 870)),
+    "tiny,local": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
+    "small,local": ((2, 4), (3, 7), (11, 17)),
 }
 
 
@@ -81,7 +83,7 @@ def test_stages_fit_together(scale):
         features = jax.ShapeDtypeStruct((*ids.shape, text["text_dim"]), jnp.float32)
     images = jax.ShapeDtypeStruct((B, T, V, size, size, 3), jnp.float32)
     decoded, loss = jax.eval_shape(run, tokenizer, vqvae, star, images, ids, features)
-    expected = {"tiny": 16, "small": 64}.get(scale, 128) ** 2 * V
+    expected = {"tiny": 16, "small": 64}.get(scale.partition(",")[0], 128) ** 2 * V
     assert decoded.gaussians.means.shape == (B, T, expected, 3)
     assert loss.shape == ()
 
@@ -96,7 +98,9 @@ def test_unknown_scale_names_the_scales(stage):
 def test_scales_of_their_own_tokenizer_take_no_other(stage):
     with pytest.raises(ValueError, match="base and paper, not 'small'"):
         config_of(stage, "small,vq16")
-    with pytest.raises(ValueError, match=r"'vqgan' must be one of \['unitok', 'vq16'\]"):
+    with pytest.raises(ValueError, match="tiny and small, not 'base'"):
+        config_of(stage, "base,local")
+    with pytest.raises(ValueError, match=r"'vqgan' must be one of \['local', 'unitok', 'vq16'\]"):
         config_of(stage, "base,vqgan")
 
 
@@ -108,3 +112,11 @@ def test_sizes_of_released_codes_are_said_in_one_place(name):
     assert config_of("star", f"paper,{name}").data.dir == f"data/paper_{name}_tokens"
     plain, named = (config_of("star", x).model for x in ("paper", "paper,unitok"))
     assert plain.to_dict() == named.to_dict()
+
+
+@pytest.mark.parametrize("scale", LOCAL)
+def test_sizes_of_local_codes_are_said_in_one_place(scale):
+    tokenizer, vqvae, star = (config_of(stage, f"{scale},local").model for stage in STAGES)
+    assert {key: star[key] for key in LOCAL[scale]} == LOCAL[scale]
+    assert {key: tokenizer[key] for key in LOCAL[scale]} == LOCAL[scale]
+    assert vqvae.code_dim == LOCAL[scale]["code_dim"] and vqvae.projection == "token"

@@ -227,3 +227,17 @@ class AttnProjection(nnx.Module):
     def __call__(self, x: Float[Array, "b n din"]) -> Float[Array, "b n dout"]:
         x = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+class TokenProjection(nnx.Module):
+    """`AttnProjection` without its attention: each token into or out of the code space alone."""
+
+    def __init__(self, din: int, dout: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        kw = Common(dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(din, epsilon=PROJECTION_EPS, **kw)
+        self.proj = linear(din, dout, ("embed", None), use_bias=True, **kw)
+        self.mlp = GeGluMlp(dout, 2 * dout, dout, **kw)
+
+    def __call__(self, x: Float[Array, "b n din"]) -> Float[Array, "b n dout"]:
+        x = self.proj(self.norm(x))
+        return x + self.mlp(x)

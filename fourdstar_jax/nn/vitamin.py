@@ -65,13 +65,24 @@ class InvMbConv(nnx.Module):
 
 
 class ConvStem(nnx.Module):
-    """Stride-2 convolutions: LayerNorm and GELU after each but the last."""
+    """Stride-2 convolutions: LayerNorm and GELU after each but the last.
 
-    def __init__(self, channels: Sequence[int], dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    `padding` is that of `nn.conv.conv`, at every level.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        dim: int,
+        *,
+        padding: tuple[int, int] | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         kw = Common(dtype=dtype, rngs=rngs)
         widths = [3, *channels, dim]
         pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.convs = nnx.List([conv(a, b, 3, stride=2, **kw) for a, b in pairs])
+        self.convs = nnx.List([conv(a, b, 3, stride=2, padding=padding, **kw) for a, b in pairs])
         self.norms = nnx.List([nnx.LayerNorm(c, epsilon=BLOCK_EPS, **kw) for c in channels])
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 D"]:

@@ -1,4 +1,4 @@
-"""Image tokenizers, images to integers and back: UniTok's family and LlamaGen's VQ."""
+"""Image tokenizers, images to integers and back: UniTok's family, LlamaGen's VQ, a local one."""
 
 import importlib
 from typing import Any
@@ -8,6 +8,12 @@ from typing import Any
 RELEASED = {
     "unitok": {"num_codebooks": 8, "vocab_size": 4096, "code_dim": 64},  # arXiv:2502.20321
     "vq16": {"num_codebooks": 1, "vocab_size": 16384, "code_dim": 8},  # arXiv:2406.06525
+}
+
+# Codes of the local tokenizer at the scales that train their own.
+LOCAL = {
+    "tiny": {"num_codebooks": 8, "vocab_size": 64, "code_dim": 32},
+    "small": {"num_codebooks": 8, "vocab_size": 512, "code_dim": 64},
 }
 
 # Arguments of the released `unitok.UniTok`; `convert.unitok` finds the same in its file.
@@ -29,10 +35,24 @@ UNITOK: dict[str, Any] = dict(
 )
 
 
+def check_choice(tokenizer: str, scale: str) -> None:
+    """Raises ValueError where a config's scale has no such tokenizer: `unitok` goes with all."""
+    released = {name: ("base", "paper") for name in RELEASED if name != "unitok"}
+    scales = {"unitok": None, **released, "local": tuple(LOCAL)}
+    if tokenizer not in scales:
+        raise ValueError(f"{tokenizer=} must be one of {sorted(scales)}")
+    allowed = scales[tokenizer]
+    if allowed is not None and scale not in allowed:
+        raise ValueError(
+            f"{tokenizer=} goes with the scales {' and '.join(allowed)}, not {scale!r}"
+        )
+
+
 # family -> module and class; a module is imported when its family is made
 FAMILIES = {
     "unitok": ("fourdstar_jax.tokenizer.unitok", "UniTok"),
     "vq16": ("fourdstar_jax.tokenizer.vq16", "VQ16"),
+    "local": ("fourdstar_jax.tokenizer.local", "LocalTokenizer"),
 }
 
 
@@ -48,6 +68,6 @@ def make(family: str = "unitok", **arguments: Any) -> Any:
 def class_of(family: str) -> Any:
     """The class of one of FAMILIES. Raises ValueError for another one."""
     if family not in FAMILIES:
-        raise ValueError(f"tokenizer {family=} must be {' or '.join(FAMILIES)}")
+        raise ValueError(f"tokenizer {family=} must be one of {', '.join(FAMILIES)}")
     module, name = FAMILIES[family]
     return getattr(importlib.import_module(module), name)

@@ -1,13 +1,14 @@
-"""What every tokenizer has in common: its protocol, and the hash that its spec carries."""
+"""What tokenizers have in common: protocol, training pass, and the hash that the spec carries."""
 
 import hashlib
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fourdstar_jax.tokenizer.quantize import QuantizerStats
 from fourdstar_jax.types import TokenizerSpec
 
 
@@ -39,6 +40,25 @@ class Tokenizer(Protocol):
     def codebooks(self) -> Float[Array, "K vocab d"]:
         """The vectors `codes` looks up."""
         ...
+
+
+class Reconstruction(NamedTuple):
+    """What a training step of a tokenizer needs."""
+
+    images: Float[Array, "*b h w 3"]  # not clamped to [0, 1]: the loss has a gradient everywhere
+    tokens: Int[Array, "*b n K"]
+    quantizer_loss: Float[Array, ""]
+    perplexity: Float[Array, ""]  # of the codes of this batch, at most vocab_size
+    stats: QuantizerStats  # to be kept by the tokenizer's `with_stats`
+
+
+def replace_quantizer[M: nnx.Module](model: M, **values: Array) -> M:
+    """The model with other values of its quantizer's variables, by their names."""
+    graphdef, state = nnx.split(model)
+    for name, value in values.items():
+        variable = state["quantizer"][name]
+        state["quantizer"][name] = variable.replace(value)  # pyright: ignore[reportCallIssue]
+    return nnx.merge(graphdef, state)
 
 
 def weights_sha256(model: nnx.Module) -> str:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fourdstar_jax.tokenizer.unitok import Reconstruction
+from fourdstar_jax.tokenizer.base import Reconstruction
 
 
 def tokenizer_loss(

@@ -2,6 +2,10 @@
 
 A vector is cut into K chunks; each chunk becomes the codebook vector of largest cosine. All of it
 is float32, as in UniTok, which switches mixed precision off here.
+
+Where the caller says which vectors are blank (`tokenizer.local`), these get the code BLANK of every
+codebook, and no other vector does. They count in no loss and no statistics, and repair draws from
+the others, so that the code BLANK keeps the direction that it began with.
 """
 
 from typing import NamedTuple
@@ -9,14 +13,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax import geometry
 from fourdstar_jax.nn.embedding import lookup
 
+BLANK = 0  # the code, in every codebook, of what is blank
+
 
 class CodeUsage(nnx.Variable):
-    """How the codes have been used: not a parameter, changed by `UniTok.with_stats` only."""
+    """How the codes have been used: not a parameter, changed by a tokenizer's `with_stats` only."""
 
 
 class QuantizerStats(NamedTuple):
@@ -85,8 +91,16 @@ class Quantizer(nnx.Module):
         """The codebooks as codes are made of them: unit length."""
         return geometry.normalize(self.codebooks[...])
 
-    def encode(self, x: Float[Array, "*b n D"]) -> Int[Array, "*b n K"]:
-        return nearest(self.chunks(x), self.codebooks[...])
+    def encode(
+        self, x: Float[Array, "*b n D"], blank: Bool[Array, "*b n"] | None = None
+    ) -> Int[Array, "*b n K"]:
+        return self._nearest(self.chunks(x), blank)
+
+    def _nearest(self, chunks: Array, blank: Array | None) -> Array:
+        if blank is None:
+            return nearest(chunks, self.codebooks[...])
+        others = BLANK + 1 + nearest(chunks, self.codebooks[:, BLANK + 1 :])
+        return jnp.where(blank[..., None], BLANK, others)
 
     def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
         return lookup(self.normalized(), tokens)
@@ -94,21 +108,31 @@ class Quantizer(nnx.Module):
     def stats(self) -> QuantizerStats:
         return QuantizerStats(self.usage[...], self.idle_steps[...])
 
-    def __call__(self, x: Float[Array, "*b n D"]) -> Quantized:
+    def __call__(
+        self, x: Float[Array, "*b n D"], blank: Bool[Array, "*b n"] | None = None
+    ) -> Quantized:
         """Quantises for training: straight-through codes, loss and the statistics to keep."""
         chunks = self.chunks(x)
-        tokens = nearest(chunks, self.codebooks[...])
+        tokens = self._nearest(chunks, blank)
         codes = self.codes(tokens)
         flat = chunks.reshape(codes.shape)
+        if blank is not None:  # no vector before it: no gradient passes
+            flat = jnp.where(blank[..., None], jax.lax.stop_gradient(codes), flat)
         stop = jax.lax.stop_gradient
-        loss = jnp.mean((codes - stop(flat)) ** 2)
-        loss += self.commitment * jnp.mean((stop(codes) - flat) ** 2)
 
         num_codebooks, vocab_size, _ = self.codebooks[...].shape
         ids = tokens.reshape(-1, num_codebooks)
         counts = jnp.zeros((num_codebooks, vocab_size), jnp.float32)
         counts = counts.at[jnp.arange(num_codebooks), ids].add(1.0)
-        share = counts / ids.shape[0]
+        used, total = 1.0, ids.shape[0]  # share of the vectors that count, and their number
+        if blank is not None:
+            counts = counts.at[:, BLANK].set(0.0)
+            used = jnp.maximum(jnp.mean(~blank), 1 / total)
+            total = used * total
+        loss = jnp.mean((codes - stop(flat)) ** 2)
+        loss += self.commitment * jnp.mean((stop(codes) - flat) ** 2)
+        loss = loss / used  # blank vectors have no error
+        share = counts / total
         entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12)), axis=-1)
         old = self.stats()
         stats = QuantizerStats(
@@ -131,18 +155,25 @@ def repair_dead_codes(
     key: Array,
     *,
     max_idle_steps: int,
+    blank: Bool[Array, "*b n"] | None = None,
 ) -> tuple[Float[Array, "K vocab d"], QuantizerStats, Int[Array, ""]]:
     """Re-seeds codes idle for `max_idle_steps` or longer from current encoder vectors.
 
-    Replacements are drawn with replacement, per codebook. Returns the codebooks, the statistics
+    Replacements are drawn with replacement, per codebook, from what is not `blank`; where all is,
+    nothing is re-seeded, and the code BLANK never. Returns the codebooks, the statistics
     with the idle counters of re-seeded codes at zero, and how many were re-seeded.
     `max_idle_steps=0` re-seeds all codes: a start from data.
     """
     num_codebooks, vocab_size, _ = codebooks.shape
     pool = chunks.reshape(-1, *chunks.shape[-2:])  # [B n, K, d]
-    rows = jax.random.randint(key, (vocab_size, num_codebooks), 0, pool.shape[0])
-    fresh = pool[rows, jnp.arange(num_codebooks)].swapaxes(0, 1)  # [K, vocab, d]
     dead = stats.idle_steps >= max_idle_steps
+    if blank is None:
+        rows = jax.random.randint(key, (vocab_size, num_codebooks), 0, pool.shape[0])
+    else:
+        weights = 1.0 - blank.reshape(-1)
+        rows = jax.random.choice(key, pool.shape[0], (vocab_size, num_codebooks), p=weights)
+        dead = (dead & jnp.any(~blank)).at[:, BLANK].set(False)
+    fresh = pool[rows, jnp.arange(num_codebooks)].swapaxes(0, 1)  # [K, vocab, d]
     return (
         jnp.where(dead[..., None], fresh, codebooks),
         stats._replace(idle_steps=jnp.where(dead, 0, stats.idle_steps)),

@@ -7,7 +7,7 @@ tokens row-major.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +19,7 @@ from fourdstar_jax.nn.embedding import learned_embedding
 from fourdstar_jax.nn.vit import BLOCK_EPS, AttnProjection, Block, run_blocks
 from fourdstar_jax.nn.vitamin import ConvStem, ConvTail, HybridStem, HybridTail
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.tokenizer.base import weights_sha256
+from fourdstar_jax.tokenizer.base import Reconstruction, replace_quantizer, weights_sha256
 from fourdstar_jax.types import TokenizerSpec
 
 
@@ -81,16 +81,6 @@ class Decoder(nnx.Module):
         x = run_blocks(self.blocks, self.norm, x)
         grid = math.isqrt(x.shape[1])
         return self.tail(x.reshape(x.shape[0], grid, grid, -1))
-
-
-class Reconstruction(NamedTuple):
-    """What a training step of a tokenizer needs."""
-
-    images: Float[Array, "*b h w 3"]  # not clamped to [0, 1]: the loss has a gradient everywhere
-    tokens: Int[Array, "*b n K"]
-    quantizer_loss: Float[Array, ""]
-    perplexity: Float[Array, ""]  # of the codes of this batch, at most vocab_size
-    stats: quantize.QuantizerStats  # to be kept by `UniTok.with_stats`
 
 
 class UniTok(nnx.Module):
@@ -238,7 +228,7 @@ class UniTok(nnx.Module):
 
     def with_stats(self, stats: quantize.QuantizerStats) -> "UniTok":
         """The same tokenizer with the usage statistics that `__call__` returned."""
-        return self._replace_quantizer(usage=stats.usage, idle_steps=stats.idle_steps)
+        return replace_quantizer(self, **stats._asdict())
 
     def repair(
         self, images: Float[Array, "*b h w 3"], key: Array, *, max_idle_steps: int
@@ -251,11 +241,4 @@ class UniTok(nnx.Module):
             key,
             max_idle_steps=max_idle_steps,
         )
-        return self._replace_quantizer(codebooks=codebooks, **stats._asdict()), count
-
-    def _replace_quantizer(self, **values: Array) -> "UniTok":
-        graphdef, state = nnx.split(self)
-        for name, value in values.items():
-            variable = state["quantizer"][name]
-            state["quantizer"][name] = variable.replace(value)  # pyright: ignore[reportCallIssue]
-        return nnx.merge(graphdef, state)
+        return replace_quantizer(self, codebooks=codebooks, **stats._asdict()), count

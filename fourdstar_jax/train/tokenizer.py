@@ -1,4 +1,4 @@
-"""Stage 1: trains a tokenizer of the UniTok family on single views of the dataset."""
+"""Stage 1: trains a tokenizer, local or of the UniTok family, on single views of the dataset."""
 
 import functools
 import os
@@ -8,27 +8,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fourdstar_jax import bundle, sharding
+from fourdstar_jax import bundle, sharding, tokenizer
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
-from fourdstar_jax.tokenizer.unitok import UniTok
+from fourdstar_jax.tokenizer.measures import steadiness, steadiness_counts
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.metrics import Mean, MetricWriter
 
 
+def all_views(batch: dict, name: str) -> jax.Array:
+    """`images` or `masks` of a batch with those of the extra views, [B, T, V + E, h, w, c]."""
+    return jnp.concatenate([batch[name], batch[f"extra_{name}"]], axis=2)
+
+
 def pictures(batch: dict) -> dict:
     """All views of a batch, extra ones too, as single images in [0, 1] with their masks."""
-
-    def flat(rig, extra):
-        both = jnp.concatenate([rig, extra], axis=2)  # [B, T, V + E, h, w, c]
-        return both.reshape(-1, *both.shape[-3:])
-
-    return {
-        "images": flat(batch["images"], batch["extra_images"]),
-        "masks": flat(batch["masks"], batch["extra_masks"]),
-    }
+    both = {name: all_views(batch, name) for name in ("images", "masks")}
+    return {name: x.reshape(-1, *x.shape[-3:]) for name, x in both.items()}
 
 
 def train_step(graphdef, state, batch, *, tx, loss_config):
@@ -56,10 +54,12 @@ def repair_step(graphdef, state, batch, key, *, max_idle_steps):
 
 
 def eval_step(graphdef, state, batch, *, loss_config):
-    """Metrics of a batch."""
-    batch = pictures(batch)
+    """Metrics of a batch, and counts of its patches for `measures.steadiness`."""
+    views, batch = all_views(batch, "images"), pictures(batch)
     output = nnx.merge(graphdef, state.params, state.rest)(batch["images"])
-    return tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)[1]
+    _, metrics = tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)
+    tokens = output.tokens.reshape(*views.shape[:3], *output.tokens.shape[1:])
+    return metrics, steadiness_counts(tokens, views)
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
@@ -67,11 +67,11 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
 
     Restarts from the newest checkpoint in `workdir`, with the batches it would have seen.
     Raises FloatingPointError when the loss is not finite, and NotImplementedError for a tokenizer
-    of another family than UniTok's.
+    that cannot be trained here.
     """
     arguments = bundle.module_arguments("tokenizer", config.model.to_dict())
-    family = arguments.pop("family", "unitok")  # as in `tokenizer.make`
-    if family != "unitok":
+    family = arguments.get("family", "unitok")  # as in `tokenizer.make`
+    if not hasattr(tokenizer.class_of(family), "repair"):
         raise NotImplementedError(
             f"there is no training of a tokenizer of the family {family!r}: its released weights "
             "are converted into a bundle, and the later stages train on that"
@@ -88,7 +88,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
-        graphdef, state = train_state.create(UniTok, arguments, tx, key, mesh)
+        graphdef, state = train_state.create(tokenizer.make, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         state, batches = checkpoints.restore(state, batches)
 
@@ -121,10 +121,12 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
             if held_out and (done % config.eval_every == 0 or done == config.steps):
-                held = Mean()
+                held, counts = Mean(), Mean()
                 for batch in held_out:
-                    held.add(eval_fn(state, train_state.to_device(batch, mesh)))
-                writer.write(done, held.result(), prefix="eval")
+                    metrics, counted = eval_fn(state, train_state.to_device(batch, mesh))
+                    held.add(metrics)
+                    counts.add(counted)
+                writer.write(done, held.result() | steadiness(counts.result()), prefix="eval")
                 writer.restart_clock()
             checkpoints.save(done, state, batches, force=done == config.steps)
         checkpoints.close()

@@ -19,7 +19,7 @@ from fourdstar_jax import geometry, sharding
 from fourdstar_jax.nn import Common, Dtype, linear
 from fourdstar_jax.nn.conv import conv
 from fourdstar_jax.nn.embedding import patch_rays
-from fourdstar_jax.nn.vit import BLOCK_EPS, AttnProjection, Block, SelfAttention
+from fourdstar_jax.nn.vit import BLOCK_EPS, AttnProjection, Block, SelfAttention, TokenProjection
 from fourdstar_jax.nn.vitamin import up_path
 from fourdstar_jax.types import Cameras, Gaussians
 
@@ -150,6 +150,7 @@ class StaticDecoder(nnx.Module):
         up: Literal["nearest", "shuffle", "hybrid"] = "shuffle",
         up_channels: Sequence[int],
         up_depths: Sequence[int] = (),
+        projection: Literal["attention", "token"] = "attention",
         remat: bool = False,
         dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -157,7 +158,8 @@ class StaticDecoder(nnx.Module):
         if resolution % grid:
             raise ValueError(f"{resolution=} must be a multiple of {grid=}")
         kw = Common(dtype=dtype, rngs=rngs)
-        self.post_quant_proj = AttnProjection(code_dim, dim, rngs=rngs)  # float32, as in UniTok
+        project = {"attention": AttnProjection, "token": TokenProjection}[projection]
+        self.post_quant_proj = project(code_dim, dim, rngs=rngs)  # float32, as in UniTok
         patch = resolution // grid
         small = nnx.initializers.normal(0.02)
         self.rays = linear(6 * patch * patch, dim, (None, "embed"), init=small, **kw)

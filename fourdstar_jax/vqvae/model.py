@@ -51,6 +51,7 @@ class VQVAE4D(nnx.Module):
       dim, num_blocks, num_heads, hidden_dim, view_attention_every: blocks of the static decoder.
       up, up_channels, up_depths: its upsampling path (see `nn.vitamin.up_path`); the map has
         `grid * 2 ** len(up_channels)` Gaussians a side.
+      projection: codes to `dim`, by UniTok's attention over an image's tokens or each alone.
       view_gate_init: 1 from scratch, 0 to start from a decoder that never saw several views.
       offset_*: cross-attention of the offset predictor; `offset_features` lets its queries see the
         decoder's features beside the Gaussians. unet_channels, unet_blocks: its 3D U-Net.
@@ -74,6 +75,7 @@ class VQVAE4D(nnx.Module):
         up: Literal["nearest", "shuffle", "hybrid"] = "shuffle",
         up_channels: Sequence[int],
         up_depths: Sequence[int] = (),
+        projection: Literal["attention", "token"] = "attention",
         offset_dim: int,
         offset_layers: int,
         offset_heads: int,
@@ -99,6 +101,7 @@ class VQVAE4D(nnx.Module):
             up=up,
             up_channels=up_channels,
             up_depths=up_depths,
+            projection=projection,
             remat=remat,
             dtype=dtype,
             rngs=rngs,

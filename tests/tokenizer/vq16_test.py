@@ -114,7 +114,7 @@ def test_bfloat16_leaves_the_quantizer_alone(model):
     [
         ({"resolution": 34}, "resolution=34 must be a multiple of 4"),
         ({"channels": 40}, "channels=40 must be a multiple of 32"),
-        ({"family": "vq8"}, "'vq8' must be unitok or vq16"),
+        ({"family": "vq8"}, "'vq8' must be one of unitok, vq16, local"),
     ],
 )
 def test_wrong_sizes_are_named(changes, message):

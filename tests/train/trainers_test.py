@@ -1,16 +1,18 @@
 """The three trainers in a row on a small dataset of boxes, and the object that comes out."""
 
 import functools
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fourdstar_jax import bundle, generate, nn, sharding
-from fourdstar_jax.data import prepare
+from fourdstar_jax.data import prepare, splits
 from fourdstar_jax.tokenizer import make
 from fourdstar_jax.train import encode, star, tokenizer, vqvae
 
@@ -141,6 +143,34 @@ def test_stages_build_on_vq16(data_dir, tmp_path, one_device):
     object4d = model.generate(video, fit="none", seed=1)
     assert object4d.gaussians.means.shape == (2, 2 * 8 * 8, 3)
     assert np.isfinite(object4d.gaussians.means).all()
+
+
+def test_local_tokenizer_trains_and_tells_how_steady_it_is(
+    objects_dir, tmp_path, one_device, monkeypatch
+):
+    """Its bundle sees white as blank; the held-out clip's metrics have the two shares."""
+    plate = hashlib.sha256((objects_dir / "pack/wild_pack__Plate2.glb").read_bytes()).hexdigest()
+    table = {(plate, 0): "train", (plate, 1): "unseen_clip"}
+    monkeypatch.setattr(splits, "load", lambda: table)
+    prepare.prepare(
+        objects_dir, tmp_path / "d", image_size=16, views=2, extra_views=1, max_frames=2,
+        workers=0, **QUIET,
+    )  # fmt: skip
+    with config_of("tokenizer", tmp_path / "d").unlocked() as config:
+        config.update(batch_size=1)
+        config.model = dict(
+            family="local", resolution=16, stem_channels=(8,), tail_channels=(8,), dim=16,
+            num_decoder_blocks=1, num_codebooks=3, vocab_size=16, code_dim=12,
+        )  # fmt: skip
+    tokenizer.train(config, tmp_path / "t")
+    rows = [json.loads(x) for x in (tmp_path / "t/metrics.jsonl").read_text().splitlines()]
+    held = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in held] == [2, 4]
+    for row in held:
+        assert row["eval/blank_with_blank_token"] == 1
+        assert 0 < row["eval/blank_share"] < 1 and 0 <= row["eval/unchanged_kept"] <= 1
+    white = bundle.read(tmp_path / "t/bundle").load("tokenizer").encode(jnp.ones((1, 16, 16, 3)))
+    np.testing.assert_array_equal(white, np.zeros((1, 16, 3)))
 
 
 def stop_after(step, config, workdir):
