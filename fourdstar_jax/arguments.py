@@ -2,14 +2,17 @@
 
 import functools
 import inspect
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from fourdstar_jax import outside
 from fourdstar_jax.outside import Fields
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_JSON = 16 << 20  # bytes of a bundle's description
 MAX_LIST = 12  # entries of a list of widths, each of which doubles or halves a size
 # Whole numbers by the end of the argument's name, the first that fits; others lie in DIMS.
 DIMS = (1, 1 << 16)
@@ -27,6 +30,8 @@ RANGES = {
     "max_distance": (1, 1 << 20),
     "slots": (1, 1 << 20),
 }
+# Other numbers, which JSON may write as 0 or 1.
+NOT_WHOLE = ("commitment", "dropout", "init_std", "view_gate_init")
 
 
 def check(module: type, values: Mapping[str, Any], where: str, path: str = "") -> None:
@@ -45,6 +50,27 @@ def check(module: type, values: Mapping[str, Any], where: str, path: str = "") -
             _check(fields, name, parameter.annotation)
 
 
+def check_numbers(path: str | os.PathLike[str]) -> None:
+    """What can be told of a bundle's description at once: its JSON and the sizes in it.
+
+    Commands call it before they import anything large. Raises ValueError as `check` does.
+    """
+    stages = outside.read(path, max_bytes=MAX_JSON).part("stages")
+    for stage in stages:
+        model = stages.part(stage).part("model")
+        for name, value in model.values.items():
+            if name in NOT_WHOLE or isinstance(value, bool):
+                continue
+            if isinstance(value, int):
+                model.integer(name, *_range(name))
+            elif name == "dtype":
+                model.text(name, choices=DTYPES)
+
+
+def _range(name: str) -> tuple[int, int]:
+    return next((found for end, found in RANGES.items() if name.endswith(end)), DIMS)
+
+
 @functools.cache
 def _parameters(module: type) -> dict[str, inspect.Parameter]:
     """The parameters of the constructor besides `rngs` and arrays."""
@@ -56,7 +82,7 @@ def _parameters(module: type) -> dict[str, inspect.Parameter]:
 
 
 def _check(fields: Fields, name: str, annotation: Any) -> None:
-    low, high = next((r for end, r in RANGES.items() if name.endswith(end)), DIMS)
+    low, high = _range(name)
     options = typing.get_args(annotation)
     if isinstance(annotation, types.UnionType) and type(None) in options:
         annotation = next(option for option in options if option is not type(None))

@@ -60,7 +60,6 @@ MAX_HEADER = 16 << 20  # bytes, of a safetensors file
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
 TYPES |= {"I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 READERS = 2  # threads that copy tensors: new memory comes faster to two
-MAX_JSON = 16 << 20  # bytes
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
 
 
@@ -294,7 +293,7 @@ def read(folder: str | os.PathLike[str]) -> Bundle:
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not a model bundle: it has no {FILE}")
-    found = outside.read(path, max_bytes=MAX_JSON)
+    found = outside.read(path, max_bytes=arguments.MAX_JSON)
     found.text("format", choices=[FORMAT])
     found.integer("version", VERSION, VERSION)
     entries = found.part("stages")

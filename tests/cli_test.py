@@ -1,6 +1,7 @@
 """The command: bad input is one line and exit code 2, with nothing left behind."""
 
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fourdstar_jax import cli
+from fourdstar_jax import arguments, bundle, cli, tokenizer
 from fourdstar_jax.cli import doctor
 from fourdstar_jax.cli.common import TRAINING_PACKAGES
 
@@ -392,6 +393,39 @@ def test_inspect(capsys, tiny_bundle, tmp_path):
     assert "not there yet" not in out  # its star has words and needs no text encoder
     code, _, lines = run(capsys, "inspect", tmp_path)
     assert code == 2 and len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_blocks", 3_000_000), ("dim", 0), ("dtype", "foo"), ("grid", 1e999)]
+)
+def test_impossible_sizes_are_told_before_anything_large_is_imported(
+    name, value, tiny_bundle, tmp_path
+):
+    description = json.loads((tiny_bundle / "model.json").read_text())
+    description["stages"]["vqvae"]["model"][name] = value
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    program = (
+        "import sys; from fourdstar_jax.cli.main import main\n"
+        "try: main(['inspect', sys.argv[1]])\n"
+        "finally: print('jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == "False\n"
+    [line] = done.stderr.splitlines()
+    assert str(tmp_path / "model.json") in line
+    assert value == 1e999 or f"stages.vqvae.model.{name} must be" in line
+
+
+def test_numbers_that_may_be_fractions_are_not_taken_for_sizes():
+    modules = [*map(tokenizer.class_of, tokenizer.FAMILIES)]
+    modules += [module for name, module in bundle.STAGES.items() if name != "tokenizer"]
+    parameters = {
+        n: p for m in modules for n, p in inspect.signature(m.__init__).parameters.items()
+    }
+    fractions = {name for name, p in parameters.items() if p.annotation in (float, float | None)}
+    assert fractions == set(arguments.NOT_WHOLE)
 
 
 def test_bench_rasterize(capsys, tmp_path):

@@ -83,12 +83,28 @@ def real(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
+def bundle_folder(text: str) -> Path:
+    """A flag's type: a folder, which is no bundle with impossible sizes.
+
+    That much is told before anything large is imported; `bundle.read` checks the rest.
+    """
+    from fourdstar_jax import arguments
+
+    path = Path(text)
+    if (path / "model.json").is_file():
+        try:
+            arguments.check_numbers(path / "model.json")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
 FPS = real(1e-3, 1000)
 
 
 def model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", type=Path, default=BUNDLED_MODEL, metavar="BUNDLE", help="model bundle"
+        "--model", type=bundle_folder, default=BUNDLED_MODEL, metavar="BUNDLE", help="model bundle"
     )
 
 

@@ -3,14 +3,16 @@
 import argparse
 from pathlib import Path
 
-from fourdstar_jax.cli.common import whole
+from fourdstar_jax.cli.common import bundle_folder, whole
 
 SUMMARY = "encode the captions of a dataset with a bundle's text encoder"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared dataset")
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="has the encoder")
+    parser.add_argument(
+        "--bundle", type=bundle_folder, required=True, metavar="DIR", help="has the encoder"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument(
         "--dtype",

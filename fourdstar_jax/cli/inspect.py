@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fourdstar_jax.cli.common import BUNDLED_MODEL
+from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder
 
 SUMMARY = "tell what a model bundle or a dataset holds"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundle", type=Path, nargs="?", default=BUNDLED_MODEL, help="folder of either kind"
+        "bundle", type=bundle_folder, nargs="?", default=BUNDLED_MODEL, help="folder of either kind"
     )
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help="write a picture of a dataset's objects"

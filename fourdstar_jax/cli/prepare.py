@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fourdstar_jax.cli import encode_text, tokenize
-from fourdstar_jax.cli.common import FPS, real, whole
+from fourdstar_jax.cli.common import FPS, bundle_folder, real, whole
 from fourdstar_jax.data.settings import Settings
 
 SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
@@ -56,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="encode the captions of the dataset --data with the text encoder of --bundle",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode")
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="has the encoder")
+    parser.add_argument("--bundle", type=bundle_folder, metavar="DIR", help="has the encoder")
     parser.add_argument(
         "--dtype",
         choices=["bfloat16", "float16"],
