@@ -45,7 +45,9 @@ def get_config(argument: str = "small") -> ConfigDict:
     )
     config.loss = ConfigDict(dict(known_weight=1.0, z_loss=5e-5))
     config.schedule = ConfigDict(dict(learning_rate=1e-4, warmup_steps=2000))
-    config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0))
+    config.optim = ConfigDict(
+        dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, average=0.999)
+    )  # `average` of the weights goes into evaluation and bundle; 0: none
 
     config.top_k = 100  # generation's default: sample each code from the likeliest so many
     config.log_every = 100

@@ -31,7 +31,9 @@ def get_config(argument: str = "small") -> ConfigDict:
         dict(l1_weight=0.2, l2_weight=1.0, quantizer_weight=1.0, foreground_weight=2.0)
     )
     config.schedule = ConfigDict(dict(learning_rate=5e-4, warmup_steps=1000))
-    config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.02, clip_norm=10.0))
+    config.optim = ConfigDict(
+        dict(b1=0.9, b2=0.95, weight_decay=0.02, clip_norm=10.0, average=0.999)
+    )  # `average` of the weights goes into evaluation and bundle; 0: none
     config.repair_every = 200  # steps; codes idle for that long are re-seeded
     config.repair_until = 0.7  # of the run: then the codebooks settle
 

@@ -49,7 +49,9 @@ def get_config(argument: str = "small") -> ConfigDict:
         )
     )
     config.schedule = ConfigDict(dict(learning_rate=4e-4, warmup_steps=1000))
-    config.optim = ConfigDict(dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0))
+    config.optim = ConfigDict(
+        dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, average=0.999)
+    )  # `average` of the weights goes into evaluation and bundle; 0: none
 
     config.log_every = 100
     config.eval_every = 5000

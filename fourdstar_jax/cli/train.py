@@ -37,6 +37,7 @@ RANGES = {
     "b2": (0, 1),
     "weight_decay": (0, 1e3),
     "clip_norm": (0, 1e9),
+    "average": (0, 1),
     "drop_text": (0, 1),
     "drop_video": (0, 1),
     "history_noise": (0, 1),

@@ -181,15 +181,15 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
             if held_out and (done % config.eval_every == 0 or done == config.steps):
-                held = Mean()
+                held, average = Mean(), train_state.averaged(state)
                 for batch in held_out:
-                    held.add(eval_fn(state, train_state.to_device(batch, mesh)))
+                    held.add(eval_fn(average, train_state.to_device(batch, mesh)))
                 writer.write(done, held.result(), prefix="eval")
                 writer.restart_clock()
             checkpoints.save(done, state, batches, force=done == config.steps)
         checkpoints.close()
         writer.close()
-        model = nnx.merge(graphdef, state.params, state.rest)
+        model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
     if jax.process_index() == 0:
         stages = ["tokenizer", "vqvae"]
         if features is not None and "text" in bundle.read(config.bundle).weights_sha256():

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fourdstar_jax import nn, sharding
+from fourdstar_jax.train import optim
 
 
 class TrainState(NamedTuple):
@@ -90,6 +91,11 @@ def apply_gradients(state: TrainState, grads: nnx.State, tx) -> TrainState:
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def averaged(state: TrainState) -> TrainState:
+    """The state with the moving average of its parameters, where the optimizer keeps one."""
+    return state._replace(params=optim.averaged(state.opt_state, state.params))
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -121,9 +121,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
             if held_out and (done % config.eval_every == 0 or done == config.steps):
-                held, counts = Mean(), Mean()
+                held, counts, average = Mean(), Mean(), train_state.averaged(state)
                 for batch in held_out:
-                    metrics, counted = eval_fn(state, train_state.to_device(batch, mesh))
+                    metrics, counted = eval_fn(average, train_state.to_device(batch, mesh))
                     held.add(metrics)
                     counts.add(counted)
                 writer.write(done, held.result() | steadiness(counts.result()), prefix="eval")
@@ -131,7 +131,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             checkpoints.save(done, state, batches, force=done == config.steps)
         checkpoints.close()
         writer.close()
-        model = nnx.merge(graphdef, state.params, state.rest)
+        model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
     if jax.process_index() == 0:
         bundle.save_stage(
             f"{workdir}/bundle",

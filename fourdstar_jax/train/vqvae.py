@@ -136,20 +136,20 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                     )
                 mean = Mean()
             if held_out and (done % config.eval_every == 0 or done == config.steps):
-                held = Mean()
+                held, average = Mean(), train_state.averaged(state)
                 for batch in held_out:
                     batch = train_state.to_device(batch, mesh)
-                    values = eval_fn(state, networks, batch, key, capacity=capacity)
+                    values = eval_fn(average, networks, batch, key, capacity=capacity)
                     if values["overflow"]:
                         room = pick_capacity(int(values["pairs"]))
-                        values = eval_fn(state, networks, batch, key, capacity=room)
+                        values = eval_fn(average, networks, batch, key, capacity=room)
                     held.add(values)
                 writer.write(done, held.result(), prefix="eval")
                 writer.restart_clock()
             checkpoints.save(done, state, batches, force=done == config.steps)
         checkpoints.close()
         writer.close()
-        model = nnx.merge(graphdef, state.params, state.rest)
+        model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
     if jax.process_index() == 0:
         bundle.copy(config.bundle, f"{workdir}/bundle", stages=("tokenizer",))
         bundle.save_stage(

@@ -21,7 +21,9 @@ MODEL = dict(dim=8, hidden_dim=16)
 
 def make_tx():
     schedule = optim.learning_rate_schedule(learning_rate=1e-2, warmup_steps=2, total_steps=7)
-    return optim.make_optimizer(schedule, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+    return optim.make_optimizer(
+        schedule, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0, average=0.99
+    )
 
 
 def make_step(graphdef, tx):
@@ -64,7 +66,35 @@ def test_moments_lie_as_their_parameters_do():
     kernel = state.params["gate"]["kernel"].get_value()
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (8, 16)]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
-    assert len(moments) == 4 and all(x.sharding == kernel.sharding for x in moments)
+    assert len(moments) == 6 and all(x.sharding == kernel.sharding for x in moments)
+
+
+def test_vectors_are_not_decayed_also_where_layers_are_stacked():
+    schedule = optim.learning_rate_schedule(learning_rate=0.1, warmup_steps=0, total_steps=9)
+    tx = optim.make_optimizer(schedule, b1=0.9, b2=0.95, weight_decay=0.5, clip_norm=1.0)
+    params = {
+        "norm": {"scale": jnp.ones((3, 4))},
+        "attn": {"q_bias": jnp.ones((3, 4)), "gate": {"kernel": jnp.ones((3, 4, 4))}},
+        "gate": jnp.ones((3, 4)),
+        "token": jnp.ones(4),
+    }
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    kernel = updates["attn"]["gate"].pop("kernel")
+    np.testing.assert_allclose(kernel, -0.05, rtol=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
+def test_the_average_follows_the_parameters():
+    tx = optax.chain(optax.sgd(1.0), optim.keep_average(0.5))
+    params = {"w": jnp.zeros(2)}
+    state, wanted = tx.init(params), 0.0
+    for step in range(12):
+        updates, state = tx.update({"w": jnp.full(2, -1.0)}, state, params)
+        params = optax.apply_updates(params, updates)
+        rate = min(0.5, (1 + step) / (10 + step))
+        wanted = rate * wanted + (1 - rate) * (step + 1)
+        np.testing.assert_allclose(optim.averaged(state, params)["w"], wanted, rtol=1e-6)
+    assert optim.averaged(optax.sgd(1.0).init(params), params) is params
 
 
 def test_restores_state_and_iterator_on_another_mesh(tmp_path):
