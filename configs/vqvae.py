@@ -33,6 +33,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.model = model(scale, tokenizer or "unitok")
     # What is rendered of each object and step; the tokens of all timesteps and views go in.
     config.render = ConfigDict(dict(num_timesteps=4, rig_views=2, extra_views=4))
+    # Share of codes, view 0's left out, that are taken for one of their `near` nearest.
+    config.forcing = ConfigDict(dict(code_noise=0.05, near=16))
     config.lpips = "weights/lpips_vgg16.npz"  # by `fourdstar convert lpips`; docs/WEIGHTS.md
     # Triples are (first, last, share of the steps after which it is the last).
     config.loss = ConfigDict(
@@ -66,6 +68,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.batch_size = 2
             config.steps = 1500
             config.render = ConfigDict(dict(num_timesteps=2, rig_views=1, extra_views=1))
+            config.forcing.near = 8
             config.loss.lpips_weight = 0.0  # twice the step's time on a CPU
             config.loss.flow_weight = 0.0
             config.loss.warp_weight = 0.0

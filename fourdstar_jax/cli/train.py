@@ -41,6 +41,8 @@ RANGES = {
     "drop_text": (0, 1),
     "drop_video": (0, 1),
     "history_noise": (0, 1),
+    "code_noise": (0, 1),
+    "near": (1, 1 << 20),
 }
 
 

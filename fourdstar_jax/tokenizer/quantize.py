@@ -148,6 +148,35 @@ class Quantizer(nnx.Module):
         )
 
 
+def near_codes(codebooks: Float[Array, "K vocab d"], count: int) -> Int[Array, "K vocab near"]:
+    """Ids of the `count` codes of largest cosine to each code, itself left out.
+
+    Raises ValueError where the codebooks have not as many others.
+    """
+    vocab_size = codebooks.shape[1]
+    if not 0 < count < vocab_size:
+        raise ValueError(f"near={count} must be positive and below the {vocab_size} codes")
+
+    def of_one(book):
+        cosine = (book @ book.T).at[jnp.diag_indices(vocab_size)].set(-jnp.inf)
+        return jax.lax.top_k(cosine, count)[1]
+
+    return jax.lax.map(of_one, geometry.normalize(codebooks))
+
+
+def corrupt(
+    key: Array, tokens: Int[Array, "*b n K"], near: Int[Array, "K vocab near"], rate: float
+) -> Int[Array, "*b n K"]:
+    """Tokens of which each code is one of its near ones instead, with probability `rate`.
+
+    So errs a model that predicts tokens; what learns from its like bears them.
+    """
+    where_key, what_key = jax.random.split(key)
+    wrong = jax.random.bernoulli(where_key, rate, tokens.shape)
+    choice = jax.random.randint(what_key, tokens.shape, 0, near.shape[-1])
+    return jnp.where(wrong, near[jnp.arange(near.shape[0]), tokens, choice], tokens)
+
+
 def repair_dead_codes(
     codebooks: Float[Array, "K vocab d"],
     stats: QuantizerStats,

@@ -2,16 +2,18 @@
 
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Int
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.kernels.rasterize import pick_capacity
 from fourdstar_jax.perceptual import lpips as perceptual
+from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -25,21 +27,49 @@ from fourdstar_jax.vqvae.model import VQVAE4D
 FEW_PAIRS = 2**18
 
 
-def loss_of(model, networks, batch, key, progress, *, render_config, loss_config, capacity=None):
-    """Loss and metrics of a batch: tokens of everything in, a few pictures compared."""
-    tokenizer, lpips = networks
-    codes = tokenizer.codes(tokenizer.encode(batch["images"]))  # [B, T, V, n, D]
+class Frozen(NamedTuple):
+    """What a step needs besides the model, and does not change."""
+
+    tokenizer: Any
+    lpips: perceptual.LPIPS | None = None
+    near: Int[Array, "K vocab near"] | None = None  # the codes that each may be taken for
+
+
+def loss_of(
+    model,
+    frozen: Frozen,
+    batch,
+    key,
+    progress,
+    *,
+    render_config,
+    loss_config,
+    code_noise: float = 0.0,
+    capacity=None,
+):
+    """Loss and metrics of a batch: tokens of everything in, a few pictures compared.
+
+    A share `code_noise` of the codes is wrong, at each timestep anew, as STAR's will be; those of
+    view 0 are known and stay.
+    """
+    noise_key, draw_key = jax.random.split(key)
+    tokens = frozen.tokenizer.encode(batch["images"])  # [B, T, V, n, K]
+    if code_noise:
+        assert frozen.near is not None
+        noisy = quantize.corrupt(noise_key, tokens[:, :, 1:], frozen.near, code_noise)
+        tokens = jnp.concatenate([tokens[:, :, :1], noisy], axis=2)
+    codes = frozen.tokenizer.codes(tokens)  # [B, T, V, n, D]
     decoded = model(codes, Cameras(batch["viewmats"], batch["Ks"]), batch["times"])
-    supervision = choose_supervision(key, batch, **render_config)
+    supervision = choose_supervision(draw_key, batch, **render_config)
     if capacity is not None:
         loss_config = {**loss_config, "capacity": capacity}
-    return reconstruction_loss(decoded, supervision, progress=progress, lpips=lpips, **loss_config)
+    return reconstruction_loss(
+        decoded, supervision, progress=progress, lpips=frozen.lpips, **loss_config
+    )
 
 
-def train_step(graphdef, state, networks, batch, key, *, tx, steps, **configs):
+def train_step(graphdef, state, frozen, batch, key, *, tx, steps, **configs):
     """One optimizer step of `steps`. Pure; the randomness of step s is `key` folded with s.
-
-    `networks` are the frozen ones: the tokenizer, and LPIPS or None.
 
     Where the Gaussians overflow the rasterizer's capacity nothing is learnt from the step.
     """
@@ -47,7 +77,7 @@ def train_step(graphdef, state, networks, batch, key, *, tx, steps, **configs):
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.rest)
         step_key = jax.random.fold_in(key, state.step)
-        return loss_of(model, networks, batch, step_key, state.step / steps, **configs)
+        return loss_of(model, frozen, batch, step_key, state.step / steps, **configs)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     overflow = metrics.pop("overflow")
@@ -56,10 +86,10 @@ def train_step(graphdef, state, networks, batch, key, *, tx, steps, **configs):
     return train_state.apply_gradients(state, grads, tx), metrics
 
 
-def eval_step(graphdef, state, networks, batch, key, *, steps, **configs):
+def eval_step(graphdef, state, frozen, batch, key, *, steps, **configs):
     """Metrics of a batch; the same pictures each time for the same key."""
     model = nnx.merge(graphdef, state.params, state.rest)
-    _, metrics = loss_of(model, networks, batch, key, state.step / steps, **configs)
+    _, metrics = loss_of(model, frozen, batch, key, state.step / steps, **configs)
     return jax.tree.map(jnp.float32, metrics)
 
 
@@ -85,7 +115,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         lpips = None
         if config.loss.lpips_weight > 0:
             lpips = perceptual.load(config.lpips, dtype=jnp.dtype(config.model.dtype))
-        networks = train_state.replicate((tokenizer, lpips), mesh)
+        near = None
+        if config.forcing.code_noise > 0:
+            near = quantize.near_codes(tokenizer.codebooks(), config.forcing.near)
+        frozen = train_state.replicate(Frozen(tokenizer, lpips, near), mesh)
         loader = functools.partial(
             pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
         )
@@ -107,7 +140,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             steps=config.steps,
         )
         step_fn = jax.jit(
-            functools.partial(train_step, graphdef, tx=tx, **configs),
+            functools.partial(
+                train_step, graphdef, tx=tx, code_noise=config.forcing.code_noise, **configs
+            ),
             donate_argnums=0,
             static_argnames="capacity",
         )
@@ -120,7 +155,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         capacity, before = None, None
         for step in range(first, config.steps):
             batch = train_state.to_device(next(batches), mesh)
-            state, metrics = step_fn(state, networks, batch, key, capacity=capacity)
+            state, metrics = step_fn(state, frozen, batch, key, capacity=capacity)
             # The step before is done by now: to read its count keeps no device waiting.
             if config.loss.capacity is None and before is not None:
                 pairs, overflow = jax.device_get(before)
@@ -139,10 +174,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 held, average = Mean(), train_state.averaged(state)
                 for batch in held_out:
                     batch = train_state.to_device(batch, mesh)
-                    values = eval_fn(average, networks, batch, key, capacity=capacity)
+                    values = eval_fn(average, frozen, batch, key, capacity=capacity)
                     if values["overflow"]:
                         room = pick_capacity(int(values["pairs"]))
-                        values = eval_fn(average, networks, batch, key, capacity=room)
+                        values = eval_fn(average, frozen, batch, key, capacity=room)
                     held.add(values)
                 writer.write(done, held.result(), prefix="eval")
                 writer.restart_clock()

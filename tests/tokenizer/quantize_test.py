@@ -119,3 +119,24 @@ def test_start_from_data_replaces_all(quantizer, vectors):
 def test_code_dim_must_divide():
     with pytest.raises(ValueError, match="code_dim"):
         nn.build(Quantizer, jax.random.key(0), num_codebooks=3, vocab_size=5, code_dim=16)
+
+
+def test_near_codes_are_those_of_largest_cosine(quantizer):
+    near = np.asarray(quantize.near_codes(quantizer.codebooks[...], 4))
+    books = np.asarray(quantizer.normalized())
+    for k, code in np.ndindex(K, VOCAB):
+        order = np.argsort(-books[k] @ books[k][code])
+        np.testing.assert_array_equal(near[k, code], order[order != code][:4])
+    with pytest.raises(ValueError, match=f"near={VOCAB} must be .* below the {VOCAB} codes"):
+        quantize.near_codes(quantizer.codebooks[...], VOCAB)
+
+
+def test_corrupted_codes_are_near_ones_and_as_many_as_asked_for(quantizer):
+    near = quantize.near_codes(quantizer.codebooks[...], 4)
+    tokens = jax.random.randint(jax.random.key(2), (50, 40, K), 0, VOCAB)
+    found = np.asarray(quantize.corrupt(jax.random.key(3), tokens, near, 0.2))
+    wrong = found != np.asarray(tokens)
+    np.testing.assert_allclose(wrong.mean(axis=(0, 1)), 0.2, atol=0.03)
+    for b, n, k in np.argwhere(wrong):
+        assert found[b, n, k] in np.asarray(near)[k, tokens[b, n, k]]
+    np.testing.assert_array_equal(quantize.corrupt(jax.random.key(3), tokens, near, 0.0), tokens)

@@ -8,6 +8,7 @@ import pytest
 
 from fourdstar_jax import geometry, nn, sharding
 from fourdstar_jax.star.model import STAR
+from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.tokenizer.unitok import UniTok
 from fourdstar_jax.train import optim, star, tokenizer, vqvae
 from fourdstar_jax.train import state as train_state
@@ -73,14 +74,16 @@ def run(stage, mesh_shape, devices, steps=3):
                     tokenizer.train_step, graphdef, tx=tx, loss_config={"foreground_weight": 1.0}
                 )
             case "vqvae":
-                frozen = train_state.replicate(nn.build(UniTok, key, **TOKENIZER), mesh)
+                frozen = nn.build(UniTok, key, **TOKENIZER)
+                near = quantize.near_codes(frozen.codebooks(), 2)
+                frozen = train_state.replicate(vqvae.Frozen(frozen, None, near), mesh)
                 graphdef, state = train_state.create(VQVAE4D, VQVAE, tx, key, mesh)
 
                 def step(state, data):
                     render = dict(num_timesteps=1, rig_views=2, extra_views=0)
                     return vqvae.train_step(
-                        graphdef, state, (frozen, None), data, key,
-                        tx=tx, steps=steps, render_config=render, loss_config={},
+                        graphdef, state, frozen, data, key,
+                        tx=tx, steps=steps, code_noise=0.2, render_config=render, loss_config={},
                     )  # fmt: skip
 
             case "star":
