@@ -53,8 +53,9 @@ class VQVAE4D(nnx.Module):
         `grid * 2 ** len(up_channels)` Gaussians a side.
       projection: codes to `dim`, by UniTok's attention over an image's tokens or each alone.
       view_gate_init: 1 from scratch, 0 to start from a decoder that never saw several views.
-      offset_*: cross-attention of the offset predictor; `offset_features` lets its queries see the
-        decoder's features beside the Gaussians. unet_channels, unet_blocks: its 3D U-Net.
+      offset_*: the offset predictor's cross-attention; `offset_features` lets its queries see the
+        decoder's features beside the Gaussians, `offset_scaled` counts channels in their usual
+        size. unet_channels, unet_blocks: its 3D U-Net.
       scale_limits: least and largest standard deviation of a Gaussian, in multiples of half the
         spacing of the map; None leaves them free.
       remat: recomputes the static decoder's blocks in the backward pass.
@@ -81,6 +82,7 @@ class VQVAE4D(nnx.Module):
         offset_heads: int,
         offset_attention: Literal["full", "axial_time"] = "full",
         offset_features: bool = False,
+        offset_scaled: bool = False,
         unet_channels: Sequence[int],
         unet_blocks: int,
         scale_limits: Sequence[float] | None = None,
@@ -116,6 +118,7 @@ class VQVAE4D(nnx.Module):
             num_layers=offset_layers,
             num_heads=offset_heads,
             attention=offset_attention,
+            scaled=offset_scaled,
             unet_channels=unet_channels,
             unet_blocks=unet_blocks,
             dtype=dtype,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -21,8 +22,11 @@ from fourdstar_jax.nn import Attention, Common, Dtype, Mlp, linear
 from fourdstar_jax.nn.conv import conv, upsample
 from fourdstar_jax.nn.embedding import sincos
 from fourdstar_jax.nn.vit import SelfAttention
-from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, StaticMaps
+from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, OPACITY, ROTATION, StaticMaps
 
+# Root mean square of the raw channels of a trained decoder, by kind.
+RAW_SIZE = np.ones(NUM_CHANNELS, np.float32)
+RAW_SIZE[OPACITY], RAW_SIZE[ROTATION] = 5.7, 3.5
 MAX_PERIOD = 1000.0  # of the encodings below; 24 timesteps and 16 rows use a part of one turn
 
 
@@ -182,6 +186,8 @@ class OffsetPredictor(nnx.Module):
       grid, map_size: tokens and Gaussians a side of one view; a query is a patch of the map.
       token_dim: width of the continuous tokens.
       feature_dim: width of the decoder's features that join the queries; 0 leaves them out.
+      scaled: counts raw channels, in and out, in their usual size. Of opacities and rotations it
+        is several times that of colours, which queries and U-Net would hardly see.
       attention: `full` over time and place of the view, or `axial_time`: the same place at all
         times, which costs n times less.
       unet_channels: widths of the U-Net's levels, each half the size of the one before.
@@ -198,6 +204,7 @@ class OffsetPredictor(nnx.Module):
         num_layers: int,
         num_heads: int,
         attention: Literal["full", "axial_time"] = "full",
+        scaled: bool = False,
         coarse_channels: int = 16,
         unet_channels: Sequence[int],
         unet_blocks: int,
@@ -228,13 +235,15 @@ class OffsetPredictor(nnx.Module):
         self.patch = patch
         self.attention = attention
         self.use_features = feature_dim > 0
+        self.scaled = scaled
 
     def __call__(
         self, static: StaticMaps, times: Float[Array, "B T"]
     ) -> Float[Array, "B T V m m 14"]:
         b, t, v, m = static.raw.shape[:4]
         grid = m // self.patch
-        maps = static.raw
+        maps = static.raw / RAW_SIZE if self.scaled else static.raw
+        raw = rearrange(maps, "b t v h w c -> (b v) t h w c")
         if self.use_features:
             maps = jnp.concatenate([maps, static.features.astype(maps.dtype)], axis=-1)
         queries = rearrange(
@@ -260,6 +269,6 @@ class OffsetPredictor(nnx.Module):
             p=self.patch,
             q=self.patch,
         )
-        raw = rearrange(static.raw, "b t v h w c -> (b v) t h w c")
         offsets = self.unet(jnp.concatenate([coarse, raw.astype(coarse.dtype)], axis=-1), v)
-        return rearrange(offsets, "(b v) t h w c -> b t v h w c", v=v)
+        offsets = rearrange(offsets, "(b v) t h w c -> b t v h w c", v=v)
+        return offsets * RAW_SIZE if self.scaled else offsets

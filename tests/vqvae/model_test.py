@@ -28,6 +28,7 @@ SMALLEST = dict(
     offset_layers=1,
     offset_heads=2,
     offset_features=True,
+    offset_scaled=True,
     unet_channels=(5, 7),
     unet_blocks=1,
 )
@@ -45,6 +46,7 @@ TINY = dict(
     offset_layers=1,
     offset_heads=4,
     offset_features=True,
+    offset_scaled=True,
     unet_channels=(8, 16),
     unet_blocks=1,
 )
@@ -261,7 +263,9 @@ def test_canonical_frame_leaves_a_relative_rig_alone():
     "changes",
     [
         dict(),
-        pytest.param(dict(up="nearest", offset_features=False), marks=pytest.mark.slow),
+        pytest.param(
+            dict(up="nearest", offset_features=False, offset_scaled=False), marks=pytest.mark.slow
+        ),
         pytest.param(
             dict(up="hybrid", up_channels=(10, 8), up_depths=(2,), offset_attention="axial_time"),
             marks=pytest.mark.slow,
