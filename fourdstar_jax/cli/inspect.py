@@ -73,7 +73,7 @@ def _dataset(folder: Path, picture: Path | None) -> None:
     for name, value in manifest["settings"].items():
         print(f"  {name}: {_short(value)}")
     for split, clips in manifest["splits"].items():
-        told = manifest.get("counts", {}).get(split, {"clips": clips})
+        told = manifest.get("counts", {}).get(split, {"clips": clips})  # older ones have none
         print(f"  {split}: " + ", ".join(f"{k} {v}" for k, v in told.items()))
     if picture is not None:
         print(f"  {sheet.write(folder, picture)} objects in {picture}")

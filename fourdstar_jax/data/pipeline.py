@@ -46,6 +46,19 @@ def read_manifest(data_dir: str | Path) -> dict:
     settings.number("fps", 1e-3, 1000)
     for name in ("flow", "depth"):
         settings.flag(name)
+    if "clips" in manifest:
+        for clip in manifest.parts("clips"):
+            clip.text("clip_id")
+            clip.text("split", choices=splits.SPLITS)
+            clip.integer("num_frames", 1, SETTINGS["max_frames"])
+            clip.text("sha256", pattern=outside.SHA256)
+    counts = manifest.part("counts", default={})  # datasets of before have none
+    counts.only(splits.SPLITS)
+    for split in counts:
+        told = counts.part(split)
+        for name in ("clips", "objects", "coloured", "textured"):
+            told.integer(name, 0, 1 << 31)
+        told.numbers("mask_area_quartiles", 0, 1, most=3)
     return manifest.values
 
 
@@ -113,7 +126,7 @@ class Records:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
-            return self._features.deserialize_example_np(self._records[i])
+            return dict(self._features.deserialize_example_np(self._records[i]))  # pyright: ignore
         except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
             line = " ".join(str(error).split())[:200]
             raise ValueError(

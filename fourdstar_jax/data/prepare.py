@@ -266,8 +266,9 @@ def _render_clip(asset, clip, split: str, rig: int, renderer, job: _Job, path: P
     zoom = min(rng.uniform(*s.zoom), sequence.room) if split == "train" else 1.0
     sequence = sequence._replace(positions=sequence.positions * np.float32(zoom))
     record, areas = _record(asset, clip, sequence, renderer, job, rng)
-    if areas.min() < posing.MIN_AREA * zoom**2:
-        return f"covers {areas.min() / zoom**2:.2%} of a picture, less than {posing.MIN_AREA:.0%}"
+    seen = areas.max(axis=1).min() / zoom**2  # from where most of it is seen: it may be flat
+    if seen < posing.MIN_AREA:
+        return f"covers {seen:.2%} of each picture of a frame, less than {posing.MIN_AREA:.0%}"
     record |= {
         "clip_id": np.asarray(f"{job.object_id}#{clip.index}" + (f"@{rig}" if rig else "")),
         "split": np.asarray(split),

@@ -53,6 +53,18 @@ def keep_average(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def restart_average(opt_state: optax.OptState, params: Any) -> optax.OptState:
+    """The state of an optimizer whose average, if it keeps one, starts from `params`."""
+
+    def restarted(leaf):
+        return leaf._replace(params=jax.tree.map(jnp.copy, params)) if is_average(leaf) else leaf
+
+    def is_average(leaf):
+        return isinstance(leaf, Average)
+
+    return jax.tree.map(restarted, opt_state, is_leaf=is_average)
+
+
 def averaged(opt_state: optax.OptState, params: Any) -> Any:
     """The averaged parameters, or `params` where the optimizer keeps no average."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Average))

@@ -116,7 +116,8 @@ def start_warm(
         path = Path(workdir) / WARM_START
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
-    return state._replace(params=nnx.split(model, nnx.Param, ...)[1])
+    params = nnx.split(model, nnx.Param, ...)[1]
+    return state._replace(params=params, opt_state=optim.restart_average(state.opt_state, params))
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
