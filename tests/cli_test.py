@@ -526,6 +526,7 @@ def test_a_rate_by_its_short_name():
     with pytest.raises(ValueError) as error:
         cli.read_config("configs/star.py:tiny", ["--config.optim.lr=1e-3"])
     assert "has no optim.lr; did you mean schedule.learning_rate?" in str(error.value)
-    assert "(config.optim has optim.b1, optim.b2, optim.clip_norm, optim.weight_decay)" in str(
-        error.value
+    assert (
+        "(config.optim has optim.average, optim.b1, optim.b2, optim.clip_norm, optim.weight_decay)"
+        in str(error.value)
     )
