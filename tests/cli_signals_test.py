@@ -118,6 +118,7 @@ def test_train(dataset_dir, tmp_path):
     argv += [f"--config.data.dir={dataset_dir}", "--config.batch_size=2"]
     result = end(argv, signal.SIGTERM, when=lambda pid: (tmp_path / "o").exists())
     check(result, 143, "terminated")
+    assert result[2] < LIMIT_S and result[4] == set()
 
 
 def test_what_a_library_would_swallow_still_ends_it(tmp_path):

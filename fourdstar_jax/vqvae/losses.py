@@ -300,9 +300,9 @@ def warp_loss(
 
     The mean absolute difference between this change and that of the true pictures, which is not
     zero: lights that stand still shade a surface that turns. It needs no correspondence between
-    Gaussians, and punishes flicker. Only pixels visible in both
-    count: inside both masks, inside the picture, and of one colour (within `max_difference`) in
-    the true pictures, which occluded pixels seldom are.
+    Gaussians, and punishes flicker. Only pixels visible in both count: inside both masks, inside
+    the picture, and of one colour (within `max_difference`) in the true pictures, which occluded
+    pixels seldom are.
     """
     h, w = images.shape[-3:-1]
     x, y = jnp.meshgrid(jnp.arange(w) + 0.5, jnp.arange(h) + 0.5)

@@ -221,4 +221,4 @@ def test_a_finite_picture_has_finite_gradients(eps2d, antialiased):
         g.means[rng.random(64) < 0.1, 2] = -1.99
         some = rng.random(64) < 0.3
         g.opacities[some] = rng.choice([0, 1, 1 / 255, 0.999, 1e-30, 2, -1], some.sum())
-        finite("xla", eps2d, antialiased, g)
+        assert finite("xla", eps2d, antialiased, g).shape == (1, 16, 16, 5)
