@@ -153,6 +153,7 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     up="hybrid",
                     up_channels=(320, 320, 160),
                     up_depths=(4, 2),
+                    up_pictures=16,  # 0.4 GB each in training
                     offset_dim=512 if paper else 256,
                     offset_layers=2,
                     offset_heads=8,

@@ -23,6 +23,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ class Bundle:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             sha256 = pool.submit(file_sha256, path)
             try:
-                arrays = _mapped(path)
+                arrays = _stacked(name, _mapped(path))
                 module = _build(name, stage.model, set(arrays), arrays.__getitem__)
                 if name == "tokenizer":
                     self._check_tokenizer(module, stage, sha256.result())
@@ -352,6 +353,25 @@ def _upgraded(stage: str, arguments: Fields) -> dict[str, Any]:
         new["grid"] = new["resolution"] // arguments.integer("patch", 1, 4096)
         del new["image_size"], new["patch"]
         new.pop("history", None)
+    return new
+
+
+def _stacked(stage: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A stage's arrays as this version names them, of a file that may be older.
+
+    Until 0.1 every block of the VQ-VAE's decoder had arrays of its own, `static/blocks/3/...`.
+    """
+    if stage != "vqvae":
+        return arrays
+    new: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if found := re.fullmatch(r"(static/(?:blocks|view_attentions)/)(\d+)/(.+)", name):
+            new.setdefault(found[1] + found[3], {})[int(found[2])] = array
+        else:
+            new[name] = array
+    for name, layers in new.items():
+        if isinstance(layers, dict):
+            new[name] = np.stack([layers[i] for i in sorted(layers)])
     return new
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,29 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder):
     rewrite(folder, {**arrays, name: arrays[name] + 1})
     with pytest.raises(ValueError, match="weights_sha256"):
         bundle.read(folder).load("tokenizer")
+
+
+def test_the_blocks_of_older_decoders_are_stacked(tmp_path, tiny_bundle):
+    """Until 0.1 they had arrays of their own."""
+    stage = bundle.read(tiny_bundle).stage("vqvae")
+    arrays = bundle.read(tiny_bundle).arrays("vqvae")
+    stacked = re.compile("static/(blocks|view_attentions)/(.+)")
+    older = {}
+    for name, array in arrays.items():
+        if found := stacked.fullmatch(name):
+            older |= {f"static/{found[1]}/{i}/{found[2]}": layer for i, layer in enumerate(array)}
+        else:
+            older[name] = array
+    assert len(older) == len(arrays) and set(older) != set(arrays)  # it has one block
+    bundle.save_arrays(tmp_path, "vqvae", older, stage.config)
+    loaded = nn.named_arrays(bundle.read(tmp_path).load("vqvae"))
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)
+
+    layer = "static/blocks/1/norm1/scale"  # of a second block that is not whole
+    bundle.save_arrays(tmp_path, "vqvae", older | {layer: np.ones(12, "f")}, stage.config)
+    with pytest.raises(ValueError, match=r"static/blocks/norm1/scale is \(2, 12\), not \(1, 12\)"):
+        bundle.read(tmp_path).load("vqvae")
 
 
 def test_interrupted_replacement_is_refused(folder):

@@ -12,6 +12,7 @@ from fourdstar_jax.nn.linear import (
     count_parameters,
     linear,
     named_arrays,
+    recomputed,
     stack_layers,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "count_parameters",
     "linear",
     "named_arrays",
+    "recomputed",
     "stack_layers",
 ]

@@ -7,8 +7,8 @@ axes of the view's camera and turned into the world by the camera that is given.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fourdstar_jax import geometry, sharding
-from fourdstar_jax.nn import Common, Dtype, linear
+from fourdstar_jax.nn import Common, Dtype, linear, recomputed, stack_layers
 from fourdstar_jax.nn.conv import conv
 from fourdstar_jax.nn.embedding import patch_rays
 from fourdstar_jax.nn.vit import BLOCK_EPS, AttnProjection, Block, SelfAttention, TokenProjection
@@ -127,12 +127,38 @@ class ViewAttention(nnx.Module):
         return x + (self.gate[...].astype(x.dtype) * self.attn(y)).reshape(x.shape)
 
 
+def in_parts(function: Callable[[Array], Any], x: Float[Array, "B N *d"], size: int | None) -> Any:
+    """`function` of `[B N', ...]` on parts of the second axis, one after the other.
+
+    A part has the largest N' up to `size` that divides N; the results `[B N', ...]` come back as
+    `[B, N, ...]`. What `function` keeps for its gradient is made again, so that it exists for one
+    part at a time. With `size` None all is one part, and nothing is made again.
+    """
+    b, n = x.shape[:2]
+
+    def fold(x):
+        return function(sharding.constrain(x.reshape(-1, *x.shape[2:]), "batch", None, None))
+
+    if size is None:
+        return jax.tree.map(lambda y: y.reshape(b, n, *y.shape[1:]), fold(x))
+    size = max(part for part in range(1, size + 1) if n % part == 0)
+    parts = jnp.moveaxis(x.reshape(b, n // size, size, *x.shape[2:]), 1, 0)
+    results = jax.lax.map(recomputed(fold, True, in_scan=True), parts)  # [parts, B N', ...]
+
+    def join(y):
+        y = jnp.moveaxis(y.reshape(n // size, b, size, *y.shape[2:]), 0, 1)
+        return y.reshape(b, n, *y.shape[3:])
+
+    return jax.tree.map(join, results)
+
+
 class StaticDecoder(nnx.Module):
     """Codes to Gaussian maps: projection, rays, blocks with view attention, up-convolutions, head.
 
     `grid` tokens a side; the map is `grid * 2 ** len(up_channels)` wide. A view attention follows
     every `view_attention_every` blocks. The continuous tokens get the Plücker coordinates of their
     patch of rays through a patch convolution, which is the only place they learn where they are.
+    Blocks and view attentions are stacked and scanned over: a program of one period compiles.
     """
 
     def __init__(
@@ -150,6 +176,7 @@ class StaticDecoder(nnx.Module):
         up: Literal["nearest", "shuffle", "hybrid"] = "shuffle",
         up_channels: Sequence[int],
         up_depths: Sequence[int] = (),
+        up_pictures: int | None = None,
         projection: Literal["attention", "token"] = "attention",
         remat: bool = False,
         dtype: Dtype = jnp.float32,
@@ -157,19 +184,24 @@ class StaticDecoder(nnx.Module):
     ):
         if resolution % grid:
             raise ValueError(f"{resolution=} must be a multiple of {grid=}")
+        if up_pictures is not None and up_pictures < 1:
+            raise ValueError(f"{up_pictures=} must be positive, or None for all")
         kw = Common(dtype=dtype, rngs=rngs)
         project = {"attention": AttnProjection, "token": TokenProjection}[projection]
         self.post_quant_proj = project(code_dim, dim, rngs=rngs)  # float32, as in UniTok
         patch = resolution // grid
         small = nnx.initializers.normal(0.02)
         self.rays = linear(6 * patch * patch, dim, (None, "embed"), init=small, **kw)
-        self.blocks = nnx.List([Block(dim, num_heads, hidden_dim, **kw) for _ in range(num_blocks)])
-        self.view_attentions = nnx.List(
-            [
-                ViewAttention(dim, num_heads, gate_init=view_gate_init, **kw)
-                for _ in range(num_blocks // view_attention_every)
-            ]
-        )
+
+        def block(rngs):
+            return Block(dim, num_heads, hidden_dim, dtype=dtype, rngs=rngs)
+
+        def view_attention(rngs):
+            return ViewAttention(dim, num_heads, gate_init=view_gate_init, dtype=dtype, rngs=rngs)
+
+        self.blocks = stack_layers(block, num_blocks, rngs)
+        number = num_blocks // view_attention_every
+        self.view_attentions = stack_layers(view_attention, number, rngs) if number else None
         self.norm = nnx.LayerNorm(dim, epsilon=BLOCK_EPS, **kw)
         self.up = up_path(up, dim, up_channels, up_depths, **kw)
         width = up_channels[-1]
@@ -181,35 +213,58 @@ class StaticDecoder(nnx.Module):
         head_init = nnx.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
         self.head = conv(width, NUM_CHANNELS, 3, axis=None, init=head_init, bias=bias, rngs=rngs)
         self.resolution = resolution
-        self.view_attention_every = view_attention_every
+        self.num_blocks, self.view_attention_every = num_blocks, view_attention_every
+        self.up_pictures = up_pictures
         self.remat = remat
 
     def __call__(self, codes: Float[Array, "B T V n D"], cameras: Cameras) -> StaticMaps:
         b, t, v, n, _ = codes.shape
-        grid = math.isqrt(n)
-        tokens = self.post_quant_proj(codes.reshape(b * t * v, n, -1))
+        project = recomputed(lambda layer, x: layer(x), self.remat)
+        tokens = project(self.post_quant_proj, codes.reshape(b * t * v, n, -1))
         tokens = sharding.constrain(tokens, "batch", None, None)
 
-        rays = patch_rays(cameras, resolution=self.resolution, grid=grid)
+        rays = patch_rays(cameras, resolution=self.resolution, grid=math.isqrt(n))
         rays = rays.reshape(b, 1, v, n, -1)
-        x = tokens.reshape(b, t, v, n, -1) + self.rays(rays)  # [B, T, V, n, D]
-
-        def run(layer, x):
-            call = jax.checkpoint(lambda m, x: m(x)) if self.remat else lambda m, x: m(x)
-            return call(layer, x)
-
-        x = x.reshape(b * t * v, n, -1)
-        for i, block in enumerate(self.blocks):
-            x = sharding.constrain(run(block, x), "batch", None, None)
-            if (i + 1) % self.view_attention_every == 0:
-                layer = self.view_attentions[i // self.view_attention_every]
-                x = run(layer, x.reshape(b * t, v, n, -1)).reshape(x.shape)
-
-        x = self.up(self.norm(x).reshape(b * t * v, grid, grid, -1))
-        features = nnx.silu(self.head_norm(x))
-        raw = self.head(features.astype(jnp.float32))
+        tokens = tokens.reshape(b, t, v, n, -1)
+        x = tokens + self.rays(rays)  # [B, T, V, n, D]
+        x = self._blocks(x.reshape(b * t * v, n, -1), v)
+        raw, features = in_parts(self._maps, x.reshape(b, t * v, n, -1), self.up_pictures)
 
         def unfold(a):
-            return a.reshape(b, t, v, *a.shape[1:])
+            return a.reshape(b, t, v, *a.shape[2:])
 
-        return StaticMaps(unfold(raw), unfold(features), unfold(tokens))
+        return StaticMaps(unfold(raw), unfold(features), tokens)
+
+    def _blocks(self, x: Float[Array, "b n D"], num_views: int) -> Float[Array, "b n D"]:
+        """All blocks, with the view attentions between them."""
+
+        def block(x, layer):
+            return sharding.constrain(layer(x), "batch", None, None), None
+
+        def meet(layer, x):
+            return layer(x.reshape(-1, num_views, *x.shape[1:])).reshape(x.shape)
+
+        block = recomputed(block, self.remat, in_scan=True)
+        meet = recomputed(meet, self.remat, in_scan=True)
+
+        def period(x, layers):
+            x, _ = jax.lax.scan(block, x, layers[0])
+            return meet(layers[1], x), None
+
+        every = self.view_attention_every
+        whole = self.num_blocks // every * every
+        if whole:
+            first = jax.tree.map(lambda w: w[:whole].reshape(-1, every, *w.shape[1:]), self.blocks)
+            x, _ = jax.lax.scan(period, x, (first, self.view_attentions))
+        if whole < self.num_blocks:
+            x, _ = jax.lax.scan(block, x, jax.tree.map(lambda w: w[whole:], self.blocks))
+        return x
+
+    def _maps(
+        self, x: Float[Array, "b n D"]
+    ) -> tuple[Float[Array, "b m m 14"], Float[Array, "b m m C"]]:
+        """Raw Gaussians of each picture, and the features that they are a convolution of."""
+        grid = math.isqrt(x.shape[1])
+        x = self.up(self.norm(x).reshape(x.shape[0], grid, grid, -1))
+        features = nnx.silu(self.head_norm(x))
+        return self.head(features.astype(jnp.float32)), features

@@ -50,7 +50,8 @@ class VQVAE4D(nnx.Module):
       grid: tokens a side of one view; `code_dim`: width D of a code.
       dim, num_blocks, num_heads, hidden_dim, view_attention_every: blocks of the static decoder.
       up, up_channels, up_depths: its upsampling path (see `nn.vitamin.up_path`); the map has
-        `grid * 2 ** len(up_channels)` Gaussians a side.
+        `grid * 2 ** len(up_channels)` Gaussians a side. `up_pictures` of an object go through it
+        at a time, again in the backward pass; None: all at once, kept.
       projection: codes to `dim`, by UniTok's attention over an image's tokens or each alone.
       view_gate_init: 1 from scratch, 0 to start from a decoder that never saw several views.
       offset_*: the offset predictor's cross-attention; `offset_features` lets its queries see the
@@ -58,7 +59,7 @@ class VQVAE4D(nnx.Module):
         size. unet_channels, unet_blocks: its 3D U-Net.
       scale_limits: least and largest standard deviation of a Gaussian, in multiples of half the
         spacing of the map; None leaves them free.
-      remat: recomputes the static decoder's blocks in the backward pass.
+      remat: makes what lies within blocks and layers again in the backward pass.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class VQVAE4D(nnx.Module):
         up: Literal["nearest", "shuffle", "hybrid"] = "shuffle",
         up_channels: Sequence[int],
         up_depths: Sequence[int] = (),
+        up_pictures: int | None = None,
         projection: Literal["attention", "token"] = "attention",
         offset_dim: int,
         offset_layers: int,
@@ -103,6 +105,7 @@ class VQVAE4D(nnx.Module):
             up=up,
             up_channels=up_channels,
             up_depths=up_depths,
+            up_pictures=up_pictures,
             projection=projection,
             remat=remat,
             dtype=dtype,
@@ -121,6 +124,7 @@ class VQVAE4D(nnx.Module):
             scaled=offset_scaled,
             unet_channels=unet_channels,
             unet_blocks=unet_blocks,
+            remat=remat,
             dtype=dtype,
             rngs=rngs,
         )

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fourdstar_jax import sharding
-from fourdstar_jax.nn import Attention, Common, Dtype, Mlp, linear
+from fourdstar_jax.nn import Attention, Common, Dtype, Mlp, linear, recomputed
 from fourdstar_jax.nn.conv import conv, upsample
 from fourdstar_jax.nn.embedding import sincos
 from fourdstar_jax.nn.vit import SelfAttention
@@ -124,7 +124,8 @@ class ResBlock3d(nnx.Module):
 class UNet3d(nnx.Module):
     """U-Net over (T, h, w) that halves rows and columns only; views are folded into the batch.
 
-    Only at its lowest level do the views meet, in one attention over V at each place.
+    Only at its lowest level do the views meet, in one attention over V at each place. `remat`
+    makes what lies within its blocks again in the backward pass.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class UNet3d(nnx.Module):
         channels: Sequence[int],
         num_blocks: int,
         *,
+        remat: bool = False,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -154,19 +156,21 @@ class UNet3d(nnx.Module):
         self.up_blocks = nnx.List([blocks(2 * a, a) for a, _ in reversed(pairs)])
         self.norm = nnx.GroupNorm(channels[0], num_groups=math.gcd(8, channels[0]), **kw)
         self.out = Conv3d(channels[0], dout, zero=True, rngs=rngs)
+        self.remat = remat
 
     def __call__(
         self, x: Float[Array, "BV T h w c"], num_views: int
     ) -> Float[Array, "BV T h w c2"]:
-        x = self.stem(x)
+        run = recomputed(lambda layer, x: layer(x), self.remat)
+        x = run(self.stem, x)
         skips = []
         for level, down in zip(self.down_blocks, self.downs, strict=True):
             for block in level:
-                x = block(x)
+                x = run(block, x)
             skips.append(x)
             x = per_frame(down, x)
         for block in self.middle:
-            x = block(x)
+            x = run(block, x)
         _, t, h, w, _ = x.shape
         y = rearrange(self.view_norm(x), "(b v) t h w c -> (b t h w) v c", v=num_views)
         y = self.view_attn(y)
@@ -175,8 +179,12 @@ class UNet3d(nnx.Module):
             x = per_frame(lambda a, up=up: up(upsample(a)), x)
             x = jnp.concatenate([skips.pop(), x], axis=-1)
             for block in level:
-                x = block(x)
-        return self.out(nnx.silu(self.norm(x)).astype(jnp.float32))
+                x = run(block, x)
+
+        def finish(x):
+            return self.out(nnx.silu(self.norm(x)).astype(jnp.float32))
+
+        return recomputed(finish, self.remat)(x)
 
 
 class OffsetPredictor(nnx.Module):
@@ -191,6 +199,7 @@ class OffsetPredictor(nnx.Module):
       attention: `full` over time and place of the view, or `axial_time`: the same place at all
         times, which costs n times less.
       unet_channels: widths of the U-Net's levels, each half the size of the one before.
+      remat: makes what lies within layers and blocks again in the backward pass.
     """
 
     def __init__(
@@ -208,6 +217,7 @@ class OffsetPredictor(nnx.Module):
         coarse_channels: int = 16,
         unet_channels: Sequence[int],
         unet_blocks: int,
+        remat: bool = False,
         dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -229,13 +239,19 @@ class OffsetPredictor(nnx.Module):
             dim, patch * patch * coarse_channels, ("embed", None), use_bias=True, **kw
         )
         self.unet = UNet3d(
-            coarse_channels + NUM_CHANNELS, NUM_CHANNELS, unet_channels, unet_blocks, **kw
+            coarse_channels + NUM_CHANNELS,
+            NUM_CHANNELS,
+            unet_channels,
+            unet_blocks,
+            remat=remat,
+            **kw,
         )
         self.dim = dim
         self.patch = patch
         self.attention = attention
         self.use_features = feature_dim > 0
         self.scaled = scaled
+        self.remat = remat
 
     def __call__(
         self, static: StaticMaps, times: Float[Array, "B T"]
@@ -245,7 +261,9 @@ class OffsetPredictor(nnx.Module):
         maps = static.raw / RAW_SIZE if self.scaled else static.raw
         raw = rearrange(maps, "b t v h w c -> (b v) t h w c")
         if self.use_features:
-            maps = jnp.concatenate([maps, static.features.astype(maps.dtype)], axis=-1)
+            # Of the type in which the queries are made: the features are large.
+            parts = maps.astype(self.query.dtype), static.features.astype(self.query.dtype)
+            maps = jnp.concatenate(parts, axis=-1)
         queries = rearrange(
             maps, "b t v (i p) (j q) c -> b v t (i j) (p q c)", p=self.patch, q=self.patch
         )
@@ -258,8 +276,9 @@ class OffsetPredictor(nnx.Module):
         }[self.attention]
         sizes: dict[str, Any] = dict(b=b, v=v, t=t, n=grid * grid)
         x, context = rearrange(x, fold), rearrange(context, fold)
+        run = recomputed(lambda layer, x, context: layer(x, context), self.remat)
         for layer in self.layers:
-            x = sharding.constrain(layer(x, context), "batch", None, None)
+            x = sharding.constrain(run(layer, x, context), "batch", None, None)
         left, right = fold.split(" -> ")
         x = rearrange(self.norm(x), f"{right} -> {left}", **sizes)
         coarse = rearrange(

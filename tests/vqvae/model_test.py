@@ -9,7 +9,7 @@ from flax import nnx
 from fourdstar_jax import geometry, nn
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import losses
-from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, activate
+from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, activate, in_parts
 from fourdstar_jax.vqvae.model import VQVAE4D, canonical_frame
 from fourdstar_jax.vqvae.offsets import Conv3d, OffsetPredictor
 
@@ -319,14 +319,59 @@ def test_one_step_wakes_everything_from_the_real_start():
 
 
 @pytest.mark.slow
-def test_recomputing_the_blocks_changes_nothing():
-    args = inputs(1, 2, 2)
+def test_less_memory_changes_nothing():
+    """Blocks made again and an up path in parts, values and gradients."""
+    args = inputs(2, 3, 2)
 
-    def gradients(model):
-        return jax.jit(jax.grad(lambda m: jnp.sum(m(*args).coarse.means ** 2)))(model)
+    def loss(model):
+        out = model(*args)
+        return sum(jnp.sum(jnp.sin(3.0 * a)) for a in jax.tree.leaves(out)), out
 
-    a, b = gradients(build()), gradients(build(remat=True))
-    assert_close(nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b)), atol=1e-5)
+    def run(**changes):
+        grads, out = jax.jit(jax.grad(loss, has_aux=True))(awake(build(num_blocks=3, **changes)))
+        return out, jax.tree.leaves(grads)
+
+    out, grads = run()
+    less = run(remat=True, up_pictures=4)  # in parts of 3 of the 6 pictures
+    for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(less[0]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    scale = max(np.abs(g).max() for g in grads)
+    for x, y in zip(grads, less[1], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_parts_are_the_whole(size):
+    x, w = jax.random.normal(jax.random.key(3), (2, 6, 5)), jnp.arange(1.0, 6.0)
+
+    def whole(x, w, size):
+        out = in_parts(lambda x: (jnp.sin(x * w), jnp.sum(x, -1)), x, size)
+        return jnp.sum(out[0] ** 3) + jnp.sum(out[1] ** 2), out
+
+    wanted, got = (
+        jax.grad(functools.partial(whole, size=s), (0, 1), has_aux=True)(x, w) for s in (None, size)
+    )
+    assert got[1][0].shape == (2, 6, 5) and got[1][1].shape == (2, 6)
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 5])
+def test_stacked_blocks_are_blocks_one_after_the_other(num_blocks):
+    """A view attention follows every second one; there may be none, and blocks may be left."""
+    decoder = build(num_blocks=num_blocks).static
+
+    def layer(layers, i):
+        return jax.tree.map(lambda w: w[i], layers)
+
+    x = jax.random.normal(jax.random.key(3), (6, 9, 12))
+    wanted = x
+    for i in range(num_blocks):
+        wanted = layer(decoder.blocks, i)(wanted)
+        if i % 2 == 1:
+            meet = layer(decoder.view_attentions, i // 2)
+            wanted = meet(wanted.reshape(2, 3, 9, 12)).reshape(wanted.shape)
+    found = jax.jit(lambda decoder, x: decoder._blocks(x, 3))(decoder, x)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_conv3d_is_a_3d_convolution():
@@ -348,6 +393,7 @@ def test_conv3d_is_a_3d_convolution():
         (dict(resolution=25), "resolution"),
         (dict(offset_dim=10), "dim"),
         (dict(unet_channels=(5, 7, 9)), "map_size"),
+        (dict(up_pictures=0), "up_pictures=0 must be positive"),
     ],
 )
 def test_bad_sizes_are_named(changes, message):
