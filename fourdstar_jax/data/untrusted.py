@@ -126,7 +126,7 @@ def folder_frames(folder: Path, request: dict[str, Any], info: dict[str, Any]) -
             if size is not None and picture.size != size:
                 found, before = ("{}x{}".format(*x) for x in (picture.size, size))
                 refuse(f"{folder / name} is {found} pixels, the pictures before it {before}")
-            size = picture.size
+            info["file_size"] = size = picture.size
             return shrink(picture)
 
         yield index / request["folder_fps"], 1 / request["folder_fps"], decode
@@ -226,6 +226,7 @@ def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> I
         stream = video_stream(container, path)
         base = float(stream.time_base)
         check_size(stream.width, stream.height, request, str(path))
+        info["file_size"] = stream.width, stream.height
         aspect = fractions.Fraction(1)
         if stream.sample_aspect_ratio:  # neither None nor zero
             ratio = stream.sample_aspect_ratio
@@ -311,7 +312,11 @@ def sample(source: Iterator, fps: float, most: int, start: float) -> tuple[list[
 
 
 def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Frames and what was read: kind, the clip's seconds (None if unknown), those of the frames."""
+    """Frames and what was read.
+
+    That is the kind, the pixels of the file's frames (the first two axes of `frames` are what is
+    left of them), the clip's seconds (None if unknown) and those of the frames.
+    """
     info: dict[str, Any] = {}
     if path.is_dir():
         source = folder_frames(path, request, info)
@@ -323,6 +328,7 @@ def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
             source = video_frames(path, request, info)
         else:
+            info["file_size"] = picture.size
             source = picture_frames(picture, path, request, info)
     fps, start = request["fps"], request["start"]
     frames, end = sample(source, fps, request["timesteps"], start)

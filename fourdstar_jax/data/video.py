@@ -96,18 +96,21 @@ def read_video(
 
 def described(info: dict[str, Any], *, fit: str) -> list[str]:
     """Lines that say what of a clip is used and how its object was found, from `read_video`."""
-    count, size = info["timesteps"], "x".join(map(str, info["source_size"]))
+    count, size = info["timesteps"], "{}x{} pixels".format(*info["file_size"])
+    if sorted(info["source_size"]) != sorted(info["file_size"]):
+        size += " (read as {}x{})".format(*info["source_size"])
     if info["kind"] == "picture":
-        lines = [f"a picture of {size} pixels"]
+        lines = [f"a picture of {size}"]
     else:
         whole = f"{info['seconds']:.2f}" if info["seconds"] is not None else "an unknown number of"
         lines = [
-            f"{info['kind']} of {size} pixels: {info['seconds_read']:.2f} of {whole} s, from "
+            f"{info['kind']} of {size}: {info['seconds_read']:.2f} of {whole} s, from "
             f"{info['start']:.2f} s on at {info['fps']:g} frames a second, {count} timesteps"
         ]
-    if fit != "object":
-        return [*lines, f"the whole frame is used (fit={fit})"]
     found = info["object"]
+    if fit != "object":
+        told = f"; its object, by {found}, is not cut out" if found else ""
+        return [*lines, f"the whole frame is used (fit={fit}){told}"]
     if found is None:
         return [
             *lines,

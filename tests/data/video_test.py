@@ -154,6 +154,8 @@ def test_what_was_read_in_words(tmp_path):
     share = f"{100 * info['object_area']:.1f} % of the frame"
     assert second == f"object found by its plain background, {share}"
     assert "whole frame is used" in video.described(info, fit="none")[1]
+    large = info | {"file_size": [3840, 2160], "source_size": [1024, 576]}
+    assert "of 3840x2160 pixels (read as 1024x576): " in video.described(large, fit="object")[0]
     lines = video.described(info | {"object": None, "seconds": None}, fit="object")
     assert "of an unknown number of s" in lines[0] and lines[1].startswith("warning: no object")
     for start in (-1.0, float("nan"), float("inf")):

@@ -82,6 +82,7 @@ def test_wrong_cameras_are_named(field, value):
         ("features", [[1.0]] * 4),
         ("background", [0.0, 1.0]),
         ("background", "white"),
+        ("background", [0.0, np.nan, 1.0]),
         ("width", 16.0),
         ("height", True),
         ("capacity", 2**31 - 1),
@@ -123,6 +124,8 @@ def test_sizes_beyond_int32_are_refused_and_counts_overflow():
         trace(2**27, 16, 16)
     with pytest.raises(ValueError, match="too many"):
         trace(1, 8, 2**17)
+    with pytest.raises(ValueError, match="too many"):
+        trace(1, 1, 2**16)
     assert trace(2**24, 9, 512).renders.shape == (9, 512, 512, 3)
     grid = binning.Grid(8, 512, 512)
     assert binning.default_capacity(9, 2**24, grid) == binning.MAX_PAIRS

@@ -148,6 +148,8 @@ def rasterize(
             f"{images} images of {width}x{height} pixels with {num} gaussians each are too many "
             "for a call: neither their tiles nor gaussians fit int32"
         )
+    if images * width * height > np.iinfo(np.int32).max:
+        raise ValueError(f"{images} images of {width}x{height} pixels are too many for a call")
     if capacity is not None:
         return _rasterize(*arrays, **options, capacity=capacity)
     capacity = binning.default_capacity(images, num, grid)
@@ -210,19 +212,31 @@ def _check_options(near, far, eps2d, **flags) -> tuple[float, float, float]:
     return near, far, eps2d
 
 
-def _check_values(viewmats, Ks):
-    """Checks what cameras hold, where that is known: traced ones are taken at their word."""
-    for name, x, check, wanted in (
-        ("viewmats", viewmats, _is_rigid, "finite, with a last row of 0, 0, 0, 1"),
-        ("Ks", Ks, _is_pinhole, "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]], finite, fx and fy above 0"),
+def _check_values(viewmats, Ks, background):
+    """Checks what cameras and background hold, where that is known: tracers are taken as they are.
+
+    All others may be anything: what is not finite of a Gaussian hides that Gaussian.
+    """
+    for name, x, axes, check, wanted in (
+        ("cameras.viewmats", viewmats, 2, _is_rigid, "finite, with a last row of 0, 0, 0, 1"),
+        (
+            "cameras.Ks",
+            Ks,
+            2,
+            _is_pinhole,
+            "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]], finite, fx and fy above 0",
+        ),
+        ("background", background, 1, lambda c: np.isfinite(c).all(1), "finite"),
     ):
-        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        if x is None or isinstance(x, jax.core.Tracer):
             continue
-        matrices = np.asarray(x).astype(np.float64).reshape(-1, *x.shape[-2:])
-        good = check(matrices)
+        if not getattr(x, "is_fully_addressable", True):
+            continue
+        rows = np.atleast_1d(np.asarray(x)).astype(np.float64)
+        rows = rows.reshape(-1, *rows.shape[rows.ndim - axes :])
+        good = check(rows)
         if not good.all():
-            found = matrices[np.argmin(good)].tolist()
-            raise ValueError(f"cameras.{name} must be {wanted}, not {found}")
+            raise ValueError(f"{name} must be {wanted}, not {rows[np.argmin(good)].tolist()}")
 
 
 def _is_rigid(m):
@@ -302,7 +316,7 @@ def _check_arrays(gaussians, cameras, features, background):
         raise ValueError(
             f"background must broadcast to {(*batch, views, 3)}, not {background.shape}"
         )
-    _check_values(given["cameras.viewmats"], given["cameras.Ks"])
+    _check_values(given["cameras.viewmats"], given["cameras.Ks"], given.get("background"))
     gaussians = Gaussians(*(named[f"gaussians.{field}"] for field in Gaussians._fields))
     background = jnp.broadcast_to(background, (*background.shape[:-1], 3))
     return gaussians, Cameras(viewmats, Ks), features, background, batch
