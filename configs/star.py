@@ -109,7 +109,9 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     text_length=12,
                     text_dim=64,
                     spe_octaves=4,
-                    rope="none",
+                    normalize=True,
+                    rope="axial",
+                    predict_input_view=False,
                     dtype="float32",
                 )
             )
@@ -134,7 +136,10 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     text_length=24,
                     text_dim=64,
                     spe_octaves=4,
-                    rope="none",
+                    normalize=True,
+                    rope="axial",
+                    qk_norm=True,
+                    predict_input_view=False,
                     dtype="bfloat16",
                 )
             )
@@ -158,6 +163,8 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     text_length=120,
                     text_dim=2048,
                     time_features=256,
+                    normalize=True,
+                    predict_input_view=False,
                     dropout=0.1,
                     remat=True,
                     dtype="bfloat16",

@@ -159,7 +159,7 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
             list(arrays.values()),
             BATCH,
         )
-        return values[:, :, n:].mean(axis=(1, 2, 3))
+        return values[:, :, model.star.num_known :].mean(axis=(1, 2, 3))
 
     right = novel()
     row = int(round(n**0.5))

@@ -122,11 +122,14 @@ def cast_weights(model: Any) -> Any:
 class SwiGLU(nnx.Module):
     """SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202), as in Llama."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, init=None, dtype=jnp.float32, rngs: nnx.Rngs):
-        make = functools.partial(linear, init=init, dtype=dtype, rngs=rngs)
-        self.gate = make(dim, hidden_dim, ("embed", "mlp"))
-        self.up = make(dim, hidden_dim, ("embed", "mlp"))
-        self.down = make(hidden_dim, dim, ("mlp", "embed"))
+    def __init__(
+        self, dim: int, hidden_dim: int, *, init=None, out_init=None, dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        make = functools.partial(linear, dtype=dtype, rngs=rngs)
+        self.gate = make(dim, hidden_dim, ("embed", "mlp"), init=init)
+        self.up = make(dim, hidden_dim, ("embed", "mlp"), init=init)
+        self.down = make(hidden_dim, dim, ("mlp", "embed"), init=out_init or init)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         return self.down(nnx.silu(self.gate(x)) * self.up(x))

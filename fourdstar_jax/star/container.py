@@ -30,6 +30,7 @@ class Group(NamedTuple):
 
     x: Float[Array, "B N D"]  # normalised features
     tokens: Int[Array, "B N K"]
+    mask: Bool[Array, "B N"]  # False: in no cluster, and nobody's neighbour
 
 
 def empty_container(batch: int, num_slots: int, dim: int, num_codebooks: int) -> Peaks:
@@ -49,14 +50,13 @@ def container_update(
 ) -> tuple[Peaks, Clusters]:
     """Takes a group in and clusters all tokens so far. Carries no gradient."""
     x = jax.lax.stop_gradient(group.x).astype(jnp.float32)
-    mask = jnp.ones(x.shape[:2], bool)
 
     def one(peaks, x, tokens, mask):
         peaks = dpc_knn.add_group(peaks, x, tokens, mask, k=k)
         return peaks, dpc_knn.find_clusters(peaks, num_clusters=num_clusters)
 
     return jax.vmap(one, in_axes=(_AXES, 0, 0, 0), out_axes=(_AXES, 0))(
-        carry, x, group.tokens, mask
+        carry, x, group.tokens, group.mask
     )
 
 
@@ -76,7 +76,8 @@ def merge(
 class RefineBlock(nnx.Module):
     """Attention of merged tokens over tokens, scores added to the logits; then a feed-forward."""
 
-    def __init__(self, dim: int, num_heads: int, *, init, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, num_heads: int, *, init, out_init=None, dtype, rngs: nnx.Rngs):
+        out_kw = nn.CommonInit(init=out_init or init, dtype=dtype, rngs=rngs)
         kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
         self.norm1 = nnx.LayerNorm(dim, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         # Without biases: both uses of the score are blind to a constant.
@@ -85,9 +86,9 @@ class RefineBlock(nnx.Module):
         self.q = nn.linear(dim, dim, ("embed", "heads"), **kw)
         self.k = nn.linear(dim, dim, ("embed", "heads"), **kw)
         self.v = nn.linear(dim, dim, ("embed", "heads"), **kw)
-        self.out = nn.linear(dim, dim, ("heads", "embed"), use_bias=True, **kw)
+        self.out = nn.linear(dim, dim, ("heads", "embed"), use_bias=True, **out_kw)
         self.norm2 = nnx.LayerNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.mlp = nn.Mlp(dim, 4 * dim, dim, approximate=False, **kw)
+        self.mlp = nn.Mlp(dim, 4 * dim, dim, approximate=False, **out_kw)
         self.num_heads = num_heads
 
     def scores(self, x: Float[Array, "B S D"]) -> Float[Array, "B S"]:
@@ -148,13 +149,16 @@ class Container(nnx.Module):
         neighbors: int,
         refine_blocks: int,
         init,
+        out_init=None,
         dtype,
         rngs: nnx.Rngs,
     ):
         if refine_blocks < 1:
             raise ValueError(f"{refine_blocks=} must be at least 1")
         kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([RefineBlock(dim, num_heads, **kw) for _ in range(refine_blocks)])
+        self.blocks = nnx.List(
+            [RefineBlock(dim, num_heads, out_init=out_init, **kw) for _ in range(refine_blocks)]
+        )
         self.mlp = nn.Mlp(dim, dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
         self.segment = vector(rngs.params(), dim)
         self.empty = vector(rngs.params(), dim)
@@ -164,14 +168,15 @@ class Container(nnx.Module):
         """What the container clusters, merges and attends to."""
         return self.blocks[0].norm1(features.astype(jnp.float32))
 
-    def update(self, carry: Peaks, x: Float[Array, "B N D"], tokens: Int[Array, "B N K"]):
-        """`container_update` with this container's sizes; x is normalised."""
-        return container_update(
-            carry, Group(x, tokens), k=self.neighbors, num_clusters=self.num_slots
-        )
+    def update(self, carry: Peaks, group: Group) -> tuple[Peaks, Clusters]:
+        """`container_update` with this container's sizes."""
+        return container_update(carry, group, k=self.neighbors, num_clusters=self.num_slots)
 
     def cluster_history(
-        self, x: Float[Array, "B T N D"], tokens: Int[Array, "B T N K"]
+        self,
+        x: Float[Array, "B T N D"],
+        tokens: Int[Array, "B T N K"],
+        mask: Bool[Array, "B T N"],
     ) -> Clusters:
         """For every timestep t the clusters of groups 1 to t-1, with axes [B, T, ...].
 
@@ -185,8 +190,8 @@ class Container(nnx.Module):
             valid=jnp.zeros((1, batch, self.num_slots), bool),
             assignment=jnp.full((1, batch, timesteps * size), -1, jnp.int32),
         )
-        groups = (jnp.moveaxis(x, 1, 0)[:-1], jnp.moveaxis(tokens, 1, 0)[:-1])
-        _, clusters = jax.lax.scan(lambda carry, g: self.update(carry, *g), start, groups)
+        groups = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0)[:-1], Group(x, tokens, mask))
+        _, clusters = jax.lax.scan(self.update, start, groups)
         return jax.tree.map(
             lambda a, b: jnp.moveaxis(jnp.concatenate([a, b.astype(a.dtype)]), 0, 1), none, clusters
         )

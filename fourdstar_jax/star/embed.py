@@ -25,6 +25,12 @@ def vector(key, *shape: int, std: float = 0.02, axes: tuple | None = None) -> nn
     return nnx.Param(init(key, shape, jnp.float32))
 
 
+def gain(dim: int, start: float, *, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Brings vectors to one root mean square, then a learned gain a channel, `start` at first."""
+    init = nnx.initializers.constant(start)
+    return nnx.RMSNorm(dim, epsilon=1e-6, dtype=dtype, scale_init=init, rngs=rngs)
+
+
 class TextPrefix(nnx.Module):
     """Text tokenizer (paper 3.2.1): an MLP over features of L text slots.
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, Key, Shaped
 class Forcing(NamedTuple):
     """Changes to a teacher-forced pass. None everywhere: all groups of the tokens, as they are."""
 
-    history_tokens: Int[Array, "B T N K"] | None = None  # what the container is built from
+    history_tokens: Int[Array, "B T A K"] | None = None  # what the container is built from
     drop_text: Bool[Array, " B"] | None = None
     drop_video: Bool[Array, " B"] | None = None
     groups: Int[Array, "B G"] | None = None  # the timesteps to predict, in order
@@ -26,7 +26,7 @@ AS_GIVEN = Forcing()
 
 def corrupt(
     key: Key[Array, ""],
-    tokens: Int[Array, "B T N K"],
+    tokens: Int[Array, "B T A K"],
     vocab_size: int,
     *,
     drop_text: float = 0.1,

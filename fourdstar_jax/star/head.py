@@ -32,6 +32,7 @@ class DepthHead(nnx.Module):
         num_codebooks: int,
         vocab_size: int,
         init,
+        out_init=None,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -42,7 +43,10 @@ class DepthHead(nnx.Module):
         several = num_codebooks > 1
         self.tables = vector(rngs.params(), *shape, std=1.0, axes=axes) if several else None
         self.layers = nnx.List(
-            [Layer(head_dim, num_heads, hidden_dim, **kw) for _ in range(num_layers)]
+            [
+                Layer(head_dim, num_heads, hidden_dim, out_init=out_init, **kw)
+                for _ in range(num_layers)
+            ]
         )
         self.norm = nnx.RMSNorm(head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         zeros = nnx.with_partitioning(nnx.initializers.zeros, (None, None, "vocab"))

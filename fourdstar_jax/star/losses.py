@@ -49,16 +49,17 @@ def summarize(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The training loss and what to report.
 
-    The first `num_known` tokens of a group are those of the input view, which the prefix already
-    shows; they count `known_weight` times in the loss and are reported apart, as in MVAR. `z_loss`
-    weighs the squared log-sum-exp (PaLM).
+    The first `num_known` tokens of a group, if any, are those of the input view, which the prefix
+    already shows; they count `known_weight` times in the loss and are reported apart, as in MVAR.
+    `z_loss` weighs the squared log-sum-exp (PaLM).
     """
     nll = losses.nll
     weights = jnp.where(jnp.arange(nll.shape[2]) < num_known, known_weight, 1.0)
     per_token = jnp.mean(nll + z_loss * losses.lse_squared, axis=(0, 1, 3))
     loss = jnp.sum(per_token * weights) / jnp.sum(weights)
     metrics = {"loss": loss, "nll": jnp.mean(nll), "accuracy": jnp.mean(losses.correct)}
-    metrics["nll_ref"] = jnp.mean(nll[:, :, :num_known])
+    if num_known > 0:
+        metrics["nll_ref"] = jnp.mean(nll[:, :, :num_known])
     if num_known < nll.shape[2]:
         metrics["nll_novel"] = jnp.mean(nll[:, :, num_known:])
     for k in range(nll.shape[3]):

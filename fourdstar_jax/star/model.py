@@ -1,8 +1,11 @@
 """STAR: from text, a video and cameras to the tokens of a 4D object, timestep by timestep.
 
-Tokens of a timestep form a group of N = V n, view after view, each view row by row. The model
-predicts group t from the prefix (text, tokens of the video), the container's tokens (the state of
-groups before t) and the group's own past. Shapes, with M container slots and P = L + T n:
+Tokens of a timestep form a group of N = (V - 1) n, view after view without the video's, each view
+row by row. (The paper leaves open whether the video's view is predicted, too: an option, N = V n.)
+The model predicts group t from the prefix (text, tokens of the video), the container's tokens (the
+state of groups before t) and the group's own past. What is called with an object's tokens takes
+those of all views, A = V n, and picks the groups out of them. Shapes, with M container slots and
+P = L + T n:
 
     prefix stream  [B, P, D]          text MLP | image MLP + own ray + own time + segment
     group stream   [B, T, M + N, D]   container tokens | previous token (START first) + ray and time
@@ -12,12 +15,14 @@ The image tokenizer's MLP is strictly position-wise: attention over an image wou
 the ones it has to predict.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from fourdstar_jax import nn
 from fourdstar_jax.nn.embedding import lookup
@@ -48,10 +53,24 @@ class Condition(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where and when each token of the object is."""
+    """Where and when each token of the object is, or each of those that stand in the groups."""
 
     spe: Float[Array, "B T N D"]  # ray embedding + time embedding
     coordinates: Float[Array, "B T N 4"]  # time, view, row, column
+
+
+# Rays and times are normalised to this size each where they are (`normalize`): the tokens, which
+# are at 1, stay the louder part of a slot.
+PLACE_GAIN = 0.5
+
+
+def initializers(dim: int, num_layers: int, std: float | None) -> dict[str, Initializer]:
+    """Of a stack of blocks: by width unless given, less where 2 L matrices add to one stream."""
+    std = dim**-0.5 if std is None else std
+    return {
+        "init": nnx.initializers.normal(std),
+        "out_init": nnx.initializers.normal(std / math.sqrt(2 * num_layers)),
+    }
 
 
 class STAR(nnx.Module):
@@ -83,10 +102,13 @@ class STAR(nnx.Module):
         refine_blocks: int = 2,
         time_features: int = 32,
         spe_octaves: int = 0,
+        normalize: bool = False,
         rope: Literal["none", "axial"] = "none",
+        qk_norm: bool = False,
         prefix: Literal["bidirectional", "causal"] = "bidirectional",
+        predict_input_view: bool = True,
         dropout: float = 0.0,
-        init_std: float = 0.02,
+        init_std: float | None = None,
         remat: bool = False,
         codebooks: Float[Array, "K vocab C"] | None = None,
         dtype: nn.Dtype = jnp.float32,
@@ -97,7 +119,10 @@ class STAR(nnx.Module):
         A view is an image of `resolution` pixels a side and `grid` tokens a side. `text_vocab` is
         the size of the table of `words`. Without `codebooks` random unit vectors stand in for them
         until the weights are loaded.
-        Feed-forwards are 8/3 of the width, rounded up to a multiple of 32, unless given.
+        Feed-forwards are 8/3 of the width, rounded up to a multiple of 32, unless given. Matrices
+        start at 1 / sqrt(width) unless `init_std` says otherwise. `normalize` brings rays, times
+        and tokens to one size, with learned gains; without it the rays drown the times. Without
+        `predict_input_view` the groups hold the other views only.
         """
         if rope not in ("none", "axial"):
             raise ValueError(f"{rope=} must be 'none' or 'axial'")
@@ -115,7 +140,6 @@ class STAR(nnx.Module):
             raise ValueError(f"codebooks are {books.shape}; the sizes given say {shape}")
         hidden_dim = hidden_dim or round_up(8 / 3 * dim)
         head_hidden_dim = head_hidden_dim or round_up(8 / 3 * head_dim)
-        init = nnx.initializers.normal(init_std)
         # The tokenizers' MLPs keep the variance instead (default init): text, tokens, rays and
         # times are summed, and with N(0, 0.02) twice in a row rays would drown the others.
         kw = nn.Common(dtype=dtype, rngs=rngs)
@@ -129,25 +153,30 @@ class STAR(nnx.Module):
             **kw,
         )
         self.image = nn.Mlp(code_dim, dim, dim, use_bias=False, **kw)
-        self.rays = embed.RayEncoder(resolution, grid, dim, octaves=spe_octaves, std=init_std, **kw)
+        self.rays = embed.RayEncoder(resolution, grid, dim, octaves=spe_octaves, std=0.02, **kw)
         self.time = embed.TimeEncoder(time_features, dim, **kw)
+        self.image_norm = embed.gain(dim, 1.0, **kw) if normalize else None
+        self.ray_norm = embed.gain(dim, PLACE_GAIN, **kw) if normalize else None
+        self.time_norm = embed.gain(dim, PLACE_GAIN, **kw) if normalize else None
         self.start = embed.vector(rngs.params(), dim)
         self.video_segment = embed.vector(rngs.params(), dim)
         self.null_video = embed.vector(rngs.params(), dim)
         self.container = Container(
             dim, num_heads, num_slots=container_slots, neighbors=container_neighbors,
-            refine_blocks=refine_blocks, init=init, **kw,
+            refine_blocks=refine_blocks, **initializers(dim, refine_blocks, init_std), **kw,
         )  # fmt: skip
         self.trunk = Transformer(
-            dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads,
-            causal_prefix=prefix == "causal", dropout=dropout, remat=remat, init=init, **kw,
+            dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
+            causal_prefix=prefix == "causal", dropout=dropout, remat=remat,
+            **initializers(dim, num_layers, init_std), **kw,
         )  # fmt: skip
         self.head = DepthHead(
             dim, head_dim=head_dim, num_layers=head_layers, num_heads=head_heads,
             hidden_dim=head_hidden_dim, num_codebooks=num_codebooks, vocab_size=vocab_size,
-            init=init, **kw,
+            **initializers(head_dim, head_layers, init_std), **kw,
         )  # fmt: skip
         self.grid = grid
+        self.num_known = grid**2 if predict_input_view else 0  # tokens of a group
         self.rotary_dim = dim // num_heads if rope == "axial" else None
         self.num_codebooks, self.vocab_size = num_codebooks, vocab_size
         self.dropout, self.dtype = dropout, dtype
@@ -156,11 +185,18 @@ class STAR(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*b K"]) -> Float[Array, "*b D"]:
         """Image tokenizer (paper 3.2.1): an MLP of the dequantised code, position by position."""
-        return self.image(lookup(jax.lax.stop_gradient(self.codebook[...]), tokens))
+        x = self.image(lookup(jax.lax.stop_gradient(self.codebook[...]), tokens))
+        return x if self.image_norm is None else self.image_norm(x)
+
+    def in_groups(self, x: Shaped[Array, "B T A ..."]) -> Shaped[Array, "B T N ..."]:
+        """Of something of all views' tokens what belongs to those in the groups."""
+        return x if self.num_known else x[:, :, self.grid**2 :]
 
     def places(self, condition: Condition) -> Places:
-        """Shift positional encoding of all positions: ray embedding plus time embedding."""
+        """Positional encoding of all views' tokens: ray embedding plus time embedding."""
         rays, times = self.rays(condition.cameras), self.time(condition.times)
+        if self.ray_norm is not None and self.time_norm is not None:
+            rays, times = self.ray_norm(rays), self.time_norm(times)
         views = condition.cameras.viewmats.shape[1]
         return Places(
             spe=rays[:, None] + times[:, :, None],
@@ -211,25 +247,47 @@ class STAR(nnx.Module):
         held = jnp.concatenate([memory_places, held], axis=-2)
         return Rotary(q=axial_angles(asked, self.rotary_dim), k=axial_angles(held, self.rotary_dim))
 
+    def visible(
+        self, tokens: Int[Array, "B *b N K"], drop_video: Bool[Array, " B"] | None
+    ) -> Bool[Array, "B *b N"]:
+        """All but the input view's tokens in groups without the video."""
+        visible = jnp.ones(tokens.shape[:-1], bool)
+        if drop_video is None:
+            return visible
+        drop = drop_video.reshape(-1, *[1] * (visible.ndim - 1))
+        return visible & ~(drop & (jnp.arange(visible.shape[-1]) < self.num_known))
+
+    def past(
+        self, tokens: Int[Array, "B *b N K"], visible: Bool[Array, "B *b N"]
+    ) -> Float[Array, "B *b N D"]:
+        """Features of a group's tokens, as its own past shows them."""
+        features = self.embed(tokens)
+        null = self.null_video[...].astype(features.dtype)
+        return jnp.where(visible[..., None], features, null)
+
     # ---------------------------------------------------------------- teacher forcing
 
     def hidden(
-        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
+        self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN
     ) -> Float[Array, "B G N D"]:
         """The trunk's hidden states of the groups that are predicted."""
         self.check(condition, tokens.shape)
-        batch, _, size, _ = tokens.shape
         places = self.places(condition)
         prefix, prefix_rotary = self.prefix_stream(
             condition, places, forcing.drop_text, forcing.drop_video
         )
-        features = self.embed(tokens)
-        past, past_tokens = features, tokens
+        tokens, places = self.in_groups(tokens), jax.tree.map(self.in_groups, places)
+        batch, _, size, _ = tokens.shape
+        visible = self.visible(tokens, forcing.drop_video)
+        features = self.past(tokens, visible)
+        history, history_tokens = features, tokens
         if forcing.history_tokens is not None:
-            past, past_tokens = self.embed(forcing.history_tokens), forcing.history_tokens
+            history_tokens = self.in_groups(forcing.history_tokens)
+            history = self.past(history_tokens, visible)
 
-        x = self.container.normalize(past)
-        clusters = jax.tree.map(forcing.chosen, self.container.cluster_history(x, past_tokens))
+        x = self.container.normalize(history)
+        clusters = self.container.cluster_history(x, history_tokens, visible)
+        clusters = jax.tree.map(forcing.chosen, clusters)
         everywhere = Places(
             spe=places.spe.reshape(batch, -1, places.spe.shape[-1]),
             coordinates=places.coordinates.reshape(batch, -1, 4),
@@ -247,23 +305,24 @@ class STAR(nnx.Module):
         return stream[:, :, slots:]
 
     def logits(
-        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
+        self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN
     ) -> Float[Array, "B G N K vocab"]:
         """Teacher-forced logits of every code, all at once."""
-        hidden, targets = self.hidden(tokens, condition, forcing), forcing.chosen(tokens)
+        hidden = self.hidden(tokens, condition, forcing)
+        targets = forcing.chosen(self.in_groups(tokens))
         codes = targets.shape[-1]
         flat = self.head(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, codes))
         return flat.reshape(*targets.shape, self.vocab_size)
 
     def group_losses(
-        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
+        self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN
     ) -> GroupLosses:
         """Losses of every code, one group's logits at a time."""
         hidden = self.hidden(tokens, condition, forcing)
-        return group_losses(self.head, hidden, forcing.chosen(tokens))
+        return group_losses(self.head, hidden, forcing.chosen(self.in_groups(tokens)))
 
     def nll(
-        self, tokens: Int[Array, "B T N K"], condition: Condition, forcing: Forcing = AS_GIVEN
+        self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN
     ) -> Float[Array, "B G N K"]:
         """Negative log-likelihood of every code in nats, for evaluation.
 
@@ -273,7 +332,7 @@ class STAR(nnx.Module):
 
     def loss(
         self,
-        tokens: Int[Array, "B T N K"],
+        tokens: Int[Array, "B T A K"],
         condition: Condition,
         forcing: Forcing = AS_GIVEN,
         *,
@@ -283,11 +342,12 @@ class STAR(nnx.Module):
         """Mean cross-entropy over groups, slots and codes (paper Eq. 4), and metrics in nats.
 
         Training draws `forcing` with `corrupt`. `known_weight` weighs the input view's tokens,
-        which the prefix shows; `z_loss` the squared log-sum-exp of the logits.
+        which the prefix shows, where the groups have them; `z_loss` the squared log-sum-exp of the
+        logits.
         """
         return summarize(
             self.group_losses(tokens, condition, forcing),
-            num_known=condition.video_tokens.shape[2],
+            num_known=self.num_known,
             known_weight=known_weight,
             z_loss=z_loss,
             by_group=forcing.groups is None,
@@ -307,4 +367,6 @@ class STAR(nnx.Module):
         expected = (batch, timesteps, views * n, codes)
         if shape is not None and tuple(shape) != expected:
             raise ValueError(f"tokens are {tuple(shape)}; the condition says {expected}")
-        self.container.check(timesteps * views * n)
+        if not self.num_known and views < 2:
+            raise ValueError("cameras have the video's view alone; there is none to predict")
+        self.container.check(timesteps * (views * n - n + self.num_known))

@@ -1,8 +1,8 @@
 """Sampling from STAR with caches: the prefix once, then one jitted call per timestep.
 
-A call builds the container, runs its tokens (and those of the input view, which are known) through
-the trunk at once, and scans over the other positions with a cache of fixed size. The timestep is
-data, so it compiles once for a clip.
+A call builds the container, runs its tokens (and those of the input view, where the groups have
+them: they are known) through the trunk at once, and scans over the other positions with a cache of
+fixed size. The timestep is data, so it compiles once for a clip.
 """
 
 import functools
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.kernels.dpc_knn import Clusters, Peaks
-from fourdstar_jax.star.container import empty_container
+from fourdstar_jax.star import container
 from fourdstar_jax.star.head import filter_logits
 from fourdstar_jax.star.model import STAR, Condition, Places
 from fourdstar_jax.star.transformer import KV, Rotary, group_mask
@@ -40,7 +40,8 @@ class Prefix(NamedTuple):
     """What all groups share."""
 
     cache: KV  # of all layers
-    places: Places
+    places: Places  # of the groups' tokens
+    drop_video: Bool[Array, " B"] | None
 
 
 class Group(NamedTuple):
@@ -62,17 +63,18 @@ def prefill(model: STAR, condition: Condition, *, guided: bool = False) -> tuple
         drop = jnp.arange(2 * batch) >= batch
     places = model.places(condition)
     prefix, rotary = model.prefix_stream(condition, places, None, drop)
+    places = jax.tree.map(model.in_groups, places)
     batch, timesteps, size, dim = places.spe.shape
     slots = model.container.num_slots
     memory = Memory(
-        peaks=empty_container(batch, timesteps * size, dim, model.num_codebooks),
+        peaks=container.empty_container(batch, timesteps * size, dim, model.num_codebooks),
         clusters=Clusters(
             centers=jnp.zeros((batch, slots), jnp.int32),
             valid=jnp.zeros((batch, slots), bool),
             assignment=jnp.full((batch, timesteps * size), -1, jnp.int32),
         ),
     )
-    return Prefix(model.trunk.prefill(prefix, rotary), places), memory
+    return Prefix(model.trunk.prefill(prefix, rotary), places, drop), memory
 
 
 def begin_group(
@@ -86,23 +88,24 @@ def begin_group(
     num_known = known.shape[1]
     spe, coordinates = (y.reshape(batch, -1, y.shape[-1]) for y in prefix.places)
     clusters = jax.tree.map(lambda y: y[:, None], memory.clusters)
-    container, container_places = model.container(memory.peaks.x, spe, coordinates, clusters)
-    container, container_places = container[:, 0], container_places[:, 0]
-    slots = container.shape[1]
-    rotary = model.group_rotary(container_places, places.coordinates)
+    state, state_places = model.container(memory.peaks.x, spe, coordinates, clusters)
+    state, state_places = state[:, 0], state_places[:, 0]
+    slots = state.shape[1]
+    rotary = model.group_rotary(state_places, places.coordinates)
 
     # Slot j holds token j - 1, so the last known token waits.
+    features = model.past(known, model.visible(known, prefix.drop_video))
     start = model.token_slots(
-        jnp.pad(model.embed(known), ((0, 0), (0, size - num_known), (0, 0))), places.spe
+        jnp.pad(features, ((0, 0), (0, size - num_known), (0, 0))), places.spe
     )[:, :num_known]
-    block = jnp.concatenate([container, start], axis=1)
+    block = jnp.concatenate([state, start], axis=1)
     mask = group_mask(prefix.cache.k.shape[2], slots, num_known)
     first = slots + num_known
     cache = model.trunk.block(
         block, prefix.cache, mask, jax.tree.map(lambda y: y[:, :first], rotary), slots + size
     )
     if num_known:
-        previous = model.embed(known[:, -1])
+        previous = features[:, -1]
     else:
         previous = jnp.broadcast_to(model.start[...].astype(places.spe.dtype), (batch, dim))
     return Group(previous, cache, places.spe, rotary)
@@ -137,10 +140,11 @@ def decode_slots(
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), found)
 
 
-def end_group(model: STAR, memory: Memory, tokens: Int[Array, "B N K"]) -> Memory:
+def end_group(model: STAR, prefix: Prefix, memory: Memory, tokens: Int[Array, "B N K"]) -> Memory:
     """The memory with a whole group in it."""
-    x = model.container.normalize(model.embed(tokens))
-    return Memory(*model.container.update(memory.peaks, x, tokens))
+    visible = model.visible(tokens, prefix.drop_video)
+    x = model.container.normalize(model.past(tokens, visible))
+    return Memory(*model.container.update(memory.peaks, container.Group(x, tokens, visible)))
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "use_top_p", "greedy", "guided"))
@@ -184,7 +188,7 @@ def decode_group(
     group = begin_group(model, prefix, memory, t, twice(known))
     tokens, _ = decode_slots(model, prefix, group, num_known, choose)
     tokens = jnp.concatenate([known, tokens[:samples]], axis=1)
-    return tokens, end_group(model, memory, twice(tokens))
+    return tokens, end_group(model, prefix, memory, twice(tokens))
 
 
 def check_settings(
@@ -215,15 +219,16 @@ def generate(
     top_p: float | None = None,
     cfg_scale: float = 1.0,
     write_known: bool = True,
-    on_group: Callable[[int, Int[Array, "B N K"]], None] | None = None,
-) -> Int[Array, "B T N K"]:
-    """Samples an object; the same key and condition give the same tokens.
+    on_group: Callable[[int, Int[Array, "B A K"]], None] | None = None,
+) -> Int[Array, "B T A K"]:
+    """Samples an object, all views of it; the same key and condition give the same tokens.
 
     `temperature=0` takes the most probable code each time. `top_k` and `top_p` restrict the choice.
     `cfg_scale` other than 1 guides: logits move from those without the video (text kept, as MVAR)
     towards and beyond those with it, at twice the cost. `write_known` writes the input view's
-    tokens instead of sampling them. `on_group(t, tokens)` is called after each timestep. Raises
-    ValueError for settings outside their range and for a condition that does not fit the model.
+    tokens instead of sampling them, where the groups have them. `on_group(t, tokens)` is called
+    after each timestep. Raises ValueError for settings outside their range and for a condition that
+    does not fit the model.
     """
     check_settings(temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale)
     model.check(condition)
@@ -240,7 +245,7 @@ def generate(
             prefix,
             memory,
             jnp.int32(t),
-            known if write_known else known[:, :0],
+            known[:, : model.num_known] if write_known else known[:, :0],
             jax.random.fold_in(key, t),
             sampling,
             top_k=top_k,
@@ -248,6 +253,8 @@ def generate(
             greedy=temperature == 0,
             guided=guided,
         )
+        if not model.num_known:  # the input view goes in front
+            tokens = jnp.concatenate([known, tokens], axis=1)
         groups.append(tokens)
         if on_group is not None:
             on_group(t, tokens)

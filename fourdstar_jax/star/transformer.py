@@ -7,6 +7,7 @@ prefix to all groups. Decoding runs the same layers with the prefix and the grou
 Blocks are Llama's (RMSNorm, SwiGLU, no biases) as in LlamaGen.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -86,7 +87,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class Layer(nnx.Module):
-    """One Llama block. Queries may share keys and values (`num_kv_heads` < `num_heads`)."""
+    """One Llama block. Queries may share keys and values (`num_kv_heads` < `num_heads`).
+
+    `qk_norm` normalises the queries and keys of every head (Henry et al. 2020, arXiv:2010.04245).
+    The matrices that add to the stream start from `out_init`, the others from `init`.
+    """
 
     def __init__(
         self,
@@ -95,8 +100,10 @@ class Layer(nnx.Module):
         hidden_dim: int,
         *,
         num_kv_heads: int | None = None,
+        qk_norm: bool = False,
         dropout: float = 0.0,
         init,
+        out_init=None,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -104,14 +111,17 @@ class Layer(nnx.Module):
         if dim % num_heads or num_heads % num_kv_heads:
             raise ValueError(f"{dim=}, {num_heads=}, {num_kv_heads=} must divide one another")
         kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
+        out_init = out_init or init
         head_dim = dim // num_heads
         self.attention_norm = nnx.RMSNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.q = nn.linear(dim, dim, ("embed", "heads"), **kw)
         self.k = nn.linear(dim, num_kv_heads * head_dim, ("embed", "heads"), **kw)
         self.v = nn.linear(dim, num_kv_heads * head_dim, ("embed", "heads"), **kw)
-        self.out = nn.linear(dim, dim, ("heads", "embed"), **kw)
+        self.out = nn.linear(dim, dim, ("heads", "embed"), init=out_init, dtype=dtype, rngs=rngs)
+        norm = functools.partial(nnx.RMSNorm, head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = (norm(), norm()) if qk_norm else (None, None)
         self.ffn_norm = nnx.RMSNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.ffn = nn.SwiGLU(dim, hidden_dim, **kw)
+        self.ffn = nn.SwiGLU(dim, hidden_dim, out_init=out_init, **kw)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.dropout = dropout
 
@@ -125,6 +135,8 @@ class Layer(nnx.Module):
 
         q, k = heads(self.q(x), self.num_heads), heads(self.k(x), self.num_kv_heads)
         v = heads(self.v(x), self.num_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary.q), rotate(k, rotary.k)
         return q, KV(k, v)
@@ -194,17 +206,19 @@ class Transformer(nnx.Module):
         hidden_dim: int,
         *,
         num_kv_heads: int | None,
+        qk_norm: bool,
         causal_prefix: bool,
         dropout: float,
         remat: bool,
         init,
+        out_init,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.layers = nn.stack_layers(
             lambda rngs: Layer(
-                dim, num_heads, hidden_dim, num_kv_heads=num_kv_heads, dropout=dropout,
-                init=init, dtype=dtype, rngs=rngs,
+                dim, num_heads, hidden_dim, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
+                dropout=dropout, init=init, out_init=out_init, dtype=dtype, rngs=rngs,
             ),
             num_layers,
             rngs,

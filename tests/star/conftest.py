@@ -14,8 +14,10 @@ SIZES = dict(
     num_codebooks=3, vocab_size=7, code_dim=6, resolution=10, grid=2,
     dim=24, num_layers=2, num_heads=3, head_dim=10, head_layers=1, head_heads=1,
     container_slots=5, container_neighbors=2, text_vocab=11, text_length=5, text_dim=6,
-    time_features=8, spe_octaves=2, rope="axial", init_std=0.2,
+    time_features=8, spe_octaves=2, normalize=True, rope="axial", predict_input_view=False,
 )  # fmt: skip
+# As the bundles of before: the input view stands in the groups, positions as they come.
+OLD = dict(normalize=False, rope="none", predict_input_view=True, init_std=0.2)
 
 
 def build(**changes):
@@ -68,6 +70,12 @@ def logits():
 @pytest.fixture(scope="session")
 def make_model():
     return build
+
+
+@pytest.fixture(scope="session")
+def old_model():
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        return build(**OLD)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import cluster_dpc_knn, nn, sharding
-from fourdstar_jax.star.container import Container, empty_container, merge
+from fourdstar_jax.star.container import Container, Group, empty_container, merge
 
 B, T, N, K, D, M = 2, 3, 7, 3, 12, 5
 
@@ -25,15 +25,16 @@ def container():
 
 @pytest.fixture(scope="module")
 def history():
-    """Features that repeat where tokens repeat, and the tokens."""
+    """Features that repeat where tokens repeat, the tokens, and that all of them count."""
     tokens = jax.random.randint(jax.random.key(1), (B, T, N, K), 0, 2, jnp.int32)
     table = jax.random.normal(jax.random.key(2), (2, 2, 2, D))
-    return table[tokens[..., 0], tokens[..., 1], tokens[..., 2]], tokens
+    x = table[tokens[..., 0], tokens[..., 1], tokens[..., 2]]
+    return x, tokens, jnp.ones(x.shape[:3], bool)
 
 
 def test_training_clusters_equal_a_run_from_scratch(container, history):
-    x, tokens = history
-    got = container.cluster_history(x, tokens)
+    x, tokens, mask = history
+    got = container.cluster_history(x, tokens, mask)
     assert not got.valid[:, 0].any() and (got.assignment[:, 0] == -1).all()
     for t in range(1, T):
         want = cluster_dpc_knn(
@@ -47,11 +48,11 @@ def test_training_clusters_equal_a_run_from_scratch(container, history):
 
 
 def test_training_and_decoding_cluster_alike(container, history):
-    x, tokens = history
-    trained = jax.jit(container.cluster_history)(x, tokens)
+    x, tokens, mask = history
+    trained = jax.jit(container.cluster_history)(x, tokens, mask)
     carry = empty_container(B, T * N, D, K)
     for t in range(T - 1):
-        carry, clusters = container.update(carry, x[:, t], tokens[:, t])
+        carry, clusters = container.update(carry, Group(x[:, t], tokens[:, t], mask[:, t]))
         jax.tree.map(
             lambda a, b, t=t: np.testing.assert_array_equal(a[:, t + 1], b), trained, clusters
         )
@@ -125,8 +126,8 @@ def reference_states(container, x, assignment, valid):
 
 
 def test_states_equal_a_plain_implementation(container, history):
-    x, tokens = history
-    clusters = container.cluster_history(x, tokens)
+    x, tokens, mask = history
+    clusters = container.cluster_history(x, tokens, mask)
     flat = x.reshape(B, -1, D)
     places = jax.random.normal(jax.random.key(4), (B, T * N, 4))
     got, mean_places = jax.jit(lambda c, *a: c.states(*a))(container, flat, places, clusters)
@@ -144,8 +145,8 @@ def test_states_equal_a_plain_implementation(container, history):
 
 
 def test_empty_slots_hold_the_learned_vector(container, history):
-    x, tokens = history
-    clusters = container.cluster_history(x, tokens)
+    x, tokens, mask = history
+    clusters = container.cluster_history(x, tokens, mask)
     flat = x.reshape(B, -1, D)
     out, _ = jax.jit(lambda c, *a: c(*a))(container, flat, flat, flat[..., :4], clusters)
     empty = container.empty[...]
@@ -156,11 +157,11 @@ def test_empty_slots_hold_the_learned_vector(container, history):
 
 
 def test_later_groups_do_not_reach_a_state(container, history):
-    x, tokens = history
+    x, tokens, mask = history
 
     @jax.jit
     def states(x):
-        clusters = container.cluster_history(x, tokens)
+        clusters = container.cluster_history(x, tokens, mask)
         flat = x.reshape(B, -1, D)
         return container(flat, flat, flat[..., :4], clusters)[0]
 
@@ -170,8 +171,8 @@ def test_later_groups_do_not_reach_a_state(container, history):
 
 
 def test_gradient_reaches_scores_and_features(container, history):
-    x, tokens = history
-    clusters = container.cluster_history(x, tokens)
+    x, tokens, mask = history
+    clusters = container.cluster_history(x, tokens, mask)
     spe = jnp.zeros((B, T * N, D))
 
     @functools.partial(jax.grad, argnums=(0, 1))
@@ -187,6 +188,7 @@ def test_gradient_reaches_scores_and_features(container, history):
 
 def test_more_slots_than_tokens_is_an_error(container):
     with pytest.raises(ValueError, match="container_slots=5"):
-        container.cluster_history(jnp.ones((1, 1, 3, D)), jnp.ones((1, 1, 3, K), jnp.int32))
-    got = container.cluster_history(jnp.ones((1, 1, 5, D)), jnp.ones((1, 1, 5, K), jnp.int32))
+        container.check(3)
+    one = (jnp.ones((1, 1, 5, D)), jnp.ones((1, 1, 5, K), jnp.int32), jnp.ones((1, 1, 5), bool))
+    got = container.cluster_history(*one)
     assert got.valid.shape == (1, 1, M)

@@ -14,7 +14,7 @@ from fourdstar_jax.star.forcing import Forcing, corrupt
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.types import Cameras
 
-n = 4  # tokens of a view
+n = 4  # tokens of a view; of three, the groups hold the last two
 
 
 def bump(tokens, where, vocab=7):
@@ -27,11 +27,12 @@ def differs(a, b):
 
 
 @pytest.mark.central
-@pytest.mark.parametrize("t, j, k", [(0, 0, 0), (0, 11, 2), (1, 3, 1), (1, 4, 0), (2, 7, 2)])
+@pytest.mark.parametrize("t, j, k", [(0, 0, 0), (0, 7, 2), (1, 3, 1), (1, 4, 0), (2, 6, 2)])
 def test_a_code_changes_nothing_before_it(model, data, logits, t, j, k):
     tokens, condition = data
     before = logits(model, tokens, condition, tokens)
-    after = logits(model, bump(tokens, (0, t, j, k)), condition, bump(tokens, (0, t, j, k)))
+    bumped = bump(tokens, (0, t, n + j, k))
+    after = logits(model, bumped, condition, bumped)
     changed = differs(before, after)
     assert not changed[:t].any()
     assert not changed[t, :j].any() and not changed[t, j, : k + 1].any()
@@ -44,9 +45,9 @@ def test_a_code_changes_nothing_before_it(model, data, logits, t, j, k):
 def test_groups_reach_later_groups_only_through_the_container(model, data, logits):
     tokens, condition = data
     before = logits(model, tokens, condition, tokens)
-    after = logits(model, bump(tokens, (0, 0, 5, 1)), condition, tokens)  # container kept
-    assert not differs(before, after)[1:].any()
-    after = logits(model, tokens, condition, bump(tokens, (0, 0, 5, 1)))  # container only
+    bumped = bump(tokens, (0, 0, n + 5, 1))
+    assert not differs(before, logits(model, bumped, condition, tokens))[1:].any()  # container kept
+    after = logits(model, tokens, condition, bumped)  # container only
     changed = differs(before, after)
     assert changed[1:].all() and not changed[0].any()
     after = logits(model, tokens, condition, bump(tokens, (0, 1)))
@@ -59,35 +60,37 @@ def test_causality_by_gradient(model, data):
     """The same seen from the input embeddings, which tokens enter through."""
     tokens, condition = data
     places = model.places(condition)
-    features = model.embed(tokens)
+    features = model.in_groups(model.embed(tokens))
+    places = jax.tree.map(model.in_groups, places)
 
     def slot(features, j):
         stream = model.token_slots(features, places.spe)
         return jnp.sum(stream[0, 1, j] * jnp.arange(1, stream.shape[-1] + 1))
 
     gradient = jax.jit(jax.grad(slot))
-    for j in (0, 1, n, 11):
+    for j in (0, 1, n, 7):
         reached = jnp.abs(gradient(features, j)).max(axis=-1)[0] > 0
-        want = np.zeros(tokens.shape[1:3], bool)
+        want = np.zeros(features.shape[1:3], bool)
         want[1, j - 1] = j > 0
         np.testing.assert_array_equal(reached, want)
 
 
 def test_positional_encoding_is_that_of_the_next_token(model, data):
     tokens, condition = data
-    features, places = model.embed(tokens), model.places(condition)
+    features, places = jax.tree.map(model.in_groups, (model.embed(tokens), model.places(condition)))
     slots = model.token_slots(features, places.spe)
-    rays, times = model.rays(condition.cameras), model.time(condition.times)
-    # Slot 0: START and the ray of token 0, in every group.
-    want = model.start[...] + rays[:, None, 0] + times
+    rays = model.ray_norm(model.rays(condition.cameras))
+    times = model.time_norm(model.time(condition.times))
+    # Slot 0: START and the ray of view 1's token 0, in every group.
+    want = model.start[...] + rays[:, None, n] + times
     np.testing.assert_allclose(slots[:, :, 0], want, atol=1e-5)
-    # The slot whose input is the last token of view 0 carries the first ray of view 1.
-    want = features[:, :, n - 1] + rays[:, None, n] + times
+    # The slot whose input is the last token of view 1 carries the first ray of view 2.
+    want = features[:, :, n - 1] + rays[:, None, 2 * n] + times
     np.testing.assert_allclose(slots[:, :, n], want, atol=1e-5)
     # And that ray is view 1's: turning view 1's camera changes its slots and no others.
     viewmats, Ks = condition.cameras
     turned = Cameras(viewmats.at[:, 1].set(viewmats[:, 2]), Ks)
-    changed = jnp.abs(model.rays(turned) - rays).max(axis=(0, 2)) > 1e-3
+    changed = jnp.abs(model.ray_norm(model.rays(turned)) - rays).max(axis=(0, 2)) > 1e-3
     np.testing.assert_array_equal(changed, (np.arange(3 * n) >= n) & (np.arange(3 * n) < 2 * n))
 
 
@@ -120,14 +123,21 @@ def test_padded_text_is_visible_and_finite(model, data, logits):
         model.text.pad[...] = pad
 
 
-def test_dropped_conditions_hide_what_they_held(model, data):
+@pytest.mark.parametrize("inside", [False, True])
+def test_dropped_conditions_hide_what_they_held(model, old_model, data, inside):
+    """A dropped video is hidden in the groups, too, but for where it is predicted."""
     tokens, condition = data
+    model = old_model if inside else model
     other = condition._replace(
         text_ids=condition.text_ids % 10 + 1, video_tokens=(condition.video_tokens + 1) % 7
     )
-    nll = jax.jit(
-        lambda c, text, video: model.nll(tokens, c, Forcing(drop_text=text, drop_video=video))
-    )
+
+    @jax.jit
+    def nll(condition, text, video):
+        shown = tokens.at[:, :, :n].set(condition.video_tokens)
+        forcing = Forcing(drop_text=text, drop_video=video)
+        return model.nll(shown, condition, forcing)[:, :, model.num_known :]
+
     yes, no = jnp.array([True, True]), jnp.array([False, False])
     np.testing.assert_array_equal(nll(condition, yes, yes), nll(other, yes, yes))
     for drop in ((no, yes), (yes, no)):
@@ -138,17 +148,21 @@ def test_dropped_conditions_hide_what_they_held(model, data):
 
 
 @pytest.mark.central
-def test_losses_agree_with_logits(model, data, logits):
+def test_losses_agree_with_logits(model, old_model, data, logits):
     tokens, condition = data
-    want = -jnp.take_along_axis(
-        jax.nn.log_softmax(logits(model, tokens, condition, tokens)), tokens[..., None], axis=-1
-    )[..., 0]
     both = jax.jit(lambda m: (m.nll(tokens, condition), m.loss(tokens, condition)))
-    got, (loss, metrics) = both(model)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+    for one, first in ((model, n), (old_model, 0)):
+        want = -jnp.take_along_axis(
+            jax.nn.log_softmax(logits(one, tokens, condition, tokens)),
+            tokens[:, :, first:, :, None],
+            axis=-1,
+        )[..., 0]
+        got, (loss, metrics) = both(one)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["nll_novel"], want[:, :, n - first :].mean(), rtol=1e-4)
+        assert ("nll_ref" in metrics) == (first == 0)
     np.testing.assert_allclose(metrics["nll_ref"], want[:, :, :n].mean(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["nll_novel"], want[:, :, n:].mean(), rtol=1e-4)
 
 
 def test_groups_can_be_chosen_and_change_nothing(model, data):
@@ -206,6 +220,7 @@ def test_training_starts_at_the_entropy_of_the_vocabulary(data, make_model):
     [
         pytest.param(dict(prefix="causal"), marks=pytest.mark.slow),
         pytest.param(dict(num_kv_heads=1, rope="none", spe_octaves=0), marks=pytest.mark.slow),
+        pytest.param(dict(qk_norm=True), marks=pytest.mark.slow),
         dict(remat=True, dropout=0.1, dtype=jnp.bfloat16),
     ],
 )
@@ -285,6 +300,8 @@ def test_inputs_that_do_not_fit_are_named(model, data):
         model.logits(tokens[:, :, :8], condition)
     with pytest.raises(ValueError, match="times are"):
         model.check(condition._replace(times=condition.times[:, :2]))
+    with pytest.raises(ValueError, match="none to predict"):
+        model.check(condition._replace(cameras=jax.tree.map(lambda x: x[:, :1], condition.cameras)))
     with pytest.raises(ValueError, match="video_tokens have 3"):
         model.check(condition._replace(video_tokens=condition.video_tokens[:, :, :3]))
     with pytest.raises(ValueError, match="text_ids have 4"):

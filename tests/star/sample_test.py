@@ -19,12 +19,13 @@ def forced_group(model, prefix, memory, t, tokens):
         return model.head.decode(hidden, lambda k, logits: tokens[:, slot, k])
 
     found, logits = sample.decode_slots(model, prefix, group, 0, choose)
-    return logits, sample.end_group(model, memory, found)
+    return logits, sample.end_group(model, prefix, memory, found)
 
 
 def forced_logits(model, condition, tokens):
     """What cached decoding computes on the way to these tokens; equals `STAR.logits`."""
     prefix, memory = sample.prefill(model, condition)
+    tokens = model.in_groups(tokens)
     logits = []
     for t in range(tokens.shape[1]):
         y, memory = forced_group(model, prefix, memory, jnp.int32(t), tokens[:, t])
@@ -43,7 +44,13 @@ def test_cached_decoding_equals_teacher_forcing(model, data, logits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [dict(num_kv_heads=1, rope="none", prefix="causal")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(normalize=False, predict_input_view=True),
+        dict(num_kv_heads=1, rope="none", prefix="causal", qk_norm=True),
+    ],
+)
 def test_it_does_so_with_other_options(data, logits, make_model, changes):
     tokens, condition = data
     model = make_model(**changes)
@@ -60,14 +67,24 @@ def test_one_timestep(model, logits, make_example):
 
 
 def test_greedy_tokens_are_the_most_probable_of_their_own_logits(model, data, logits):
-    """With the input view written: its parallel pass gives what one slot after the other gives."""
     _, condition = data
     out = sample.generate(model, condition, jax.random.key(0), temperature=0)
     np.testing.assert_array_equal(out[:, :, :n], condition.video_tokens)
     best = logits(model, out, condition, out).argmax(-1)
+    np.testing.assert_array_equal(out[:, :, n:], best)
+
+
+def test_an_input_view_in_the_groups_is_written_or_sampled(old_model, data, logits):
+    """Written, its parallel pass gives what one slot after the other gives."""
+    _, condition = data
+    out = sample.generate(old_model, condition, jax.random.key(0), temperature=0)
+    np.testing.assert_array_equal(out[:, :, :n], condition.video_tokens)
+    best = logits(old_model, out, condition, out).argmax(-1)
     np.testing.assert_array_equal(out[:, :, n:], best[:, :, n:])
-    sampled = sample.generate(model, condition, jax.random.key(0), temperature=0, write_known=False)
-    best = logits(model, sampled, condition, sampled).argmax(-1)
+    sampled = sample.generate(
+        old_model, condition, jax.random.key(0), temperature=0, write_known=False
+    )
+    best = logits(old_model, sampled, condition, sampled).argmax(-1)
     np.testing.assert_array_equal(sampled, best)
 
 
@@ -105,18 +122,21 @@ def test_samples_follow_the_probabilities(model, data, logits, make_example):
     np.testing.assert_allclose(share, want, atol=4 * np.sqrt(0.25 / 700))
 
 
-def test_guidance_moves_away_from_the_model_without_video(model, data):
+@pytest.mark.parametrize("inside", [False, True])
+def test_guidance_moves_away_from_the_model_without_video(model, old_model, data, inside):
     _, condition = data
-    kw = dict(temperature=0, write_known=False)
-    key = jax.random.key(0)
-    plain = sample.generate(model, condition, key, **kw)
-    np.testing.assert_array_equal(
-        sample.generate(model, condition, key, cfg_scale=1.0 + 1e-6, **kw), plain
-    )
+    model, key = old_model if inside else model, jax.random.key(0)
+
+    def novel(condition, scale):
+        out = sample.generate(model, condition, key, temperature=0, cfg_scale=scale)
+        return out[:, :, n:]
+
+    plain = novel(condition, 1.0)
+    np.testing.assert_array_equal(novel(condition, 1.0 + 1e-6), plain)
     # Scale 0 is the model that does not see the video; it must not depend on it.
     other = condition._replace(video_tokens=(condition.video_tokens + 1) % 7)
-    blind = sample.generate(model, condition, key, cfg_scale=0.0, **kw)
-    np.testing.assert_array_equal(sample.generate(model, other, key, cfg_scale=0.0, **kw), blind)
+    blind = novel(condition, 0.0)
+    np.testing.assert_array_equal(novel(other, 0.0), blind)
     assert (blind != plain).any()
 
 

@@ -1,0 +1,85 @@
+"""Gates: a short training must make STAR look up what it is shown. Every step has other tokens.
+
+The sizes are those that two CPU cores train in seconds.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from fourdstar_jax import geometry, nn
+from fourdstar_jax.star.forcing import AS_GIVEN
+from fourdstar_jax.star.model import STAR, Condition
+from fourdstar_jax.types import Cameras
+
+B, T, V, K, VOCAB, SIZE, GRID = 32, 3, 2, 2, 8, 16, 2
+n = GRID**2  # tokens of a view
+SIZES = dict(
+    num_codebooks=K, vocab_size=VOCAB, code_dim=8, resolution=SIZE, grid=GRID, dim=32, num_layers=2,
+    num_heads=2, head_dim=16, head_layers=1, head_heads=1, container_slots=4,
+    container_neighbors=2, text_vocab=4, text_length=2, text_dim=8, spe_octaves=4, normalize=True,
+    rope="axial", predict_input_view=False,
+)  # fmt: skip
+
+
+def train(draw, steps, **changes):
+    """A model after `steps` on `draw(key)`, tokens [B, T, V n, K]; and `metrics(key, forcing)`."""
+    azimuths = list(np.arange(V) * 360 / V)
+    rig = geometry.orbit_cameras(azimuths, width=SIZE, height=SIZE)
+    cameras = Cameras(*(jnp.tile(x, (B, 1, 1, 1)) for x in rig))
+    model = nn.build(STAR, jax.random.key(0), **(SIZES | changes))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 20, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
+
+    def condition_of(tokens):
+        return Condition(
+            text_ids=jnp.ones((B, 2), jnp.int32),
+            video_tokens=tokens[:, :, :n],
+            times=jnp.tile(jnp.arange(T, dtype=jnp.float32), (B, 1)),
+            cameras=cameras,
+        )
+
+    @jax.jit
+    def step(i, params, state):
+        tokens = draw(jax.random.fold_in(jax.random.key(1), i))
+
+        def loss(params):
+            return nnx.merge(graph, params, rest).loss(tokens, condition_of(tokens))
+
+        grads = jax.grad(loss, has_aux=True)(params)[0]
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for i in range(steps):
+        params, state = step(i, params, state)
+
+    @functools.partial(jax.jit, static_argnames="change")
+    def metrics(key, change=lambda condition: condition, forcing=AS_GIVEN):
+        tokens = draw(key)
+        model = nnx.merge(graph, params, rest)
+        return model.loss(tokens, change(condition_of(tokens)), forcing)[1]
+
+    return metrics
+
+
+def copies(key):
+    """Every view has the tokens of the input view."""
+    video = jax.random.randint(key, (B, T, n, K), 0, VOCAB, jnp.int32)
+    return jnp.tile(video, (1, 1, V, 1))
+
+
+def test_it_copies_the_frame_of_its_own_time():
+    metrics = train(copies, 300)
+    key = jax.random.key(2)
+    right = metrics(key)["nll"]
+    assert right < 0.05
+    backwards = metrics(key, lambda c: c._replace(video_tokens=c.video_tokens[:, ::-1]))["nll"]
+    still = metrics(key, lambda c: c._replace(times=jnp.zeros_like(c.times)))["nll"]
+    assert backwards > right + 1
+    assert still > right + 0.5
