@@ -4,11 +4,12 @@
     fourdstar train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
 `tiny` takes 12 minutes on two CPU cores; its own decoder then gives 27.8 dB on unseen clips (18.7
-inside the mask; docs/RESULTS.md). `small` is for one GPU and has not been trained yet. `tiny,local`
-and `small,local` train the local tokenizer instead, whose codes depend on a patch's surroundings
-only and whose blank patches share one token; the later stages then take the same argument. At the
-scales `base` and `paper` the tokenizer is a released one with frozen weights, UniTok or, as
-`paper,vq16`, LlamaGen's VQ-16: there is nothing to train, and the config says its sizes.
+inside the mask; docs/RESULTS.md). `small` is for one GPU, wants LPIPS' weights (docs/WEIGHTS.md)
+and has not been trained yet. `tiny,local` and `small,local` train the local tokenizer instead,
+whose codes depend on a patch's surroundings only and whose blank patches share one token; the later
+stages then take the same argument. At the scales `base` and `paper` the tokenizer is a released one
+with frozen weights, UniTok or, as `paper,vq16`, LlamaGen's VQ-16: there is nothing to train, and
+the config says its sizes.
 """
 
 from ml_collections import ConfigDict
@@ -24,16 +25,39 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 8  # clips; each gives timesteps x (rig + extra views) images
-    config.data = ConfigDict(dict(dir="data/small", timesteps=2))
+    # `on_device`: all pictures lie in the memory of every device.
+    config.data = ConfigDict(dict(dir="data/small", timesteps=2, on_device=False))
+    # One draw a clip: the mirror image with a chance, other colours with another (`inputs.draw`).
+    config.augment = ConfigDict(dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3))
 
     config.model = model(scale, tokenizer or "unitok")
     config.loss = ConfigDict(
-        dict(l1_weight=0.2, l2_weight=1.0, quantizer_weight=1.0, foreground_weight=2.0)
+        dict(
+            l1_weight=0.2,
+            l2_weight=1.0,
+            quantizer_weight=1.0,
+            foreground_weight=2.0,
+            lpips_weight=0.5,
+        )
+    )
+    config.lpips = "weights/lpips_vgg16.npz"  # by `fourdstar convert lpips`; docs/WEIGHTS.md
+    # A discriminator from a share `start` of the steps on, with `weight` in the loss (0: none), of
+    # StyleGAN2's channels times `multiplier`; R1 with `r1_weight` at every `r1_every`-th step.
+    config.adversarial = ConfigDict(
+        dict(
+            weight=0.05,
+            start=0.4,
+            multiplier=0.5,
+            learning_rate=2e-4,
+            r1_weight=1.25,
+            r1_every=16,
+        )
     )
     config.schedule = ConfigDict(dict(learning_rate=5e-4, warmup_steps=1000))
     config.optim = ConfigDict(
-        dict(b1=0.9, b2=0.95, weight_decay=0.02, clip_norm=10.0, average=0.999)
-    )  # `average` of the weights goes into evaluation and bundle; 0: none
+        dict(b1=0.9, b2=0.95, weight_decay=0.02, clip_norm=10.0, factors=(), average=0.999)
+    )  # `average` of the weights goes into evaluation and bundle; 0: none. `factors` of the rate of
+    # learning are (beginning of parameters' names, factor), such as (("encoder", 0.1),)
     config.repair_every = 200  # steps; codes idle for that long are re-seeded
     config.repair_until = 0.7  # of the run: then the codebooks settle
 
@@ -46,9 +70,12 @@ def get_config(argument: str = "small") -> ConfigDict:
 
     match scale:
         case "tiny":
-            config.data = ConfigDict(dict(dir="data/tiny", timesteps=2))
+            config.data.dir = "data/tiny"
+            config.augment.update(mirror=0.0, colour=0.0)
             config.batch_size = 4
             config.steps = 4000
+            config.loss.lpips_weight = 0.0
+            config.adversarial.weight = 0.0
             config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=100))
             config.eval_every = 1000
             config.checkpoint_every = 1000

@@ -27,7 +27,18 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 8  # objects
-    config.data = ConfigDict(dict(dir=f"data/{scale}", timesteps=8))
+    # `on_device`: all pictures lie in the memory of every device. `buckets` are (timesteps, share
+    # of the batches); without any all batches have `timesteps`.
+    config.data = ConfigDict(
+        dict(
+            dir=f"data/{scale}",
+            timesteps=8,
+            buckets=((1, 0.1), (4, 0.2), (8, 0.7)),
+            on_device=False,
+        )
+    )
+    # One draw a clip: the mirror image with a chance, other colours with another (`inputs.draw`).
+    config.augment = ConfigDict(dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3))
     config.bundle = "runs/tokenizer/bundle"  # holds the frozen tokenizer
 
     config.model = model(scale, tokenizer or "unitok")
@@ -50,10 +61,23 @@ def get_config(argument: str = "small") -> ConfigDict:
             capacity=placeholder(int),  # (Gaussian, tile) pairs of a render; None: see rasterize
         )
     )
+    # A discriminator from a share `start` of the steps on, with `weight` in the loss (0: none), of
+    # StyleGAN2's channels times `multiplier`; R1 with `r1_weight` at every `r1_every`-th step.
+    config.adversarial = ConfigDict(
+        dict(
+            weight=0.05,
+            start=0.4,
+            multiplier=0.5,
+            learning_rate=2e-4,
+            r1_weight=1.25,
+            r1_every=16,
+        )
+    )
     config.schedule = ConfigDict(dict(learning_rate=4e-4, warmup_steps=1000))
     config.optim = ConfigDict(
-        dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, average=0.999)
-    )  # `average` of the weights goes into evaluation and bundle; 0: none
+        dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, factors=(), average=0.999)
+    )  # `average` of the weights goes into evaluation and bundle; 0: none. `factors` of the rate of
+    # learning are (beginning of parameters' names, factor), such as (("static/blocks", 0.1),)
 
     config.log_every = 100
     config.eval_every = 5000
@@ -64,7 +88,8 @@ def get_config(argument: str = "small") -> ConfigDict:
 
     match scale:
         case "tiny":
-            config.data.timesteps = 4
+            config.data.update(timesteps=4, buckets=())
+            config.augment.update(mirror=0.0, colour=0.0)
             config.batch_size = 2
             config.steps = 1500
             config.render = ConfigDict(dict(num_timesteps=2, rig_views=1, extra_views=1))
@@ -72,6 +97,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.loss.lpips_weight = 0.0  # twice the step's time on a CPU
             config.loss.flow_weight = 0.0
             config.loss.warp_weight = 0.0
+            config.adversarial.weight = 0.0
             config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=50))
             config.optim.weight_decay = 0.01
             config.log_every = 50
@@ -80,7 +106,7 @@ def get_config(argument: str = "small") -> ConfigDict:
         case "small" | "base":
             pass
         case "paper":
-            config.data.timesteps = 24
+            config.data.update(timesteps=24, buckets=((1, 0.1), (8, 0.2), (24, 0.7)))
     return config
 
 

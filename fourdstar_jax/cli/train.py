@@ -42,6 +42,15 @@ RANGES = {
     "drop_video": (0, 1),
     "history_noise": (0, 1),
     "code_noise": (0, 1),
+    "mirror": (0, 1),
+    "colour": (0, 1),
+    "hue": (0, 0.5),
+    "saturation": (0, 10),
+    "value": (0, 10),
+    "start": (0, 1),
+    "multiplier": (1e-3, 16),
+    "r1_every": COUNT,
+    "r1_weight": (0, 1e6),
     "near": (1, 1 << 20),
 }
 

@@ -10,22 +10,31 @@ A batch is a dict of numpy arrays (float32 unless it says otherwise):
     times         [B, T]  frames since the window's first
     text_ids      [B, L] int32          clip  [B] int32, the clip's number in the dataset
     text_features [B, L, C]  with a text encoder that has features
+
+This is the form "float". In the form "uint8", for `train.inputs`, images and masks are together and
+as records have them, `rgba` [B, T, V, h, w, 4] and `extra_rgba`, flow and depth are float16. In the
+form "index" a batch has no pixels but `frames` [B, T], numbers of rows of `resident.Frames`, and
+`view` [B], the rig's view that is to be the first, both int32.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fourdstar_jax import folders, outside
 from fourdstar_jax.data import splits, transforms
+from fourdstar_jax.data.quarantine import CorruptRecord, Quarantine, Readable
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.text.words import WordTokenizer
 
 # a caption to ids [L] and features [L, C], such as `features.TextFeatures`
 Features = Callable[[str], tuple[np.ndarray, np.ndarray]]
+Form = Literal["float", "uint8", "index"]
+MAPS = ("flow", "depth")  # what the rig's views may have besides colours
 # the most of each of a dataset's settings
 SETTINGS = {"image_size": 1024, "views": 64, "extra_views": 64, "max_frames": 1024}
 
@@ -96,11 +105,21 @@ class Records:
 
     What they hold follows from the manifest's settings alone: neither their files' names nor their
     types are taken from what tensorflow-datasets wrote beside them. With `only`, just these fields
-    are decoded. Raises ValueError for a split that the dataset does not have, and for files and
-    records that are not as the manifest says.
+    are decoded, and never those of `without`. A file that cannot be opened is left out, and
+    `quarantine` counts its records.
+
+    Raises ValueError for a split that the dataset does not have, and for files that are not as the
+    manifest says; CorruptRecord for such records.
     """
 
-    def __init__(self, data_dir: str | Path, split: str, *, only: Sequence[str] = ()):
+    def __init__(
+        self,
+        data_dir: str | Path,
+        split: str,
+        *,
+        only: Sequence[str] = (),
+        without: Sequence[str] = (),
+    ):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         from fourdstar_jax.data.builder import features_of
@@ -109,17 +128,26 @@ class Records:
         if split not in manifest["splits"]:
             raise ValueError(f"{split=} is not one of the dataset's {sorted(manifest['splits'])}")
         features = features_of(manifest["settings"])
-        self._features = type(features)({n: features[n] for n in only}) if only else features
+        kept = [name for name in only or features if name not in without]
+        self._features = type(features)({name: features[name] for name in kept})
         self._place, wanted = f"{data_dir}, split {split}", manifest["splits"][split]
-        files = sorted(Path(data_dir).glob(f"*-{split}.array_record-*"))
-        try:
-            self._records = ArrayRecordDataSource([str(file) for file in files])
-            found = len(self._records)
-        except (RuntimeError, ValueError) as error:  # no file, or none of that kind
-            line = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self._place}: its records cannot be read: {line}") from error
-        if found != wanted:
-            raise ValueError(f"{self._place} holds {found} records, manifest.json says {wanted}")
+        self.quarantine = Quarantine(self._place, wanted)
+        files, corrupt = [], {}
+        for file in sorted(Path(data_dir).glob(f"*-{split}.array_record-*")):
+            try:
+                len(ArrayRecordDataSource(str(file)))
+                files.append(str(file))
+            except (RuntimeError, ValueError) as error:  # cut short, or of another kind
+                corrupt[file.name] = _line(error)
+        self._records = ArrayRecordDataSource(files) if files else ()
+        missing = wanted - len(self._records)
+        if missing > 0 and corrupt:
+            reasons = "; ".join(f"{name}: {line}" for name, line in corrupt.items())
+            self.quarantine.add(reasons, missing)
+        elif missing:
+            raise ValueError(
+                f"{self._place} holds {len(self._records)} records, manifest.json says {wanted}"
+            )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -127,11 +155,20 @@ class Records:
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
             return dict(self._features.deserialize_example_np(self._records[i]))  # pyright: ignore
-        except (ValueError, KeyError, TypeError, RuntimeError, IndexError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{self._place}: record {i} is not as the settings in manifest.json say: {line}"
+        except UNREADABLE as error:
+            raise CorruptRecord(
+                f"{self._place}: record {i} is not as the settings in manifest.json say: "
+                f"{_line(error)}"
             ) from error
+
+
+# What decoding a record raises: of array_record, protocol buffers, zlib and the readers of PNG.
+UNREADABLE = (ValueError, KeyError, TypeError, RuntimeError, IndexError, OSError, zlib.error)
+
+
+def _line(error: BaseException) -> str:
+    """The beginning of an error's text, in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 class ClipSource:
@@ -139,12 +176,22 @@ class ClipSource:
 
     A grain random-access source. Every record's own split is compared with the one asked for, and
     with the committed split file, so that no unseen clip can reach training by a wrong file name.
+    Of MAPS only `maps` are read.
     """
 
-    def __init__(self, data_dir: str | Path, split: str, *, cache_bytes: int = 2 << 30):
+    def __init__(
+        self,
+        data_dir: str | Path,
+        split: str,
+        *,
+        cache_bytes: int = 2 << 30,
+        maps: Sequence[str] = MAPS,
+    ):
         self.data_dir, self.split = str(data_dir), split
         self.manifest = read_manifest(data_dir)
-        self._source = Records(data_dir, split)
+        self._without = [f"rig_{name}" for name in MAPS if name not in maps]
+        self._source = Records(data_dir, split, without=self._without)
+        self.quarantine = self._source.quarantine
         self._room, self._cache = cache_bytes, {}
 
     def __len__(self) -> int:
@@ -176,13 +223,19 @@ class ClipSource:
                 continue
             rgba = np.stack(record[f"{name}_rgba"])
             if len(rgba) != F * views:
-                raise ValueError(f"clip {out['clip_id']}: {len(rgba)} pictures, not {F} x {views}")
+                raise CorruptRecord(
+                    f"clip {out['clip_id']}: {len(rgba)} pictures, not {F} x {views}"
+                )
             out[f"{name}_rgba"] = rgba.reshape(F, views, *rgba.shape[1:])
             out[f"{name}_viewmats"] = record[f"{name}_viewmats"]
             out[f"{name}_Ks"] = record[f"{name}_Ks"]
         for key in ("rig_flow", "rig_depth"):
             if key in record:
                 out[key] = np.asarray(record[key])
+        for key, value in out.items():
+            floats = isinstance(value, np.ndarray) and value.dtype != np.uint8
+            if floats and not np.isfinite(value).all():
+                raise CorruptRecord(f"clip {out['clip_id']}: {key} is not finite")
         out["clip_index"] = clip_index
         out |= {"fps": float(record["fps"]), "frame_times": record["frame_times"]}
         out["index"] = int(record["index"])
@@ -197,7 +250,8 @@ class ClipSource:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._source = Records(self.data_dir, self.split)
+        self._source = Records(self.data_dir, self.split, without=self._without)
+        self.quarantine = self._source.quarantine
 
 
 def as_text(value: bytes | str) -> str:
@@ -219,12 +273,13 @@ class Windows:
         rig_roll: bool,
         neutral_prompt: float,
         features: Features | None = None,
+        form: Form = "float",
     ):
         if timesteps < 1:
             raise ValueError(f"{timesteps=} must be positive")
         self.words, self.timesteps, self.random = words, timesteps, random
         self.rig_roll, self.neutral_prompt = rig_roll, neutral_prompt
-        self.features = features
+        self.features, self.form = features, form
 
     def text(self, clip: dict[str, Any], neutral: bool) -> dict[str, np.ndarray]:
         """What an example says of its text."""
@@ -246,31 +301,44 @@ class Windows:
         return frames, view if self.rig_roll else 0, bool(chance < self.neutral_prompt)
 
     def __call__(self, clip: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        V = clip["rig_rgba"].shape[1]
+        V = len(clip["rig_viewmats"])
         frames, view, neutral = self.draw(len(clip["frame_times"]), V, rng)
         others = clip.get("extra_viewmats", np.zeros((0, 4, 4), np.float32))
         viewmats, extra_viewmats = clip["rig_viewmats"], others
         if view:
             viewmats, extra_viewmats = transforms.input_view_to_front(viewmats, others, view)
-        images, masks = transforms.on_white(np.roll(clip["rig_rgba"][frames], -view, axis=1))
         out = {
-            "images": images,
-            "masks": masks,
             "viewmats": viewmats,
             "Ks": np.roll(clip["rig_Ks"], -view, axis=0),
             "times": np.arange(self.timesteps, dtype=np.float32),
             "clip": np.int32(clip["index"]),
             **self.text(clip, neutral),
         }
-        if "extra_rgba" in clip:
-            extra_images, extra_masks = transforms.on_white(clip["extra_rgba"][frames])
-            out |= {"extra_images": extra_images, "extra_masks": extra_masks}
+        if "extra_viewmats" in clip:
             out |= {"extra_viewmats": extra_viewmats, "extra_Ks": clip["extra_Ks"]}
+        if self.form == "index":
+            return out | {"frames": np.int32(clip["first"] + frames), "view": np.int32(view)}
+        return out | self.pixels(clip, frames, view)
+
+    def pixels(self, clip: dict[str, Any], frames: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Pictures and maps of these frames, `view` first."""
+
+        def rig(name, frames):
+            return np.roll(clip[name][frames], -view, axis=1)
+
+        out = {"rgba": rig("rig_rgba", frames)}
+        if "extra_rgba" in clip:
+            out["extra_rgba"] = clip["extra_rgba"][frames]
+        if self.form == "float":
+            for name in list(out):
+                images, masks = transforms.on_white(out.pop(name))
+                prefix = name.removesuffix("rgba")
+                out |= {f"{prefix}images": images, f"{prefix}masks": masks}
+        dtype = np.float32 if self.form == "float" else np.float16
         if "rig_flow" in clip:
-            out["flow"] = np.roll(clip["rig_flow"][frames[:-1]], -view, axis=1).astype(np.float32)
+            out["flow"] = rig("rig_flow", frames[:-1]).astype(dtype)
         if "rig_depth" in clip:
-            depth = np.roll(clip["rig_depth"][frames], -view, axis=1).astype(np.float32)
-            out["depth"] = depth[..., None]
+            out["depth"] = rig("rig_depth", frames).astype(dtype)[..., None]
         return out
 
 
@@ -278,6 +346,9 @@ def make_loader(
     data_dir: str | Path,
     split: str,
     *,
+    source: Any = None,
+    form: Form = "float",
+    maps: Sequence[str] = MAPS,
     batch_size: int,
     timesteps: int,
     seed: int = 0,
@@ -300,6 +371,9 @@ def make_loader(
     last batch may be smaller. Every JAX process reads its own share of `batch_size`.
 
     Args:
+      source: the split's clips, in place of those read from `data_dir`: `resident.Clips`.
+      form: of the batches, see above.
+      maps: of MAPS, those to read where the dataset has them.
       train: reads as for training or as for evaluation, whatever the split; the further options
         change parts of it.
       words: tokenizer of a model that exists; by default that of the training captions, with
@@ -312,7 +386,8 @@ def make_loader(
     neutral_prompt = (0.5 if random else 0.0) if neutral_prompt is None else neutral_prompt
     if not 0 <= neutral_prompt <= 1:
         raise ValueError(f"{neutral_prompt=} is not a probability")
-    source = ClipSource(data_dir, split, cache_bytes=cache_bytes)
+    if source is None:
+        source = Readable(ClipSource(data_dir, split, cache_bytes=cache_bytes, maps=maps))
     return batches(
         source,
         Windows(
@@ -322,6 +397,7 @@ def make_loader(
             random if rig_roll is None else rig_roll,
             neutral_prompt,
             features,
+            form,
         ),
         batch_size=batch_size,
         seed=seed,

@@ -1,5 +1,6 @@
 """Progress on the terminal, metrics as JSON lines and TensorBoard events."""
 
+import collections
 import json
 import math
 import os
@@ -66,17 +67,59 @@ class MetricWriter:
             self._events.close()
 
 
-class Mean:
-    """Running means of metric dicts, kept on the device until they are read."""
+class Watch:
+    """Looks at the metrics of every step one step later, when reading them keeps no device waiting.
+
+    A trainer adds each step's, and checks before it writes or saves anything.
+    """
 
     def __init__(self):
-        self._sums, self._count = None, 0
+        self._waiting, self._values = None, None
+
+    def add(self, step: int, clips: np.ndarray, metrics: dict) -> dict[str, float] | None:
+        """Checks the step before and returns its metrics, on the host; None for the first.
+
+        `clips` are the numbers of the clips that this step's batch is of.
+        """
+        values = self.check()
+        for value in metrics.values():
+            value.copy_to_host_async()
+        self._waiting = step, clips, metrics
+        return values
+
+    def check(self) -> dict[str, float] | None:
+        """The metrics of the last step that was added.
+
+        Raises FloatingPointError, with the step, its clips and the terms, where one is not finite.
+        """
+        if self._waiting is None:
+            return self._values
+        step, clips, metrics = self._waiting
+        self._waiting = None
+        values = self._values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            first = [name for name in wrong if name not in ("loss", "grad_norm")] or wrong
+            terms = ", ".join(f"{name} is {values[name]}" for name in first)
+            raise FloatingPointError(
+                f"step {step}: {terms}; clips {', '.join(str(i) for i in clips)} of the dataset"
+            )
+        return values
+
+
+class Mean:
+    """Running means of metric dicts, kept on the device until they are read.
+
+    A metric that not all dicts have is averaged over those that do.
+    """
+
+    def __init__(self):
+        self._sums, self._counts = {}, collections.Counter()
 
     def add(self, metrics: dict) -> None:
-        self._sums = metrics if self._sums is None else jax.tree.map(np.add, self._sums, metrics)
-        self._count += 1
+        for name, value in metrics.items():
+            self._sums[name] = np.add(self._sums[name], value) if name in self._sums else value
+        self._counts.update(metrics.keys())
 
     def result(self) -> dict[str, float]:
-        if self._sums is None:
-            return {}
-        return {k: float(v) / self._count for k, v in self._sums.items()}
+        return {name: float(value) / self._counts[name] for name, value in self._sums.items()}

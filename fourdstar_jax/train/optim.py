@@ -1,5 +1,6 @@
 """The optimizer of all three stages: AdamW, warm-up and decay, clipping, averaged weights."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +73,42 @@ def averaged(opt_state: optax.OptState, params: Any) -> Any:
     return found[0] if found else params
 
 
+def name_of(path: Any) -> str:
+    """A parameter's name, such as `static/blocks/0/attn/qkv/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def scale_parts(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Multiplies the updates of parts of a model; comes after AdamW, whose decay it scales as well.
+
+    `factors` are (prefix of the parameters' names, factor); the longest prefix that fits counts, of
+    whole words: `static/up` is not of `static/up_channels`. Making the state raises ValueError for
+    a prefix that no parameter has.
+    """
+
+    def factor(name: str) -> tuple[str, float]:
+        fitting = [f for f in factors if f"{name}/".startswith(f[0].rstrip("/") + "/")]
+        return max(fitting, key=lambda f: len(f[0]), default=("", 1.0))
+
+    def init(params):
+        names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
+        for prefix, _ in factors:
+            if not any(f"{name}/".startswith(prefix.rstrip("/") + "/") for name in names):
+                parts = sorted({"/".join(name.split("/")[:2]) for name in names})
+                raise ValueError(
+                    f"config.optim.factors: no parameter is of {prefix!r}; there are "
+                    f"{', '.join(parts)}"
+                )
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        del params
+        scaled = jax.tree.map_with_path(lambda path, u: factor(name_of(path))[1] * u, updates)
+        return scaled, state
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     schedule: optax.Schedule,
     *,
@@ -79,9 +116,12 @@ def make_optimizer(
     b2: float,
     weight_decay: float,
     clip_norm: float,
+    factors: Sequence[tuple[str, float]] = (),
     average: float = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW; weight decay leaves vectors (norms, biases, learned tokens) alone.
+
+    `factors` of the learning rate are (prefix of parameters' names, factor), see `scale_parts`.
 
     `average` is the decay of the weights' moving average, which evaluation and the bundle take; at
     0 none is kept.
@@ -89,13 +129,13 @@ def make_optimizer(
 
     def is_matrix(params):
         def decayed(path, x):
-            name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-            return x.ndim >= 2 and not name.endswith(VECTORS)
+            return x.ndim >= 2 and not name_of(path).endswith(VECTORS)
 
         return jax.tree.map_with_path(decayed, params)
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_matrix),
+        *([scale_parts(factors)] if factors else []),
         *([keep_average(average)] if average else []),
     )

@@ -21,6 +21,7 @@ class TrainState(NamedTuple):
     params: nnx.State  # nnx.Param
     rest: nnx.State  # every other variable: frozen codebooks, usage statistics
     opt_state: optax.OptState
+    judge: Any = None  # the same of the discriminator, where a stage trains with one
 
 
 def create(
@@ -91,6 +92,11 @@ def apply_gradients(state: TrainState, grads: nnx.State, tx) -> TrainState:
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def norm(grads: nnx.State) -> jax.Array:
+    """Length of all gradients together: not finite where any of them is not."""
+    return optax.tree.norm(grads)
 
 
 def averaged(state: TrainState) -> TrainState:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,27 @@ from flax import nnx
 
 from fourdstar_jax import bundle, sharding, tokenizer
 from fourdstar_jax.data import pipeline
+from fourdstar_jax.data.resident import Frames
+from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.tokenizer.measures import steadiness, steadiness_counts
-from fourdstar_jax.train import optim
+from fourdstar_jax.train import adversarial, inputs, optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
-from fourdstar_jax.train.metrics import Mean, MetricWriter
+from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
+
+
+class Frozen(NamedTuple):
+    """What a step needs besides the model, and does not change."""
+
+    lpips: perceptual.LPIPS | None = None
+    frames: Frames | None = None  # that batches are gathered from
 
 
 def all_views(batch: dict, name: str) -> jax.Array:
-    """`images` or `masks` of a batch with those of the extra views, [B, T, V + E, h, w, c]."""
+    """`images` or `masks` of a batch with those of extra views, if any, [B, T, V + E, h, w, c]."""
+    if f"extra_{name}" not in batch:
+        return batch[name]
     return jnp.concatenate([batch[name], batch[f"extra_{name}"]], axis=2)
 
 
@@ -29,35 +40,66 @@ def pictures(batch: dict) -> dict:
     return {name: x.reshape(-1, *x.shape[-3:]) for name, x in both.items()}
 
 
-def train_step(graphdef, state, batch, *, tx, loss_config):
-    """One optimizer step; keeps the usage statistics of the codes. Pure."""
-    batch = pictures(batch)
+def train_step(
+    graphdef,
+    state,
+    frozen,
+    batch,
+    key,
+    *,
+    tx,
+    loss_config,
+    augment=None,
+    adversary: adversarial.Adversary | None = None,
+):
+    """One optimizer step; keeps the usage statistics of the codes. Pure.
+
+    The randomness of step s is `key` folded with s. Last comes the turn of the discriminator, if
+    there is one, on the same pictures.
+    """
+    step_key = jax.random.fold_in(key, state.step)
+    batch = pictures(inputs.prepare(batch, frozen.frames, step_key, augment))
+    images = batch["images"]
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.rest)
-        output = model(batch["images"])
-        loss, metrics = tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)
-        return loss, (metrics, output.stats)
+        output = model(images)
+        loss, metrics = tokenizer_loss(
+            output, images, batch["masks"], lpips=frozen.lpips, **loss_config
+        )
+        if adversary is not None:
+            hinge = adversary.hinge(state.judge, state.step, output.images)
+            loss = loss + adversary.weight * hinge
+            metrics |= {"adversarial": hinge, "loss": loss}
+        return loss, (metrics, output)
 
-    grads, (metrics, stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    grads, (metrics, output) = jax.grad(loss_fn, has_aux=True)(state.params)
+    if adversary is not None:
+        judge, parts = adversary.learn(state.judge, state.step, images, output.images)
+        state, metrics = state._replace(judge=judge), metrics | parts
+    metrics["grad_norm"] = train_state.norm(grads)
     state = train_state.apply_gradients(state, grads, tx)
-    model = nnx.merge(graphdef, state.params, state.rest).with_stats(stats)
+    model = nnx.merge(graphdef, state.params, state.rest).with_stats(output.stats)
     return state._replace(rest=nnx.split(model, nnx.Param, ...)[2]), metrics
 
 
-def repair_step(graphdef, state, batch, key, *, max_idle_steps):
+def repair_step(graphdef, state, frozen, batch, key, *, max_idle_steps):
     """Re-seeds codes that nothing has chosen for a while from this batch. Pure."""
     model = nnx.merge(graphdef, state.params, state.rest)
-    model, count = model.repair(pictures(batch)["images"], key, max_idle_steps=max_idle_steps)
+    images = pictures(inputs.prepare(batch, frozen.frames))["images"]
+    model, count = model.repair(images, key, max_idle_steps=max_idle_steps)
     _, params, rest = nnx.split(model, nnx.Param, ...)
     return state._replace(params=params, rest=rest), count
 
 
-def eval_step(graphdef, state, batch, *, loss_config):
+def eval_step(graphdef, state, frozen, batch, *, loss_config):
     """Metrics of a batch, and counts of its patches for `measures.steadiness`."""
+    batch = inputs.prepare(batch)
     views, batch = all_views(batch, "images"), pictures(batch)
     output = nnx.merge(graphdef, state.params, state.rest)(batch["images"])
-    _, metrics = tokenizer_loss(output, batch["images"], batch["masks"], **loss_config)
+    _, metrics = tokenizer_loss(
+        output, batch["images"], batch["masks"], lpips=frozen.lpips, **loss_config
+    )
     tokens = output.tokens.reshape(*views.shape[:3], *output.tokens.shape[1:])
     return metrics, steadiness_counts(tokens, views)
 
@@ -78,23 +120,37 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         )
     key = jax.random.key(config.seed)
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
-        loader = functools.partial(
-            pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
-        )
-        batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
-        held_out = ()  # a dataset of one's own objects has no unseen clips
-        if "unseen_clip" in pipeline.read_manifest(config.data.dir)["splits"]:
-            held_out = loader(split="unseen_clip", batch_size=config.batch_size)
-
+        dtype = jnp.dtype(config.model.get("dtype", "float32"))  # as in the constructors
+        lpips = None
+        if config.loss.lpips_weight > 0:
+            lpips = perceptual.load(config.lpips, dtype=dtype)
+        batches, held_out, frames = inputs.open_data(config, mesh)
+        frozen = train_state.replicate(Frozen(lpips, frames), mesh)
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
         graphdef, state = train_state.create(tokenizer.make, arguments, tx, key, mesh)
+        adversary, judge = adversarial.create(
+            config.model.resolution,
+            **config.adversarial,
+            dtype=dtype,
+            steps=config.steps,
+            key=jax.random.split(key)[1],
+            mesh=mesh,
+        )
+        state = state._replace(judge=judge)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         state, batches = checkpoints.restore(state, batches)
 
         loss_config = config.loss.to_dict()
         step_fn = jax.jit(
-            functools.partial(train_step, graphdef, tx=tx, loss_config=loss_config),
+            functools.partial(
+                train_step,
+                graphdef,
+                tx=tx,
+                adversary=adversary,
+                augment=config.augment.to_dict(),
+                loss_config=loss_config,
+            ),
             donate_argnums=0,
         )
         repair_fn = jax.jit(
@@ -103,32 +159,37 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         eval_fn = jax.jit(functools.partial(eval_step, graphdef, loss_config=loss_config))
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
-        mean = Mean()
+        mean, watch = Mean(), Watch()
         for step in range(first, config.steps):
-            batch = train_state.to_device(next(batches), mesh)
+            read, done = next(batches), step + 1
+            batch = train_state.to_device(read, mesh)
             repair_key = jax.random.fold_in(key, step)
             if step == 0:  # the codebooks start from data
-                state, _ = repair_fn(state, batch, repair_key, max_idle_steps=0)
+                state, _ = repair_fn(state, frozen, batch, repair_key, max_idle_steps=0)
             elif step % config.repair_every == 0 and step < config.repair_until * config.steps:
                 state, count = repair_fn(
-                    state, batch, repair_key, max_idle_steps=config.repair_every
+                    state, frozen, batch, repair_key, max_idle_steps=config.repair_every
                 )
                 writer.write(step, {"repaired_codes": count}, prefix="codes")
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, frozen, batch, key)
+            watch.add(done, read["clip"], metrics)
             mean.add(metrics)
-            done = step + 1
             if done % config.log_every == 0 or done == config.steps:
+                watch.check()
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
             if held_out and (done % config.eval_every == 0 or done == config.steps):
                 held, counts, average = Mean(), Mean(), train_state.averaged(state)
                 for batch in held_out:
-                    metrics, counted = eval_fn(average, train_state.to_device(batch, mesh))
+                    batch = train_state.to_device(batch, mesh)
+                    metrics, counted = eval_fn(average, frozen, batch)
                     held.add(metrics)
                     counts.add(counted)
                 writer.write(done, held.result() | steadiness(counts.result()), prefix="eval")
                 writer.restart_clock()
-            checkpoints.save(done, state, batches, force=done == config.steps)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                watch.check()
+                checkpoints.save(done, state, batches, force=done == config.steps)
         checkpoints.close()
         writer.close()
         model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)

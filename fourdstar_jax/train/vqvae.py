@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,14 @@ from jaxtyping import Array, Int
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import pipeline
+from fourdstar_jax.data.resident import Frames
 from fourdstar_jax.kernels.rasterize import pick_capacity
 from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.train import optim
+from fourdstar_jax.train import adversarial, inputs, optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
-from fourdstar_jax.train.metrics import Mean, MetricWriter
+from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.losses import choose_supervision, reconstruction_loss
 from fourdstar_jax.vqvae.model import VQVAE4D
@@ -33,6 +35,16 @@ class Frozen(NamedTuple):
     tokenizer: Any
     lpips: perceptual.LPIPS | None = None
     near: Int[Array, "K vocab near"] | None = None  # the codes that each may be taken for
+    frames: Frames | None = None  # that batches are gathered from
+
+
+def maps_of(loss_config: Mapping[str, Any]) -> list[str]:
+    """What of `pipeline.MAPS` the losses need."""
+    needs = {
+        "flow": (loss_config["flow_weight"], loss_config["warp_weight"]),
+        "depth": (*loss_config["own_depth_weight"][:2], *loss_config["own_opacity_weight"][:2]),
+    }
+    return [name for name in pipeline.MAPS if any(needs[name])]
 
 
 def loss_of(
@@ -47,8 +59,9 @@ def loss_of(
     code_noise: float = 0.0,
     capacity=None,
 ):
-    """Loss and metrics of a batch: tokens of everything in, a few pictures compared.
+    """Loss of a batch and its parts: tokens of everything in, a few pictures compared.
 
+    With the parts come the pictures, `real` and `fake` [B, S, Q, h, w, 3].
     A share `code_noise` of the codes is wrong, at each timestep anew, as STAR's will be; those of
     view 0 are known and stay.
     """
@@ -63,33 +76,59 @@ def loss_of(
     supervision = choose_supervision(draw_key, batch, **render_config)
     if capacity is not None:
         loss_config = {**loss_config, "capacity": capacity}
-    return reconstruction_loss(
+    loss, metrics = reconstruction_loss(
         decoded, supervision, progress=progress, lpips=frozen.lpips, **loss_config
     )
+    return loss, metrics | {"fake": metrics.pop("renders"), "real": supervision.images}
 
 
-def train_step(graphdef, state, frozen, batch, key, *, tx, steps, **configs):
+def train_step(
+    graphdef,
+    state,
+    frozen,
+    batch,
+    key,
+    *,
+    tx,
+    steps,
+    augment=None,
+    adversary: adversarial.Adversary | None = None,
+    **configs,
+):
     """One optimizer step of `steps`. Pure; the randomness of step s is `key` folded with s.
 
-    Where the Gaussians overflow the rasterizer's capacity nothing is learnt from the step.
+    Then comes the turn of the discriminator, if there is one, on the same pictures. Where the
+    Gaussians overflow the rasterizer's capacity nothing is learnt from the step.
     """
+
+    augment_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+    batch = inputs.prepare(batch, frozen.frames, augment_key, augment)
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.rest)
-        step_key = jax.random.fold_in(key, state.step)
-        return loss_of(model, frozen, batch, step_key, state.step / steps, **configs)
+        loss, metrics = loss_of(model, frozen, batch, loss_key, state.step / steps, **configs)
+        if adversary is not None:
+            hinge = adversary.hinge(state.judge, state.step, jnp.asarray(metrics["fake"]))
+            loss = loss + adversary.weight * hinge
+            metrics |= {"adversarial": hinge, "loss": loss}
+        return loss, metrics
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
-    overflow = metrics.pop("overflow")
+    overflow, real, fake = (metrics.pop(name) for name in ("overflow", "real", "fake"))
     grads = jax.tree.map(lambda g: jnp.where(overflow, 0.0, g), grads)
-    metrics["overflow"] = overflow.astype(jnp.float32)
+    if adversary is not None:
+        judge, parts = adversary.learn(state.judge, state.step, real, fake, skip=overflow)
+        state, metrics = state._replace(judge=judge), metrics | parts
+    metrics |= {"grad_norm": train_state.norm(grads), "overflow": overflow.astype(jnp.float32)}
     return train_state.apply_gradients(state, grads, tx), metrics
 
 
 def eval_step(graphdef, state, frozen, batch, key, *, steps, **configs):
     """Metrics of a batch; the same pictures each time for the same key."""
     model = nnx.merge(graphdef, state.params, state.rest)
+    batch = inputs.prepare(batch)
     _, metrics = loss_of(model, frozen, batch, key, state.step / steps, **configs)
+    del metrics["real"], metrics["fake"]
     return jax.tree.map(jnp.float32, metrics)
 
 
@@ -109,6 +148,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     nothing. Raises FloatingPointError when the loss is not finite, and RuntimeError when Gaussians
     overflow `config.loss.capacity`.
     """
+    inputs.check_buckets(config.data.buckets, config.data.timesteps)
     key = jax.random.key(config.seed)
     tokenizer = bundle.read(config.bundle).load("tokenizer")
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
@@ -118,30 +158,39 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         near = None
         if config.forcing.code_noise > 0:
             near = quantize.near_codes(tokenizer.codebooks(), config.forcing.near)
-        frozen = train_state.replicate(Frozen(tokenizer, lpips, near), mesh)
-        loader = functools.partial(
-            pipeline.make_loader, config.data.dir, timesteps=config.data.timesteps
-        )
-        batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
-        held_out = ()  # a dataset of one's own objects has no unseen clips
-        if "unseen_clip" in pipeline.read_manifest(config.data.dir)["splits"]:
-            held_out = loader(split="unseen_clip", batch_size=config.batch_size)
-
+        loss_config = config.loss.to_dict()
+        batches, held_out, frames = inputs.open_data(config, mesh, maps=maps_of(loss_config))
+        frozen = train_state.replicate(Frozen(tokenizer, lpips, near, frames), mesh)
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
         arguments = bundle.module_arguments("vqvae", config.model.to_dict())
         graphdef, state = train_state.create(VQVAE4D, arguments, tx, key, mesh)
+        adversary, judge = adversarial.create(
+            config.model.resolution,
+            **config.adversarial,
+            dtype=jnp.dtype(config.model.dtype),
+            steps=config.steps,
+            key=jax.random.split(key)[1],
+            mesh=mesh,
+        )
+        state = state._replace(judge=judge)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         state, batches = checkpoints.restore(state, batches)
 
         configs: dict[str, Any] = dict(
             render_config=config.render.to_dict(),
-            loss_config=config.loss.to_dict(),
+            loss_config=loss_config,
             steps=config.steps,
         )
         step_fn = jax.jit(
             functools.partial(
-                train_step, graphdef, tx=tx, code_noise=config.forcing.code_noise, **configs
+                train_step,
+                graphdef,
+                tx=tx,
+                adversary=adversary,
+                augment=config.augment.to_dict(),
+                code_noise=config.forcing.code_noise,
+                **configs,
             ),
             donate_argnums=0,
             static_argnames="capacity",
@@ -152,18 +201,20 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
         mean = Mean()
-        capacity, before = None, None
+        watch, capacity = Watch(), None
         for step in range(first, config.steps):
-            batch = train_state.to_device(next(batches), mesh)
+            timesteps = inputs.timesteps_of(
+                step, config.seed, config.data.buckets, config.data.timesteps
+            )
+            read, done = inputs.cut(next(batches), timesteps), step + 1
+            batch = train_state.to_device(read, mesh)
             state, metrics = step_fn(state, frozen, batch, key, capacity=capacity)
-            # The step before is done by now: to read its count keeps no device waiting.
-            if config.loss.capacity is None and before is not None:
-                pairs, overflow = jax.device_get(before)
-                capacity = next_capacity(pairs, overflow, capacity)
-            before = metrics["pairs"], metrics["overflow"]
+            seen = watch.add(done, read["clip"], metrics)
+            if config.loss.capacity is None and seen is not None:
+                capacity = next_capacity(seen["pairs"], seen["overflow"], capacity)
             mean.add(metrics)
-            done = step + 1
             if done % config.log_every == 0 or done == config.steps:
+                watch.check()
                 values = writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 if values["overflow"] and config.loss.capacity is not None:
                     raise RuntimeError(
@@ -181,7 +232,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                     held.add(values)
                 writer.write(done, held.result(), prefix="eval")
                 writer.restart_clock()
-            checkpoints.save(done, state, batches, force=done == config.steps)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                watch.check()
+                checkpoints.save(done, state, batches, force=done == config.steps)
         checkpoints.close()
         writer.close()
         model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)

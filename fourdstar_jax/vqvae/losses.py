@@ -356,7 +356,8 @@ def reconstruction_loss(
     done. Own pixels, `flow` and `warp` are computed where their weight is not zero; the last two
     only where the data has flow. `pairs` counts the (Gaussian, tile) pairs of the render with
     most, for `pick_capacity`; `overflow` tells that `capacity` (of `rasterize`) was too small:
-    the step's gradients are then not to be used.
+    the step's gradients are then not to be used. `renders` [B, S, Q, h, w, 3] is what the
+    corrected Gaussians look like, for a discriminator.
 
     Raises ValueError for weights without what they need: LPIPS' network, the data's depth.
     """
@@ -413,4 +414,5 @@ def reconstruction_loss(
     metrics["loss"] = loss
     metrics["overflow"] = overflow
     metrics["pairs"] = pairs
+    metrics["renders"] = renders[""]
     return loss, metrics

@@ -1,7 +1,5 @@
 """Training steps of the three stages: one device and eight agree, and a step lowers the loss."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from fourdstar_jax import geometry, nn, sharding
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.tokenizer.unitok import UniTok
-from fourdstar_jax.train import optim, star, tokenizer, vqvae
+from fourdstar_jax.train import adversarial, optim, star, tokenizer, vqvae
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.vqvae.model import VQVAE4D
 
@@ -25,6 +23,9 @@ VQVAE = dict(
     resolution=SIZE, grid=2, code_dim=8, dim=16, num_blocks=1, num_heads=2, hidden_dim=32,
     view_attention_every=1, up_channels=(8, 8), offset_dim=16, offset_layers=1, offset_heads=2,
     unet_channels=(8, 8), unet_blocks=1,
+)  # fmt: skip
+ADVERSARIAL = dict(  # from the second step on
+    weight=0.05, start=1 / 3, multiplier=1 / 64, learning_rate=1e-3, r1_weight=1.25, r1_every=2
 )  # fmt: skip
 STAR_MODEL = dict(
     num_codebooks=2, vocab_size=16, code_dim=8, resolution=SIZE, grid=SIZE // 8, dim=16,
@@ -59,31 +60,44 @@ def batch():
 
 
 def run(stage, mesh_shape, devices, steps=3):
-    """Losses of the first steps of a stage on a mesh."""
+    """Losses of the first steps of a stage on a mesh, with those of its discriminator, and the
+    sums of squares of its parameters, averaged ones and discriminator."""
     with sharding.use_mesh(mesh_shape, devices=devices) as mesh:
         key = jax.random.key(0)
         schedule = optim.learning_rate_schedule(
             learning_rate=3e-3, warmup_steps=1, total_steps=steps
         )
-        tx = optim.make_optimizer(schedule, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+        tx = optim.make_optimizer(
+            schedule, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0, average=0.9
+        )
         data = train_state.to_device(batch(), mesh)
+        adversary, judge = adversarial.create(
+            SIZE, **ADVERSARIAL, dtype=np.float32, steps=steps, key=jax.random.key(1), mesh=mesh
+        )
         match stage:
             case "tokenizer":
                 graphdef, state = train_state.create(UniTok, TOKENIZER, tx, key, mesh)
-                step = functools.partial(
-                    tokenizer.train_step, graphdef, tx=tx, loss_config={"foreground_weight": 1.0}
-                )
+                state = state._replace(judge=judge)
+
+                def step(state, data):
+                    return tokenizer.train_step(
+                        graphdef, state, tokenizer.Frozen(), data, key,
+                        tx=tx, adversary=adversary, loss_config={"foreground_weight": 1.0},
+                    )  # fmt: skip
+
             case "vqvae":
                 frozen = nn.build(UniTok, key, **TOKENIZER)
                 near = quantize.near_codes(frozen.codebooks(), 2)
                 frozen = train_state.replicate(vqvae.Frozen(frozen, None, near), mesh)
                 graphdef, state = train_state.create(VQVAE4D, VQVAE, tx, key, mesh)
+                state = state._replace(judge=judge)
 
                 def step(state, data):
                     render = dict(num_timesteps=1, rig_views=2, extra_views=0)
                     return vqvae.train_step(
                         graphdef, state, frozen, data, key,
-                        tx=tx, steps=steps, code_noise=0.2, render_config=render, loss_config={},
+                        tx=tx, steps=steps, adversary=adversary, code_noise=0.2,
+                        render_config=render, loss_config={},
                     )  # fmt: skip
 
             case "star":
@@ -95,16 +109,26 @@ def run(stage, mesh_shape, devices, steps=3):
                     )
 
         step = jax.jit(step)
-        losses = []
+        losses, judged = [], []
         for _ in range(steps):
             state, metrics = step(state, data)
             losses.append(float(metrics["loss"]))
-        return losses
+            judged.append(float(metrics.get("discriminator", 0.0)))
+        sums = [
+            sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree))
+            for tree in (state.params, train_state.averaged(state).params, state.judge)
+        ]
+        return losses, judged, sums
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "vqvae", "star"])
 def test_eight_devices_agree_with_one(stage):
+    """With an average of the weights, and a discriminator that joins in at the second step."""
     one = run(stage, {"data": 1}, jax.devices()[:1])
     eight = run(stage, {"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
-    np.testing.assert_allclose(eight, one, rtol=RTOL)
-    assert one[-1] < one[0]
+    for few, many in zip(one, eight, strict=True):
+        np.testing.assert_allclose(many, few, rtol=RTOL)
+    losses, judged, sums = one
+    assert losses[-1] < losses[0] and sums[0] != sums[1]
+    if stage != "star":
+        assert judged[0] == 0 < judged[1] and judged[1] != judged[2]

@@ -84,6 +84,31 @@ def test_vectors_are_not_decayed_also_where_layers_are_stacked():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
+def test_parts_learn_at_their_own_rates():
+    """The longest prefix of whole words counts; one that fits nothing is named."""
+    schedule = optim.learning_rate_schedule(learning_rate=0.1, warmup_steps=0, total_steps=9)
+    params = {
+        "static": {"up": jnp.ones(3), "up2": jnp.ones(3), "head": {"kernel": jnp.ones((2, 2))}},
+        "offsets": jnp.ones(2),
+    }
+
+    def updates(**options):
+        tx = optim.make_optimizer(
+            schedule, b1=0.9, b2=0.95, weight_decay=0.5, clip_norm=1.0, **options
+        )
+        return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
+
+    plain = updates()
+    found = updates(factors=(("static", 0.1), ("static/up", 0.5)))
+    factors = {"static": {"up": 0.5, "up2": 0.1, "head": {"kernel": 0.1}}, "offsets": 1.0}
+    for a, b, factor in zip(*map(jax.tree.leaves, (found, plain, factors)), strict=True):
+        np.testing.assert_allclose(a, factor * b, rtol=1e-6)
+    with pytest.raises(
+        ValueError, match="no parameter is of 'stat'; there are offsets, static/head"
+    ):
+        updates(factors=(("stat", 0.1),))
+
+
 def test_the_average_follows_the_parameters():
     tx = optax.chain(optax.sgd(1.0), optim.keep_average(0.5))
     params = {"w": jnp.zeros(2)}

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fourdstar_jax import bundle, generate, nn, sharding
+from fourdstar_jax import bundle, cli, generate, nn, sharding
 from fourdstar_jax.data import prepare, splits
 from fourdstar_jax.tokenizer import make
+from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.train import encode, star, tokenizer, vqvae
+from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUIET = dict(log=lambda line: None)
@@ -90,7 +93,7 @@ def test_stages_build_on_each_other_and_resume_exactly(data_dir, tmp_path, one_d
     encode.prepare_tokens(data_dir, tmp_path / "v/bundle", token_dir)
     config = config_of("star", token_dir, tmp_path / "v/bundle")
     star.train(config, tmp_path / "s")  # straight through; then killed after 2 of 4 steps
-    stop_after(2, config, tmp_path / "again")
+    stop_after(2, star, config, tmp_path / "again")
     star.train(config, tmp_path / "again")
     straight, resumed = (
         bundle.read(tmp_path / d / "bundle").weights_sha256() for d in ("s", "again")
@@ -173,7 +176,41 @@ def test_local_tokenizer_trains_and_tells_how_steady_it_is(
     np.testing.assert_array_equal(white, np.zeros((1, 16, 3)))
 
 
-def stop_after(step, config, workdir):
+@pytest.mark.parametrize("stage", [tokenizer, vqvae])
+def test_a_restart_gives_the_same_curve_discriminator_included(
+    stage, data_dir, tmp_path, one_device
+):
+    """Killed after 2 of 4 steps, the discriminator from the second on, with averaged weights."""
+    name = stage.__name__.split(".")[-1]
+    if stage is vqvae:
+        arguments = config_of("tokenizer", data_dir).model.to_dict()
+        made = bundle.module_arguments("tokenizer", arguments)
+        model = nn.build(make, jax.random.key(0), **made)
+        bundle.save_stage(tmp_path / "t", "tokenizer", model, {"model": arguments})
+    config = config_of(name, data_dir, tmp_path / "t" if stage is vqvae else None)
+    config.update(log_every=1)
+    config.adversarial.update(weight=0.05, start=0.25, multiplier=1 / 64, r1_every=2)
+    stage.train(config, tmp_path / "straight")
+    stop_after(2, stage, config, tmp_path / "again")
+    stage.train(config, tmp_path / "again")
+
+    def curve(folder):
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [{k: v for k, v in row.items() if "steps_per_s" not in k} for row in rows]
+
+    straight = curve("straight")
+    assert straight == curve("again")
+    assert straight[0]["train/discriminator"] == 0 < straight[1]["train/discriminator"]
+    assert straight[1]["train/r1"] > 0 == straight[2]["train/r1"] < straight[3]["train/r1"]
+    assert all(row["train/adversarial"] != 0 for row in straight[1:])
+    hashes = [
+        bundle.read(tmp_path / d / "bundle").weights_sha256()[name] for d in ("straight", "again")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def stop_after(step, stage, config, workdir):
     """Runs the trainer until it has saved `step`, as a kill would end it."""
 
     class Killed(Exception):
@@ -185,11 +222,11 @@ def stop_after(step, config, workdir):
             self._manager.wait_until_finished()
             raise Killed
 
-    save = star.Checkpoints.save
+    save = stage.Checkpoints.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(star.Checkpoints, "save", die)
+        patch.setattr(stage.Checkpoints, "save", die)
         with pytest.raises(Killed):
-            star.train(config, workdir)
+            stage.train(config, workdir)
 
 
 def test_tokens_of_another_tokenizer_are_refused(data_dir, tmp_path, one_device):
@@ -202,10 +239,54 @@ def test_tokens_of_another_tokenizer_are_refused(data_dir, tmp_path, one_device)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
-    from fourdstar_jax.train.metrics import MetricWriter
-
     writer = MetricWriter(tmp_path, total_steps=7)
     writer.write(3, {"loss": 1.0})
     with pytest.raises(FloatingPointError, match="step 5"):
         writer.write(5, {"loss": float("nan")})
     writer.close()
+
+
+def test_a_term_that_is_not_finite_is_named_with_step_and_clips():
+    def metrics(**values):
+        return {
+            name: jnp.float32(x) for name, x in {"loss": 1.0, "grad_norm": 2.0, **values}.items()
+        }
+
+    watch = Watch()
+    assert watch.add(4, np.array([1, 2]), metrics()) is None
+    assert watch.add(5, np.array([7, 30]), metrics(flow=np.nan, loss=np.nan)) == metrics()
+    with pytest.raises(
+        FloatingPointError, match="^step 5: flow is nan; clips 7, 30 of the dataset$"
+    ):
+        watch.add(6, np.array([3, 4]), metrics())
+    watch.add(7, np.array([9]), metrics(grad_norm=np.inf))
+    with pytest.raises(FloatingPointError, match="^step 7: grad_norm is inf; clips 9 of"):
+        watch.check()
+    assert watch.check()["grad_norm"] == np.inf
+
+
+def test_a_broken_step_ends_the_command_in_one_line(data_dir, tmp_path, one_device, capsys):
+    """Nothing of it is saved, and the exit code is that of other errors."""
+
+    def broken(output, *args, **kwargs):
+        loss, metrics = tokenizer_loss(output, *args, **kwargs)
+        return loss, metrics | {"l1": metrics["l1"] / 0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "tokenizer_loss", broken)
+        patch.setattr(cli.train, "read_config", lambda *_: config_of("tokenizer", data_dir))
+        code = cli.main(["train", "--config=configs/tokenizer.py:tiny", "--workdir", str(tmp_path)])
+    assert code == 2
+    assert re.search(
+        r"^fourdstar: step 1: l1 is inf; clips \d, \d of the dataset$",
+        capsys.readouterr().err,
+        re.M,
+    )
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_mean_is_over_the_steps_that_have_the_metric():
+    mean = Mean()
+    for metrics in ({"a": 1.0, "b": 4.0}, {"a": 3.0}):
+        mean.add(metrics)
+    assert mean.result() == {"a": 2.0, "b": 4.0}
