@@ -3,12 +3,13 @@
     fourdstar prepare --tokens --data data/tiny --bundle runs/vqvae/bundle --out data/tiny_tokens
     fourdstar train --config=configs/star.py:tiny --workdir=runs/star
 
-`tiny` takes 13 minutes on two CPU cores, after configs/vqvae.py:tiny, and leaves a whole model in
-runs/star/bundle: 1.78 nats a code for the novel views of unseen clips, where counting gives 3.13
-(docs/RESULTS.md). The others have not been trained yet: `small` is for one GPU, `base` for one to
-four, `paper` for sixteen (paper section 4.1, which gives no sizes: the trunk is LlamaGen's and
-MVAR's XL). The last two also build on VQ-16 instead of UniTok (`base,vq16`), and take the features
-of FLAN-T5 XL, computed beforehand with a bundle that has it as its stage `text`:
+`tiny` leaves a whole model in runs/star/bundle, after configs/vqvae.py:tiny. (The bundled one is of
+an older form of STAR: 13 minutes on two CPU cores, and 1.78 nats a code for the novel views of
+unseen clips, where counting gives 3.13, docs/RESULTS.md.) The others have not been trained yet:
+`small` is for one GPU, `base` for one to four, `paper` for sixteen (paper section 4.1, which gives
+no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also build on VQ-16 instead of UniTok
+(`base,vq16`), and take the features of FLAN-T5 XL, computed beforehand with a bundle that has it as
+its stage `text`:
 
     fourdstar prepare --text_features --data data/base --bundle runs/vqvae/bundle \\
         --out data/base_text
@@ -29,6 +30,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.steps = 100_000
     config.batch_size = 64  # objects
     config.data = ConfigDict(dict(dir=f"data/{argument.replace(',', '_')}_tokens", timesteps=8))
+    # Shares of the steps whose clips have one timestep (a picture is a static object), and half.
+    config.data.update(still=0.1, half=0.1)
     config.data.text_features = placeholder(str)  # a folder, for text_encoder="t5"; None: words
     config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
     # a folder made by `fourdstar convert llamagen` or `mvar`, whose layers a new run starts from
@@ -39,7 +42,9 @@ def get_config(argument: str = "small") -> ConfigDict:
         dict(
             drop_text=0.1,
             drop_video=0.1,
-            history_noise=0.0,
+            drop_history=0.1,
+            code_noise=0.15,  # the most, of what is seen of the past: each for one of
+            near=16,  # so many nearest codes
             num_groups=placeholder(int),  # of T timesteps are predicted at each step; None: all
         )
     )
@@ -60,6 +65,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     match scale:
         case "tiny":
             config.top_k = 16
+            config.forcing.near = 8
             config.data.timesteps = 4
             config.batch_size = 8
             config.steps = 1500
@@ -86,6 +92,7 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
     if tokenizer == "local":
         config = model(scale)
         config.update(LOCAL[scale])
+        config.blank_code = 0  # of what its tokenizer takes for blank
         return config
     match scale:
         case "tiny":
@@ -103,7 +110,7 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     head_dim=64,
                     head_layers=1,
                     head_heads=4,
-                    container_slots=8,
+                    container_slots=16,
                     container_neighbors=3,
                     text_encoder="words",
                     text_length=12,
@@ -112,6 +119,8 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     normalize=True,
                     rope="axial",
                     predict_input_view=False,
+                    inject="both",
+                    container_place=0.25,
                     dtype="float32",
                 )
             )
@@ -140,6 +149,8 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     rope="axial",
                     qk_norm=True,
                     predict_input_view=False,
+                    inject="both",
+                    container_place=0.25,
                     dtype="bfloat16",
                 )
             )
@@ -165,6 +176,8 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     time_features=256,
                     normalize=True,
                     predict_input_view=False,
+                    inject="both",
+                    container_place=0.25,
                     dropout=0.1,
                     remat=True,
                     dtype="bfloat16",

@@ -29,9 +29,10 @@ RANGES = {
     "vocab_size": (1, 1 << 20),
     "max_distance": (1, 1 << 20),
     "slots": (1, 1 << 20),
+    "blank_code": (0, 1 << 20),
 }
 # Other numbers, which JSON may write as 0 or 1.
-NOT_WHOLE = ("commitment", "dropout", "init_std", "view_gate_init")
+NOT_WHOLE = ("commitment", "container_place", "dropout", "init_std", "view_gate_init")
 
 
 def check(module: type, values: Mapping[str, Any], where: str, path: str = "") -> None:

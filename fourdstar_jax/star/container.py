@@ -9,10 +9,15 @@ the merge, the keys and values and the residual all see the normalised ones.
 Clustering has no gradient and is incremental: `container_update` is one function for training,
 which scans it over the groups, and for decoding, which calls it as groups come. What follows
 (`Container.states`) has a gradient, into the features and the scores.
+
+The state conditions a group in two ways ("integrated into STAR via MLPs" leaves it open): as tokens
+to attend to, and by place: what a place of group t is told is the state of the cluster that it
+belonged to at t - 1. Without places a state is a bag, and a bag tells next to nothing.
 """
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +31,28 @@ from fourdstar_jax.star.embed import vector
 
 
 class Group(NamedTuple):
-    """The tokens of one timestep."""
+    """The tokens of one timestep (or of T of them), as they are clustered."""
 
-    x: Float[Array, "B N D"]  # normalised features
-    tokens: Int[Array, "B N K"]
-    mask: Bool[Array, "B N"]  # False: in no cluster, and nobody's neighbour
+    x: Float[Array, "B *T N C"]  # normalised features; with `place` their weighed rays behind them
+    ids: Int[Array, "B *T N K"]  # equal for those at distance 0: tokens; with `place` their number
+    mask: Bool[Array, "B *T N"]  # False: in no cluster, and nobody's neighbour
 
 
-def empty_container(batch: int, num_slots: int, dim: int, num_codebooks: int) -> Peaks:
-    """The carry before the first group, with room for `num_slots` tokens."""
-    peaks = dpc_knn.empty_peaks(num_slots, dim, num_codebooks)
+class State(NamedTuple):
+    """What the past tells each of G groups."""
+
+    tokens: Float[Array, "B G M D"]  # to attend to; M is 0 without `tokens` injected
+    coordinates: Float[Array, "B G M C"]  # of the tokens
+    aligned: list[Float[Array, "B G N D"]]  # to add to the slots, for the layers of `INJECTED`
+
+
+INJECTED = (0, 1 / 3, 2 / 3)  # of the depth: MVAR's places for its condition MLPs
+Inject = Literal["tokens", "aligned", "both", "none"]
+
+
+def empty_container(batch: int, num_tokens: int, dim: int, num_ids: int) -> Peaks:
+    """The carry before the first group, with room for `num_tokens`."""
+    peaks = dpc_knn.empty_peaks(num_tokens, dim, num_ids)
     many = jax.tree.map(lambda y: jnp.broadcast_to(y, (batch, *y.shape)), peaks)
     return many._replace(filled=peaks.filled)
 
@@ -51,12 +68,12 @@ def container_update(
     """Takes a group in and clusters all tokens so far. Carries no gradient."""
     x = jax.lax.stop_gradient(group.x).astype(jnp.float32)
 
-    def one(peaks, x, tokens, mask):
-        peaks = dpc_knn.add_group(peaks, x, tokens, mask, k=k)
+    def one(peaks, x, ids, mask):
+        peaks = dpc_knn.add_group(peaks, x, ids, mask, k=k)
         return peaks, dpc_knn.find_clusters(peaks, num_clusters=num_clusters)
 
     return jax.vmap(one, in_axes=(_AXES, 0, 0, 0), out_axes=(_AXES, 0))(
-        carry, x, group.tokens, group.mask
+        carry, x, group.ids, group.mask
     )
 
 
@@ -115,9 +132,12 @@ class RefineBlock(nnx.Module):
         z: Float[Array, "B M D"],
         keys_values: tuple[Float[Array, "B S H E"], Float[Array, "B S H E"]],
         mask: Bool[Array, "B S"],
+        places: Float[Array, "B M D"] | None = None,
     ) -> Float[Array, "B M D"]:
+        """Refines z, whose queries carry `places`."""
         k, v = keys_values
-        q = self.q(z).reshape(*z.shape[:2], self.num_heads, -1)
+        q = self.q(z if places is None else z + places)
+        q = q.reshape(*z.shape[:2], self.num_heads, -1)
         head_dim = q.shape[-1]
         scale = head_dim**-0.5
         # The query's channel against the score: scale * (1 / scale) * score = score.
@@ -130,14 +150,22 @@ class RefineBlock(nnx.Module):
 
 
 class Container(nnx.Module):
-    """M condition tokens for each group from all groups before it.
+    """The state of all groups before a group, as tokens for it and by place.
 
     A slot's token is an MLP of the refined feature, plus the mean positional encoding of the
     cluster (merging lost where and when its tokens were), plus a segment vector. Slots without a
     cluster (before the first group, or when fewer tokens differ) hold one learned vector and stay
-    visible, so that the attention mask is the same for every group. The first refinement block
-    attends to the tokens, the next ones to the merged features themselves, which is what the public
-    merger's second block amounts to when both have the same number of centres.
+    visible, so that the attention mask is the same for every group. By place, a state goes through
+    a two-layer MLP for each of the layers it is added at; a place that was in no cluster at t - 1,
+    being blank, has a learned vector there, and before the first group nothing is added.
+
+    The first refinement block attends to the tokens, the next ones to the merged features
+    themselves, which is what the public merger's second block amounts to when both have the same
+    number of centres.
+
+    `place` is the weight of a token's ray beside its feature in clustering, which makes a cluster a
+    patch of one part; queries, keys and values of the refinement then carry the place, too. None:
+    neither. Tokens with `blank_code` in every codebook are in no cluster.
     """
 
     def __init__(
@@ -148,6 +176,9 @@ class Container(nnx.Module):
         num_slots: int,
         neighbors: int,
         refine_blocks: int,
+        inject: Inject = "tokens",
+        place: float | None = None,
+        blank_code: int | None = None,
         init,
         out_init=None,
         dtype,
@@ -159,39 +190,64 @@ class Container(nnx.Module):
         self.blocks = nnx.List(
             [RefineBlock(dim, num_heads, out_init=out_init, **kw) for _ in range(refine_blocks)]
         )
-        self.mlp = nn.Mlp(dim, dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
-        self.segment = vector(rngs.params(), dim)
-        self.empty = vector(rngs.params(), dim)
+        self.as_tokens, self.by_place = inject in ("tokens", "both"), inject in ("aligned", "both")
+        kw = nn.Common(dtype=dtype, rngs=rngs)
+        if self.as_tokens:
+            self.mlp = nn.Mlp(dim, dim, dim, use_bias=False, **kw)
+            self.segment = vector(rngs.params(), dim)
+            self.empty = vector(rngs.params(), dim)
+        if self.by_place:
+            self.aligned = nnx.List([nn.Mlp(dim, dim, dim, use_bias=False, **kw) for _ in INJECTED])
+            absent = None if blank_code is None else vector(rngs.params(), dim, std=1.0)
+            self.absent = absent
         self.num_slots, self.neighbors = num_slots, neighbors
+        self.place, self.blank_code = place, blank_code
 
-    def normalize(self, features: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        """What the container clusters, merges and attends to."""
-        return self.blocks[0].norm1(features.astype(jnp.float32))
+    def group(
+        self,
+        features: Float[Array, "B *T N D"],
+        tokens: Int[Array, "B *T N K"],
+        rays: Float[Array, "B *T N 6"],
+        visible: Bool[Array, "B *T N"],
+    ) -> Group:
+        """What is clustered of tokens: their features, normalised, and their mean rays."""
+        x, ids, mask = self.blocks[0].norm1(features.astype(jnp.float32)), tokens, visible
+        if self.blank_code is not None:
+            mask = mask & jnp.any(tokens != self.blank_code, axis=-1)
+        if self.place is not None:
+            # Distances are divided by the root of the width: this makes the weight one beside it.
+            weight = self.place * math.sqrt(x.shape[-1])
+            x = jnp.concatenate([x, weight * rays.astype(jnp.float32)], axis=-1)
+            number = jnp.arange(x.shape[-2], dtype=ids.dtype)[:, None]
+            number = jnp.broadcast_to(number, (*ids.shape[:-1], 1))
+            ids = jnp.concatenate([ids, number], axis=-1)
+        return Group(x, ids, mask)
+
+    def empty_carry(self, batch: int, num_tokens: int, dim: int, num_codebooks: int) -> Peaks:
+        """The carry before the first group, of features of width `dim`."""
+        more = (0, 0) if self.place is None else (6, 1)
+        return empty_container(batch, num_tokens, dim + more[0], num_codebooks + more[1])
 
     def update(self, carry: Peaks, group: Group) -> tuple[Peaks, Clusters]:
         """`container_update` with this container's sizes."""
         return container_update(carry, group, k=self.neighbors, num_clusters=self.num_slots)
 
-    def cluster_history(
-        self,
-        x: Float[Array, "B T N D"],
-        tokens: Int[Array, "B T N K"],
-        mask: Bool[Array, "B T N"],
-    ) -> Clusters:
-        """For every timestep t the clusters of groups 1 to t-1, with axes [B, T, ...].
+    def cluster_history(self, groups: Group) -> Clusters:
+        """For every timestep t of `groups` [B, T, ...] the clusters of groups 1 to t-1.
 
-        Raises ValueError if the container has more slots than the clip has tokens.
+        Axes are [B, T, ...]. Raises ValueError if the container has more slots than there are
+        tokens.
         """
-        batch, timesteps, size, dim = x.shape
+        batch, timesteps, size, dim = groups.x.shape
         self.check(timesteps * size)
-        start = empty_container(batch, timesteps * size, dim, tokens.shape[-1])
+        start = empty_container(batch, timesteps * size, dim, groups.ids.shape[-1])
         none = Clusters(
             centers=jnp.zeros((1, batch, self.num_slots), jnp.int32),
             valid=jnp.zeros((1, batch, self.num_slots), bool),
             assignment=jnp.full((1, batch, timesteps * size), -1, jnp.int32),
         )
-        groups = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0)[:-1], Group(x, tokens, mask))
-        _, clusters = jax.lax.scan(self.update, start, groups)
+        past = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0)[:-1], groups)
+        _, clusters = jax.lax.scan(self.update, start, past)
         return jax.tree.map(
             lambda a, b: jnp.moveaxis(jnp.concatenate([a, b.astype(a.dtype)]), 0, 1), none, clusters
         )
@@ -206,42 +262,68 @@ class Container(nnx.Module):
     def states(
         self,
         x: Float[Array, "B S D"],
-        positions: Float[Array, "B S C"],
+        spe: Float[Array, "B S D"],
+        coordinates: Float[Array, "B S C"],
         clusters: Clusters,
-    ) -> tuple[Float[Array, "B G M D"], Float[Array, "B G M C"]]:
-        """Refined features of the clusters of each of G groups, and their mean positions.
+    ) -> tuple[Float[Array, "B G M D"], Float[Array, "B G M D"], Float[Array, "B G M C"]]:
+        """Refined features of the clusters of each of G groups, mean places and coordinates.
 
         Axes of `clusters` are [B, G, ...]. The groups run one after the other, rematerialised, so
         that only one group's [M, S] weights exist at a time.
         """
-        first = self.blocks[0]
+        first, dim = self.blocks[0], x.shape[-1]
         scores = first.scores(x)
-        keys_values = first.keys_values(x, scores)
+        positions = jnp.concatenate([spe.astype(jnp.float32), coordinates], axis=-1)
+        placed = self.place is not None
+        keys_values = first.keys_values(x + spe.astype(x.dtype) if placed else x, scores)
 
         @jax.checkpoint
         def one(clusters: Clusters):
             assignment, valid = clusters.assignment, clusters.valid
             z, weights = merge(x, scores, assignment, self.num_slots)
-            z = first(z, keys_values, assignment >= 0)
+            means = jnp.einsum("bms,bsc->bmc", weights, positions)
+            places = means[..., :dim] if placed else None
+            z = first(z, keys_values, assignment >= 0, places)
             for block in list(self.blocks)[1:]:
                 y = block.norm1(z.astype(jnp.float32))
-                z = block(y, block.keys_values(y, block.scores(y)), valid)
-            return z, jnp.einsum("bms,bsc->bmc", weights, positions.astype(jnp.float32))
+                seen = y if places is None else y + places
+                z = block(y, block.keys_values(seen, block.scores(y)), valid, places)
+            return z, means
 
-        z, places = jax.lax.map(one, jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), clusters))
-        return jnp.moveaxis(z, 0, 1), jnp.moveaxis(places, 0, 1)
+        z, means = jax.lax.map(one, jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), clusters))
+        z, means = jnp.moveaxis(z, 0, 1), jnp.moveaxis(means, 0, 1)
+        return z, means[..., :dim], means[..., dim:]
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "B S C"],
         spe: Float[Array, "B S D"],
-        coordinates: Float[Array, "B S C"],
+        coordinates: Float[Array, "B S A"],
         clusters: Clusters,
-    ) -> tuple[Float[Array, "B G M D"], Float[Array, "B G M C"]]:
-        """Condition tokens for G groups and their mean coordinates."""
-        dim = spe.shape[-1]
-        places = jnp.concatenate([spe.astype(jnp.float32), coordinates], axis=-1)
-        z, places = self.states(x, places, clusters)
-        tokens = self.mlp(z) + places[..., :dim] + self.segment[...]
-        tokens = jnp.where(clusters.valid[..., None], tokens, self.empty[...])
-        return tokens.astype(spe.dtype), places[..., dim:]
+        steps: Int[Array, "B G"],
+        size: int,
+    ) -> State:
+        """The state for G groups from the S tokens of a clip, x as `group` gives it.
+
+        `steps` are the groups' timesteps, 0 for one that is to have no past, `size` is how many
+        tokens a group has.
+        """
+        z, places, coordinates = self.states(x[..., : spe.shape[-1]], spe, coordinates, clusters)
+        coordinates = jnp.where(clusters.valid[..., None], coordinates, 0)
+        if self.as_tokens:
+            tokens = self.mlp(z) + places + self.segment[...]
+            tokens = jnp.where(clusters.valid[..., None], tokens, self.empty[...]).astype(spe.dtype)
+        else:
+            tokens, coordinates = (y[:, :, :0] for y in (z.astype(spe.dtype), coordinates))
+        if not self.by_place:
+            return State(tokens, coordinates, [])
+        # The cluster of each place of the group before, -1 where there is none.
+        assignment = clusters.assignment.reshape(*steps.shape, -1, size)
+        before = jnp.maximum(steps - 1, 0)[..., None, None]
+        previous = jnp.take_along_axis(assignment, before, axis=2)[:, :, 0]
+        member = jax.nn.one_hot(previous, self.num_slots, dtype=spe.dtype)  # [B, G, N, M]
+        told = jnp.einsum("bgnm,bgmd->bgnd", member, z.astype(spe.dtype))
+        if self.absent is not None:
+            told = jnp.where((previous < 0)[..., None], self.absent[...].astype(spe.dtype), told)
+        told = jnp.where((steps > 0)[..., None, None], told, 0)
+        return State(tokens, coordinates, [mlp(told) for mlp in self.aligned])

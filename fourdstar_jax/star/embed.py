@@ -97,16 +97,19 @@ class RayEncoder(nnx.Module):
         self.waves = nn.linear(12 * octaves, dim, (None, "embed"), **kw) if octaves else None
         self.resolution, self.grid, self.octaves = resolution, grid, octaves
 
-    def __call__(self, cameras: Cameras) -> Float[Array, "B N D"]:
-        """Cameras' intrinsics are those of images of `resolution` pixels; tokens view by view."""
+    def __call__(self, cameras: Cameras) -> tuple[Float[Array, "B N D"], Float[Array, "B N 6"]]:
+        """The vectors, tokens view by view, and the patches' mean rays.
+
+        Cameras' intrinsics are those of images of `resolution` pixels.
+        """
         x = patch_rays(cameras, resolution=self.resolution, grid=self.grid)
         x = x.reshape(x.shape[0], -1, *x.shape[3:])  # [B, N, P, 6]
-        y = self.conv(jnp.reshape(x, (*x.shape[:2], -1)))
+        y, mean = self.conv(jnp.reshape(x, (*x.shape[:2], -1))), x.mean(axis=2)
         if self.waves is None:
-            return y
+            return y, mean
         frequencies = np.pi * 2.0 ** np.arange(self.octaves, dtype=np.float32)
-        angles = (x.mean(axis=2)[..., None] * frequencies).reshape(*y.shape[:2], -1)
-        return y + self.waves(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
+        angles = (mean[..., None] * frequencies).reshape(*y.shape[:2], -1)
+        return y + self.waves(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)), mean
 
 
 class TimeEncoder(nnx.Module):

@@ -16,6 +16,7 @@ the ones it has to predict.
 """
 
 import math
+import typing
 from typing import Literal, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from fourdstar_jax import nn
 from fourdstar_jax.nn.embedding import lookup
 from fourdstar_jax.star import embed
-from fourdstar_jax.star.container import Container
+from fourdstar_jax.star.container import Container, Inject, State
 from fourdstar_jax.star.embed import Codebook
 from fourdstar_jax.star.forcing import AS_GIVEN, Forcing
 from fourdstar_jax.star.head import DepthHead
@@ -36,8 +37,8 @@ from fourdstar_jax.star.transformer import (
     Rotary,
     Transformer,
     axial_angles,
-    group_mask,
     round_up,
+    window_of,
 )
 from fourdstar_jax.types import Cameras
 
@@ -57,6 +58,7 @@ class Places(NamedTuple):
 
     spe: Float[Array, "B T N D"]  # ray embedding + time embedding
     coordinates: Float[Array, "B T N 4"]  # time, view, row, column
+    rays: Float[Array, "B T N 6"]  # Plücker, mean over the patch
 
 
 # Rays and times are normalised to this size each where they are (`normalize`): the tokens, which
@@ -66,7 +68,7 @@ PLACE_GAIN = 0.5
 
 def initializers(dim: int, num_layers: int, std: float | None) -> dict[str, Initializer]:
     """Of a stack of blocks: by width unless given, less where 2 L matrices add to one stream."""
-    std = dim**-0.5 if std is None else std
+    std = 1 / math.sqrt(dim) if std is None else std
     return {
         "init": nnx.initializers.normal(std),
         "out_init": nnx.initializers.normal(std / math.sqrt(2 * num_layers)),
@@ -107,6 +109,10 @@ class STAR(nnx.Module):
         qk_norm: bool = False,
         prefix: Literal["bidirectional", "causal"] = "bidirectional",
         predict_input_view: bool = True,
+        inject: Inject = "tokens",
+        container_place: float | None = None,
+        blank_code: int | None = None,
+        history: str = "container",
         dropout: float = 0.0,
         init_std: float | None = None,
         remat: bool = False,
@@ -123,11 +129,18 @@ class STAR(nnx.Module):
         start at 1 / sqrt(width) unless `init_std` says otherwise. `normalize` brings rays, times
         and tokens to one size, with learned gains; without it the rays drown the times. Without
         `predict_input_view` the groups hold the other views only.
+
+        `inject` says how the container's state reaches a group: as tokens, by place, in both ways,
+        or not at all. For `container_place` and `blank_code` see `Container`. `history` is what
+        else a group sees of those before: nothing (`container`), the tokens of the w before it
+        (`window:w`) or of all (`full`).
         """
         if rope not in ("none", "axial"):
             raise ValueError(f"{rope=} must be 'none' or 'axial'")
         if prefix not in ("bidirectional", "causal"):
             raise ValueError(f"{prefix=} must be 'bidirectional' or 'causal'")
+        if inject not in typing.get_args(Inject):
+            raise ValueError(f"{inject=} must be one of {typing.get_args(Inject)}")
         if code_dim % num_codebooks:
             raise ValueError(f"{code_dim=} must be a multiple of {num_codebooks=}")
         shape = (num_codebooks, vocab_size, code_dim // num_codebooks)
@@ -161,9 +174,10 @@ class STAR(nnx.Module):
         self.start = embed.vector(rngs.params(), dim)
         self.video_segment = embed.vector(rngs.params(), dim)
         self.null_video = embed.vector(rngs.params(), dim)
-        self.container = Container(
+        self.container = None if inject == "none" else Container(
             dim, num_heads, num_slots=container_slots, neighbors=container_neighbors,
-            refine_blocks=refine_blocks, **initializers(dim, refine_blocks, init_std), **kw,
+            refine_blocks=refine_blocks, inject=inject, place=container_place,
+            blank_code=blank_code, **initializers(dim, refine_blocks, init_std), **kw,
         )  # fmt: skip
         self.trunk = Transformer(
             dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
@@ -176,6 +190,7 @@ class STAR(nnx.Module):
             **initializers(head_dim, head_layers, init_std), **kw,
         )  # fmt: skip
         self.grid = grid
+        self.window = window_of(history)
         self.num_known = grid**2 if predict_input_view else 0  # tokens of a group
         self.rotary_dim = dim // num_heads if rope == "axial" else None
         self.num_codebooks, self.vocab_size = num_codebooks, vocab_size
@@ -194,13 +209,15 @@ class STAR(nnx.Module):
 
     def places(self, condition: Condition) -> Places:
         """Positional encoding of all views' tokens: ray embedding plus time embedding."""
-        rays, times = self.rays(condition.cameras), self.time(condition.times)
+        (rays, mean_rays), times = self.rays(condition.cameras), self.time(condition.times)
         if self.ray_norm is not None and self.time_norm is not None:
             rays, times = self.ray_norm(rays), self.time_norm(times)
         views = condition.cameras.viewmats.shape[1]
+        spe = rays[:, None] + times[:, :, None]
         return Places(
-            spe=rays[:, None] + times[:, :, None],
+            spe=spe,
             coordinates=embed.token_coordinates(condition.times, views, self.grid, self.grid),
+            rays=jnp.broadcast_to(mean_rays[:, None], (*spe.shape[:-1], 6)),
         )
 
     def prefix_stream(
@@ -277,32 +294,67 @@ class STAR(nnx.Module):
             condition, places, forcing.drop_text, forcing.drop_video
         )
         tokens, places = self.in_groups(tokens), jax.tree.map(self.in_groups, places)
-        batch, _, size, _ = tokens.shape
+        size = tokens.shape[2]
         visible = self.visible(tokens, forcing.drop_video)
-        features = self.past(tokens, visible)
-        history, history_tokens = features, tokens
-        if forcing.history_tokens is not None:
-            history_tokens = self.in_groups(forcing.history_tokens)
-            history = self.past(history_tokens, visible)
+        seen = tokens if forcing.past_tokens is None else self.in_groups(forcing.past_tokens)
+        features = self.past(seen, visible)
+        state = self.propagate(seen, features, visible, places, forcing)
 
-        x = self.container.normalize(history)
-        clusters = self.container.cluster_history(x, history_tokens, visible)
-        clusters = jax.tree.map(forcing.chosen, clusters)
-        everywhere = Places(
-            spe=places.spe.reshape(batch, -1, places.spe.shape[-1]),
-            coordinates=places.coordinates.reshape(batch, -1, 4),
-        )
         features, places = jax.tree.map(forcing.chosen, (features, places))
-        x = x.reshape(batch, -1, x.shape[-1])
-        memory, memory_places = self.container(x, *everywhere, clusters)  # [B, G, M, D]
-
-        stream = jnp.concatenate([memory, self.token_slots(features, places.spe)], axis=2)
-        rotary = self.group_rotary(memory_places, places.coordinates)
-        slots = memory.shape[2]
-        mask = group_mask(prefix.shape[1], slots, size)
-        dropout_key = forcing.dropout_key if self.dropout else None
-        stream = self.trunk(prefix, stream, mask, prefix_rotary, rotary, dropout_key)
+        stream, rotary = self.group_stream(state, self.token_slots(features, places.spe), places)
+        slots = stream.shape[2] - size
+        if self.window and forcing.groups is not None:
+            raise ValueError("a history of tokens needs all groups: num_groups must be None")
+        stream = self.trunk(
+            prefix,
+            stream,
+            slots,
+            prefix_rotary,
+            rotary,
+            forcing.dropout_key if self.dropout else None,
+            aligned=[] if state is None else state.aligned,
+            window=min(self.window, tokens.shape[1] - 1),
+        )
         return stream[:, :, slots:]
+
+    def propagate(
+        self,
+        tokens: Int[Array, "B T N K"],
+        features: Float[Array, "B T N D"],
+        visible: Bool[Array, "B T N"],
+        places: Places,
+        forcing: Forcing,
+    ) -> State | None:
+        """The container's state for every group that is predicted."""
+        if self.container is None:
+            return None
+        if forcing.history_tokens is not None:
+            tokens = self.in_groups(forcing.history_tokens)
+            features = self.past(tokens, visible)
+        batch, timesteps, size, _ = tokens.shape
+        groups = self.container.group(features, tokens, places.rays, visible)
+        clusters = self.container.cluster_history(groups)
+        steps = jnp.broadcast_to(jnp.arange(timesteps), (batch, timesteps))
+        if forcing.drop_history is not None:
+            drop = forcing.drop_history[:, None]
+            steps = jnp.where(drop, 0, steps)
+            clusters = clusters._replace(valid=clusters.valid & ~drop[..., None])
+        steps, clusters = jax.tree.map(forcing.chosen, (steps, clusters))
+
+        def flat(y):
+            return y.reshape(batch, timesteps * size, y.shape[-1])
+
+        spe, coordinates = flat(places.spe), flat(places.coordinates)
+        return self.container(flat(groups.x), spe, coordinates, clusters, steps, size)
+
+    def group_stream(
+        self, state: State | None, slots: Float[Array, "B G N D"], places: Places
+    ) -> tuple[Float[Array, "B G Q D"], Rotary | None]:
+        """The container's tokens, if any, then the slots, and the angles of both."""
+        coordinates = places.coordinates[:, :, :0]
+        if state is not None:
+            slots, coordinates = jnp.concatenate([state.tokens, slots], axis=2), state.coordinates
+        return slots, self.group_rotary(coordinates, places.coordinates)
 
     def logits(
         self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN
@@ -369,4 +421,5 @@ class STAR(nnx.Module):
             raise ValueError(f"tokens are {tuple(shape)}; the condition says {expected}")
         if not self.num_known and views < 2:
             raise ValueError("cameras have the video's view alone; there is none to predict")
-        self.container.check(timesteps * (views * n - n + self.num_known))
+        if self.container is not None:
+            self.container.check(timesteps * (views * n - n + self.num_known))

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.kernels.dpc_knn import Clusters, Peaks
-from fourdstar_jax.star import container
+from fourdstar_jax.star.container import State
 from fourdstar_jax.star.head import filter_logits
 from fourdstar_jax.star.model import STAR, Condition, Places
-from fourdstar_jax.star.transformer import KV, Rotary, group_mask
+from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
 
 
 class Sampling(NamedTuple):
@@ -32,8 +33,8 @@ class Sampling(NamedTuple):
 class Memory(NamedTuple):
     """What one group leaves to the next."""
 
-    peaks: Peaks
-    clusters: Clusters
+    container: tuple[Peaks, Clusters] | None
+    past: KV | None  # the slots of the window of groups before it, the latest last, of all layers
 
 
 class Prefix(NamedTuple):
@@ -48,9 +49,12 @@ class Group(NamedTuple):
     """A group that has been begun: its container and its known tokens are in the cache."""
 
     previous: Float[Array, "B D"]  # embedding of the token before the first one to be decoded
+    before: KV  # the prefix and, with a window, the groups before
+    seen: Bool[Array, " S"] | None  # which slots of `before` there are; None: all
     cache: KV
     spe: Float[Array, "B N D"]
     rotary: Rotary | None
+    aligned: list[Float[Array, "B N D"]]  # the container's state by place
 
 
 @functools.partial(jax.jit, static_argnames=("guided",))
@@ -64,17 +68,39 @@ def prefill(model: STAR, condition: Condition, *, guided: bool = False) -> tuple
     places = model.places(condition)
     prefix, rotary = model.prefix_stream(condition, places, None, drop)
     places = jax.tree.map(model.in_groups, places)
+    cache = model.trunk.prefill(prefix, rotary)
     batch, timesteps, size, dim = places.spe.shape
-    slots = model.container.num_slots
-    memory = Memory(
-        peaks=container.empty_container(batch, timesteps * size, dim, model.num_codebooks),
-        clusters=Clusters(
-            centers=jnp.zeros((batch, slots), jnp.int32),
-            valid=jnp.zeros((batch, slots), bool),
-            assignment=jnp.full((batch, timesteps * size), -1, jnp.int32),
-        ),
+    state = past = None
+    if model.container is not None:
+        slots = model.container.num_slots
+        peaks = model.container.empty_carry(batch, timesteps * size, dim, model.num_codebooks)
+        state = (
+            peaks,
+            Clusters(
+                centers=jnp.zeros((batch, slots), jnp.int32),
+                valid=jnp.zeros((batch, slots), bool),
+                assignment=jnp.full((batch, timesteps * size), -1, jnp.int32),
+            ),
+        )
+    if window := min(model.window, timesteps - 1):
+        past = jax.tree.map(
+            lambda y: jnp.zeros((*y.shape[:2], window * size, *y.shape[3:]), y.dtype), cache
+        )
+    return Prefix(cache, places, drop), Memory(state, past)
+
+
+def recall(model: STAR, prefix: Prefix, memory: Memory, t: Int[Array, ""]) -> State | None:
+    """The container's state for timestep t, as the only one of its groups."""
+    if model.container is None or memory.container is None:
+        return None
+    peaks, clusters = memory.container
+    batch, _, size, _ = prefix.places.spe.shape
+    spe, coordinates = (
+        y.reshape(batch, -1, y.shape[-1]) for y in (prefix.places.spe, prefix.places.coordinates)
     )
-    return Prefix(model.trunk.prefill(prefix, rotary), places, drop), memory
+    clusters = jax.tree.map(lambda y: y[:, None], clusters)
+    steps = jnp.broadcast_to(t, (batch, 1))
+    return model.container(peaks.x, spe, coordinates, clusters, steps, size)
 
 
 def begin_group(
@@ -82,69 +108,96 @@ def begin_group(
 ) -> Group:
     """Timestep t with its container, and the first tokens, `known`, in the cache at once."""
     places = jax.tree.map(
-        lambda y: jax.lax.dynamic_index_in_dim(y, t, axis=1, keepdims=False), prefix.places
-    )
-    batch, size, dim = places.spe.shape
+        lambda y: jax.lax.dynamic_slice_in_dim(y, t, 1, axis=1), prefix.places
+    )  # [B, 1, N, ...]
+    batch, _, size, dim = places.spe.shape
     num_known = known.shape[1]
-    spe, coordinates = (y.reshape(batch, -1, y.shape[-1]) for y in prefix.places)
-    clusters = jax.tree.map(lambda y: y[:, None], memory.clusters)
-    state, state_places = model.container(memory.peaks.x, spe, coordinates, clusters)
-    state, state_places = state[:, 0], state_places[:, 0]
-    slots = state.shape[1]
-    rotary = model.group_rotary(state_places, places.coordinates)
-
     # Slot j holds token j - 1, so the last known token waits.
     features = model.past(known, model.visible(known, prefix.drop_video))
-    start = model.token_slots(
-        jnp.pad(features, ((0, 0), (0, size - num_known), (0, 0))), places.spe
-    )[:, :num_known]
-    block = jnp.concatenate([state, start], axis=1)
-    mask = group_mask(prefix.cache.k.shape[2], slots, num_known)
-    first = slots + num_known
+    room = ((0, 0), (0, 0), (0, size - num_known), (0, 0))
+    start = model.token_slots(jnp.pad(features[:, None], room), places.spe)
+    state = recall(model, prefix, memory, t)
+    stream, rotary = model.group_stream(state, start, places)
+    rotary = jax.tree.map(lambda y: y[:, 0], rotary)
+    slots = stream.shape[2] - size
+    aligned = [] if state is None else [y[:, 0] for y in state.aligned]
+
+    before, seen, first = prefix.cache, None, slots + num_known
+    length = before.k.shape[2]
+    mask: Any = group_mask(length, slots, num_known)
+    if memory.past is not None:
+        before = concatenate(before, memory.past)
+        age = (before.k.shape[2] - 1 - jnp.arange(before.k.shape[2])) // size  # 0: the group t - 1
+        seen = (jnp.arange(before.k.shape[2]) < length) | (age < t)
+        rows = (np.arange(first) >= slots)[:, None]  # the container sees none
+        mask = jnp.concatenate([mask[:, :length], rows & seen[length:], mask[:, length:]], axis=1)
     cache = model.trunk.block(
-        block, prefix.cache, mask, jax.tree.map(lambda y: y[:, :first], rotary), slots + size
+        stream[:, 0, :first],
+        before,
+        mask,
+        jax.tree.map(lambda y: y[:, :first], rotary),
+        slots + size,
+        [y[:, :num_known] for y in aligned],
     )
     if num_known:
         previous = features[:, -1]
     else:
         previous = jnp.broadcast_to(model.start[...].astype(places.spe.dtype), (batch, dim))
-    return Group(previous, cache, places.spe, rotary)
+    return Group(previous, before, seen, cache, places.spe[:, 0], rotary, aligned)
 
 
 def decode_slots(
     model: STAR,
-    prefix: Prefix,
     group: Group,
     first: int,
     choose: Callable[[Int[Array, ""], Float[Array, "B D"]], tuple[Int[Array, "B K"], Any]],
-) -> tuple[Int[Array, "B R K"], Any]:
+) -> tuple[Int[Array, "B R K"], Any, KV]:
     """The tokens of a begun group from slot `first` on, one after the other.
 
-    `choose(slot, hidden)` gives a slot's token, and anything else, which is stacked.
+    `choose(slot, hidden)` gives a slot's token, and anything else, which is stacked. The group's
+    whole cache comes last.
     """
     size = group.spe.shape[1]
     slots = group.cache.k.shape[2] - size  # of the container
 
     def one(carry, slot):
         previous, cache = carry
-        x = (previous + jax.lax.dynamic_index_in_dim(group.spe, slot, 1, keepdims=False))[:, None]
+        spe, *aligned = (
+            jax.lax.dynamic_slice_in_dim(y, slot, 1, axis=1) for y in (group.spe, *group.aligned)
+        )
+        x = previous[:, None] + spe
         turn = jax.tree.map(
             lambda y: jax.lax.dynamic_slice_in_dim(y, slots + slot, 1, axis=1), group.rotary
         )
-        x, cache = model.trunk.step(x, prefix.cache, cache, slots + slot, turn)
+        x, cache = model.trunk.step(x, group.before, cache, slots + slot, turn, aligned, group.seen)
         tokens, more = choose(slot, x[:, 0])
         return (model.embed(tokens), cache), (tokens, more)
 
     start = (group.previous, group.cache)
-    _, found = jax.lax.scan(one, start, jnp.arange(first, size))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), found)
+    (_, cache), found = jax.lax.scan(one, start, jnp.arange(first, size))
+    return *jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), found), cache
 
 
-def end_group(model: STAR, prefix: Prefix, memory: Memory, tokens: Int[Array, "B N K"]) -> Memory:
-    """The memory with a whole group in it."""
-    visible = model.visible(tokens, prefix.drop_video)
-    x = model.container.normalize(model.past(tokens, visible))
-    return Memory(*model.container.update(memory.peaks, container.Group(x, tokens, visible)))
+def end_group(
+    model: STAR,
+    prefix: Prefix,
+    memory: Memory,
+    tokens: Int[Array, "B N K"],
+    cache: KV | None = None,
+) -> Memory:
+    """The memory with a whole group in it; its cache is needed with a window of groups only."""
+    state, past, size = memory.container, memory.past, tokens.shape[1]
+    if model.container is not None and state is not None:
+        visible = model.visible(tokens, prefix.drop_video)
+        rays = prefix.places.rays[:, 0]  # of every timestep
+        group = model.container.group(model.past(tokens, visible), tokens, rays, visible)
+        state = model.container.update(state[0], group)
+    if past is not None:
+        assert cache is not None
+        past = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b[:, :, -size:]], axis=2)[:, :, size:], past, cache
+        )
+    return Memory(state, past)
 
 
 @functools.partial(jax.jit, static_argnames=("top_k", "use_top_p", "greedy", "guided"))
@@ -186,9 +239,9 @@ def decode_group(
 
     samples, num_known = known.shape[:2]
     group = begin_group(model, prefix, memory, t, twice(known))
-    tokens, _ = decode_slots(model, prefix, group, num_known, choose)
+    tokens, _, cache = decode_slots(model, group, num_known, choose)
     tokens = jnp.concatenate([known, tokens[:samples]], axis=1)
-    return tokens, end_group(model, prefix, memory, twice(tokens))
+    return tokens, end_group(model, prefix, memory, twice(tokens), cache)
 
 
 def check_settings(

@@ -4,10 +4,16 @@ Group t sees {prefix, container t, its own past} and no other group, so groups a
 one static mask serves them all. The prefix runs once; every layer hands its keys and values of the
 prefix to all groups. Decoding runs the same layers with the prefix and the group cached.
 
+For comparison a group may also see the token slots of a window of groups before it. That takes a
+mask for each group and keys for each pair of groups: no more than the small sizes can bear.
+
 Blocks are Llama's (RMSNorm, SwiGLU, no biases) as in LlamaGen.
 """
 
 import functools
+import operator
+import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,6 +31,11 @@ class KV(NamedTuple):
 
     k: Float[Array, "B S H E"]
     v: Float[Array, "B S H E"]
+
+
+def concatenate(*parts: KV) -> KV:
+    """Keys and values one after the other, along the slots."""
+    return jax.tree.map(lambda *y: jnp.concatenate(y, axis=-3), *parts)
 
 
 class Rotary(NamedTuple):
@@ -46,6 +57,25 @@ def group_mask(num_prefix: int, num_container: int, num_tokens: int) -> Bool[np.
     mask = np.zeros((num_container + num_tokens, num_prefix + num_container + num_tokens), bool)
     mask[:, : num_prefix + num_container] = True
     mask[num_container:, num_prefix + num_container :] = np.tri(num_tokens, dtype=bool)
+    return mask
+
+
+def window_of(history: str) -> int:
+    """How many groups before it a group sees the tokens of. Raises ValueError for other words."""
+    if found := re.fullmatch(r"container|full|window:([1-9]\d{0,3})", history):
+        return int(found[1]) if found[1] else (0 if history == "container" else 1 << 16)
+    raise ValueError(f"{history=} must be 'container', 'full' or 'window:w' with a number w")
+
+
+def earlier_mask(
+    groups: int, window: int, num_container: int, num_tokens: int
+) -> Bool[np.ndarray, "G Q S"]:
+    """Which slots of the `window` groups before it, oldest first, a group's slots see: its tokens
+    all that there are, its container none."""
+    there = np.arange(groups)[:, None] >= np.arange(window, 0, -1)
+    mask = np.repeat(there, num_tokens, axis=1)[:, None]
+    mask = np.repeat(mask, num_container + num_tokens, axis=1)
+    mask[:, :num_container] = False
     return mask
 
 
@@ -150,19 +180,23 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B Q D"],
-        before: KV | None = None,
+        before: KV | Callable[[KV], KV] | None = None,
         *,
-        mask: Bool[np.ndarray, "Q S"] | None = None,
+        mask: Bool[np.ndarray | Array, "*R Q S"] | None = None,
         rotary: Rotary | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B Q D"], KV]:
-        """x over {before, x}; also returns the keys and values of x."""
+        """x over {before, x}; also returns the keys and values of x, which `before` may depend on.
+
+        A mask may have an axis of the batch.
+        """
         q, own = self.qkv(x, rotary)
-        kv = own if before is None else jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b], axis=1), before, own
-        )  # fmt: skip
-        shown = None if mask is None else jnp.asarray(mask)[None, None]
-        y = nn.attend(q, kv.k, kv.v, mask=shown)
+        before = before(own) if callable(before) else before
+        kv = own if before is None else concatenate(before, own)
+        if mask is not None:
+            mask = jnp.asarray(mask)[..., None, :, :]  # of every head
+            mask = mask[None] if mask.ndim == 3 else mask
+        y = nn.attend(q, kv.k, kv.v, mask=mask)
         return self.finish(x, y, key), own
 
     def step(
@@ -172,8 +206,12 @@ class Layer(nnx.Module):
         cache: KV,
         index: Int[Array, ""],
         rotary: Rotary | None = None,
+        seen: Bool[Array, " S"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KV]:
-        """One slot: writes its keys and values at `index` of the cache and attends up to there."""
+        """One slot: writes its keys and values at `index` of the cache and attends up to there.
+
+        `seen` says which slots of `prefix` there are; all by default.
+        """
         q, own = self.qkv(x, rotary)
         cache = jax.tree.map(
             lambda c, y: jax.lax.dynamic_update_slice_in_dim(c, y.astype(c.dtype), index, axis=1),
@@ -186,9 +224,10 @@ class Layer(nnx.Module):
 
         past = jnp.arange(cache.k.shape[1]) <= index
         split = prefix.k.shape[1]
-        weights = jnp.concatenate(
-            [logits(prefix.k), jnp.where(past, logits(cache.k), -jnp.inf)], axis=-1
-        )
+        before = logits(prefix.k)
+        if seen is not None:
+            before = jnp.where(seen, before, -jnp.inf)
+        weights = jnp.concatenate([before, jnp.where(past, logits(cache.k), -jnp.inf)], axis=-1)
         weights = jax.nn.softmax(weights, axis=-1).astype(q.dtype)
         y = jnp.einsum("bhrs,bshe->bhre", weights[..., :split], prefix.v)
         y += jnp.einsum("bhrs,bshe->bhre", weights[..., split:], cache.v)
@@ -234,16 +273,31 @@ class Transformer(nnx.Module):
         self,
         prefix: Float[Array, "B P D"],
         groups: Float[Array, "B G Q D"],
-        mask: Bool[np.ndarray, "Q S"],
+        num_container: int,
         prefix_rotary: Rotary | None = None,
         rotary: Rotary | None = None,
         key: jax.Array | None = None,
+        *,
+        aligned: Sequence[Float[Array, "B G N D"]] = (),
+        window: int = 0,
     ) -> Float[Array, "B G Q D"]:
-        """All groups at once. Rotary angles of the groups have axes [B, G, Q, ...]."""
-        size = groups.shape[1]
+        """All groups at once, each of `num_container` slots of the container and N of tokens.
+
+        Rotary angles of the groups have axes [B, G, Q, ...]. `aligned` is added to the tokens'
+        slots, each of its entries before a part of the layers as long as the others. With `window`
+        the groups, which are all of a clip, see the tokens' slots of so many before them.
+        """
+        batch, size, slots = groups.shape[:3]
         if rotary is not None:
             rotary = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), rotary)
-        prefix_mask = self.prefix_mask(prefix.shape[1])
+        length = prefix.shape[1]
+        prefix_mask, tokens = self.prefix_mask(length), slots - num_container
+        mask = group_mask(length, num_container, tokens)
+        if window:
+            earlier = earlier_mask(size, window, slots - tokens, tokens)
+            rows = np.broadcast_to(mask, (size, *mask.shape))
+            parts = [rows[..., :length], earlier, rows[..., length:]]
+            mask = jnp.tile(np.concatenate(parts, axis=-1), (batch, 1, 1))
 
         def one(carry, layer_and_key):
             prefix, groups = carry
@@ -251,16 +305,46 @@ class Transformer(nnx.Module):
             keys = (None, None) if key is None else jax.random.split(key)
             prefix, kv = layer(prefix, mask=prefix_mask, rotary=prefix_rotary, key=keys[0])
             shared = jax.tree.map(lambda y: jnp.repeat(y, size, axis=0), kv)
+
+            def before(own: KV) -> KV:
+                def of_group_before(y, w):
+                    late = y[:, num_container:].reshape(batch, size, tokens, *y.shape[2:])
+                    return jnp.roll(late, w, axis=1).reshape(-1, *late.shape[2:])
+
+                earlier = [KV(*(of_group_before(y, w) for y in own)) for w in range(window, 0, -1)]
+                return concatenate(shared, *earlier)
+
             flat = groups.reshape(-1, *groups.shape[2:])
-            flat, _ = layer(flat, shared, mask=mask, rotary=rotary, key=keys[1])
+            flat, _ = layer(
+                flat, before if window else shared, mask=mask, rotary=rotary, key=keys[1]
+            )
             prefix = constrain(prefix, "batch", None, None)
             groups = constrain(flat.reshape(groups.shape), "batch", None, None, None)
             return (prefix, groups), None
 
         keys = None if key is None else jax.random.split(key, self.num_layers)
         body = jax.checkpoint(one) if self.remat else one
-        (_, groups), _ = jax.lax.scan(body, (prefix, groups), (self.layers, keys))
+        for part, more in zip(self.parts(len(aligned)), aligned or [None], strict=True):
+            if more is not None:
+                groups = groups.at[:, :, num_container:].add(more)
+            layers = jax.tree.map(operator.itemgetter(part), (self.layers, keys))
+            (prefix, groups), _ = jax.lax.scan(body, (prefix, groups), layers)
         return self.norm(groups)
+
+    def parts(self, number: int) -> list[slice]:
+        """The layers cut into as many parts (one if 0) as long as one another, or nearly."""
+        number = max(number, 1)
+        ends = [self.num_layers * i // number for i in range(number + 1)]
+        return [slice(*x) for x in zip(ends[:-1], ends[1:], strict=True)]
+
+    def by_layer(self, aligned: Sequence[Float[Array, "*b D"]]) -> Float[Array, "L *b D"] | None:
+        """What is added before each layer, zeros for most."""
+        if not aligned:
+            return None
+        added = jnp.zeros((self.num_layers, *aligned[0].shape), aligned[0].dtype)
+        for part, more in zip(self.parts(len(aligned)), aligned, strict=True):
+            added = added.at[part.start].add(more)
+        return added
 
     def prefill(self, prefix: Float[Array, "B P D"], rotary: Rotary | None) -> KV:
         """Keys and values of the prefix; the layers are the first axis."""
@@ -273,14 +357,23 @@ class Transformer(nnx.Module):
         self,
         x: Float[Array, "B Q D"],
         prefix: KV,
-        mask: Bool[np.ndarray, "Q S"],
+        mask: Bool[np.ndarray | Array, "Q S"],
         rotary: Rotary | None,
         size: int,
+        aligned: Sequence[Float[Array, "B N D"]] = (),
     ) -> KV:
-        """A cache with room for a group's `size` slots, filled with the first Q."""
-        _, own = jax.lax.scan(
-            lambda x, y: y[0](x, y[1], mask=mask, rotary=rotary), x, (self.layers, prefix)
-        )
+        """A cache with room for a group's `size` slots, filled with the first Q.
+
+        `aligned` is added to the last N of these as in `__call__`.
+        """
+
+        def one(x, y):
+            layer, before, added = y
+            if added is not None:
+                x = x.at[:, x.shape[1] - added.shape[1] :].add(added)
+            return layer(x, before, mask=mask, rotary=rotary)
+
+        _, own = jax.lax.scan(one, x, (self.layers, prefix, self.by_layer(aligned)))
         room = ((0, 0), (0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))
         return jax.tree.map(lambda y: jnp.pad(y, room), own)
 
@@ -291,9 +384,15 @@ class Transformer(nnx.Module):
         cache: KV,
         index: Int[Array, ""],
         rotary: Rotary | None,
+        aligned: Sequence[Float[Array, "B 1 D"]] = (),
+        seen: Bool[Array, " S"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KV]:
-        """The hidden state of slot `index`, and the cache with it."""
-        x, cache = jax.lax.scan(
-            lambda x, y: y[0].step(x, y[1], y[2], index, rotary), x, (self.layers, prefix, cache)
-        )
+        """The hidden state of slot `index`, and the cache with it; `seen` as in `Layer.step`."""
+
+        def one(x, y):
+            layer, before, cache, added = y
+            x = x if added is None else x + added
+            return layer.step(x, before, cache, index, rotary, seen)
+
+        x, cache = jax.lax.scan(one, x, (self.layers, prefix, cache, self.by_layer(aligned)))
         return self.norm(x), cache

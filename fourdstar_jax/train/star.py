@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import tokens
@@ -16,6 +18,7 @@ from fourdstar_jax.star import warm_start
 from fourdstar_jax.star.forcing import corrupt
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
+from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -36,20 +39,35 @@ def condition_of(batch: dict) -> Condition:
     )
 
 
-def groups_of(batch: dict) -> jax.Array:
-    """Tokens [B, T, V, n, K] of a batch as groups [B, T, N, K], view after view."""
+def all_views(batch: dict) -> jax.Array:
+    """Tokens [B, T, V, n, K] of a batch as [B, T, V n, K], view after view."""
     views = batch["tokens"]
     return views.reshape(*views.shape[:2], -1, views.shape[-1])
 
 
-def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config):
-    """One optimizer step. Pure; the randomness of step s is `key` folded with s."""
+def near_codes(
+    codebooks: Float[Array, "K vocab d"], count: int, blank_code: int | None = None
+) -> Int[Array, "K vocab near"]:
+    """Ids of the codes that each code may be taken for; the blank one is never mistaken."""
+    if blank_code is None:
+        return quantize.near_codes(codebooks, count)
+    assert blank_code == quantize.BLANK == 0
+    near = 1 + quantize.near_codes(codebooks[:, 1:], count)
+    return jnp.concatenate([jnp.full_like(near[:, :1], blank_code), near], axis=1)
+
+
+def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config, near=None):
+    """One optimizer step. Pure; the randomness of step s is `key` folded with s.
+
+    `near`, of `near_codes`, is needed where `forcing_config` has noise.
+    """
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.rest)
-        tokens = groups_of(batch)
-        step_key = jax.random.fold_in(key, state.step)
-        forcing = corrupt(step_key, tokens, model.vocab_size, **forcing_config)
+        tokens = all_views(batch)
+        wrong_key, forcing_key = jax.random.split(jax.random.fold_in(key, state.step))
+        wrong = None if near is None else quantize.corrupt(wrong_key, tokens, near, 1.0)
+        forcing = corrupt(forcing_key, tokens, wrong=wrong, **forcing_config)
         return model.loss(tokens, condition_of(batch), forcing, **loss_config)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -59,7 +77,18 @@ def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config):
 def eval_step(graphdef, state, batch):
     """Metrics of the tokens and conditions as they are."""
     model = nnx.merge(graphdef, state.params, state.rest)
-    return model.loss(groups_of(batch), condition_of(batch))[1]
+    return model.loss(all_views(batch), condition_of(batch))[1]
+
+
+def shortened(batch: dict, seed: int, step: int, *, still: float, half: float) -> dict:
+    """The first timesteps of a batch: one in a share `still` of the steps, half of them in `half`.
+
+    Seed and step decide, so that all hosts do the same.
+    """
+    chance, timesteps = np.random.default_rng((seed, step)).random(), batch["times"].shape[1]
+    if chance < still + half:
+        timesteps = 1 if chance < still else (timesteps + 1) // 2
+    return batch | {name: batch[name][:, :timesteps] for name in ("tokens", "times")}
 
 
 def text_features(config: Any, folder: tokens.TokenFolder) -> TextFeatures | None:
@@ -159,13 +188,18 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             state = start_warm(graphdef, state, config.warm_start, workdir)
         state, batches = checkpoints.restore(state, batches)
 
+        forcing, near = config.forcing.to_dict(), None
+        num_near = forcing.pop("near")
+        if forcing["code_noise"] > 0:
+            near = near_codes(arguments["codebooks"], num_near, arguments.get("blank_code"))
         step_fn = jax.jit(
             functools.partial(
                 train_step,
                 graphdef,
                 tx=tx,
-                forcing_config=config.forcing.to_dict(),
+                forcing_config=forcing,
                 loss_config=config.loss.to_dict(),
+                near=near,
             ),
             donate_argnums=0,
         )
@@ -174,7 +208,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
         mean = Mean()
         for step in range(first, config.steps):
-            batch = train_state.to_device(next(batches), mesh)
+            batch = shortened(
+                next(batches), config.seed, step, still=config.data.still, half=config.data.half
+            )
+            batch = train_state.to_device(batch, mesh)
             state, metrics = step_fn(state, batch, key)
             mean.add(metrics)
             done = step + 1

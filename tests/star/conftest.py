@@ -15,9 +15,14 @@ SIZES = dict(
     dim=24, num_layers=2, num_heads=3, head_dim=10, head_layers=1, head_heads=1,
     container_slots=5, container_neighbors=2, text_vocab=11, text_length=5, text_dim=6,
     time_features=8, spe_octaves=2, normalize=True, rope="axial", predict_input_view=False,
+    inject="both", container_place=0.25,
 )  # fmt: skip
-# As the bundles of before: the input view stands in the groups, positions as they come.
-OLD = dict(normalize=False, rope="none", predict_input_view=True, init_std=0.2)
+# As the bundles of before: the input view stands in the groups, positions as they come, a state
+# without places.
+OLD = dict(
+    normalize=False, rope="none", predict_input_view=True, inject="tokens", container_place=None,
+    init_std=0.2,
+)  # fmt: skip
 
 
 def build(**changes):
@@ -61,8 +66,8 @@ def data():
 def logits():
     """`STAR.logits`, compiled once for all tests."""
     return jax.jit(
-        lambda m, tokens, condition, past=None: m.logits(
-            tokens, condition, Forcing(history_tokens=past)
+        lambda m, tokens, condition, history=None: m.logits(
+            tokens, condition, Forcing(history_tokens=history)
         )
     )
 

@@ -12,15 +12,20 @@ from fourdstar_jax import cluster_dpc_knn, nn, sharding
 from fourdstar_jax.star.container import Container, Group, empty_container, merge
 
 B, T, N, K, D, M = 2, 3, 7, 3, 12, 5
+STEPS = np.tile(np.arange(T), (B, 1))
+
+
+def build(**changes):
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        return nn.build(
+            Container, jax.random.key(0), dim=D, num_heads=3, num_slots=M, neighbors=2,
+            refine_blocks=2, init=nnx.initializers.normal(0.3), dtype=jnp.float32, **changes,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def container():
-    with sharding.use_mesh(devices=jax.devices()[:1]):
-        return nn.build(
-            Container, jax.random.key(0), dim=D, num_heads=3, num_slots=M, neighbors=2,
-            refine_blocks=2, init=nnx.initializers.normal(0.3), dtype=jnp.float32,
-        )  # fmt: skip
+    return build()
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +34,26 @@ def history():
     tokens = jax.random.randint(jax.random.key(1), (B, T, N, K), 0, 2, jnp.int32)
     table = jax.random.normal(jax.random.key(2), (2, 2, 2, D))
     x = table[tokens[..., 0], tokens[..., 1], tokens[..., 2]]
-    return x, tokens, jnp.ones(x.shape[:3], bool)
+    return Group(x, tokens, jnp.ones(x.shape[:3], bool))
+
+
+@jax.jit
+def state_of(container, groups, spe, coordinates):
+    """What the container tells every group of what was clustered."""
+    clusters = container.cluster_history(groups)
+    x = groups.x.reshape(B, T * N, -1)
+    return container(x, spe, coordinates, clusters, jnp.asarray(STEPS), N)
+
+
+def somewhere(key=4):
+    """Positional encodings and coordinates of all tokens."""
+    places = jax.random.normal(jax.random.key(key), (B, T * N, D + 4))
+    return places[..., :D], places[..., D:]
 
 
 def test_training_clusters_equal_a_run_from_scratch(container, history):
-    x, tokens, mask = history
-    got = container.cluster_history(x, tokens, mask)
+    x, tokens, _ = history
+    got = container.cluster_history(history)
     assert not got.valid[:, 0].any() and (got.assignment[:, 0] == -1).all()
     for t in range(1, T):
         want = cluster_dpc_knn(
@@ -48,11 +67,10 @@ def test_training_clusters_equal_a_run_from_scratch(container, history):
 
 
 def test_training_and_decoding_cluster_alike(container, history):
-    x, tokens, mask = history
-    trained = jax.jit(container.cluster_history)(x, tokens, mask)
+    trained = jax.jit(container.cluster_history)(history)
     carry = empty_container(B, T * N, D, K)
     for t in range(T - 1):
-        carry, clusters = container.update(carry, Group(x[:, t], tokens[:, t], mask[:, t]))
+        carry, clusters = container.update(carry, Group(*(y[:, t] for y in history)))
         jax.tree.map(
             lambda a, b, t=t: np.testing.assert_array_equal(a[:, t + 1], b), trained, clusters
         )
@@ -126,11 +144,9 @@ def reference_states(container, x, assignment, valid):
 
 
 def test_states_equal_a_plain_implementation(container, history):
-    x, tokens, mask = history
-    clusters = container.cluster_history(x, tokens, mask)
-    flat = x.reshape(B, -1, D)
-    places = jax.random.normal(jax.random.key(4), (B, T * N, 4))
-    got, mean_places = jax.jit(lambda c, *a: c.states(*a))(container, flat, places, clusters)
+    clusters = container.cluster_history(history)
+    flat, places = history.x.reshape(B, -1, D), somewhere()
+    got, _, means = jax.jit(lambda c, *a: c.states(*a))(container, flat, *places, clusters)
     for b in range(B):
         for t in range(1, T):
             valid = np.asarray(clusters.valid[b, t])
@@ -139,16 +155,13 @@ def test_states_equal_a_plain_implementation(container, history):
             np.testing.assert_allclose(got[b, t][valid], want[valid], rtol=1e-4, atol=1e-5)
             alone = [m for m in np.flatnonzero(valid) if (assignment == m).sum() == 1]
             for m in alone:
-                np.testing.assert_allclose(
-                    mean_places[b, t, m], places[b, clusters.centers[b, t, m]], rtol=1e-5
-                )
+                place = places[1][b, clusters.centers[b, t, m]]
+                np.testing.assert_allclose(means[b, t, m], place, rtol=1e-5)
 
 
 def test_empty_slots_hold_the_learned_vector(container, history):
-    x, tokens, mask = history
-    clusters = container.cluster_history(x, tokens, mask)
-    flat = x.reshape(B, -1, D)
-    out, _ = jax.jit(lambda c, *a: c(*a))(container, flat, flat, flat[..., :4], clusters)
+    clusters = container.cluster_history(history)
+    out = state_of(container, history, *somewhere()).tokens
     empty = container.empty[...]
     np.testing.assert_array_equal(out[:, 0], jnp.broadcast_to(empty, (B, M, D)))
     filled = np.asarray(clusters.valid)
@@ -157,38 +170,82 @@ def test_empty_slots_hold_the_learned_vector(container, history):
 
 
 def test_later_groups_do_not_reach_a_state(container, history):
-    x, tokens, mask = history
-
-    @jax.jit
-    def states(x):
-        clusters = container.cluster_history(x, tokens, mask)
-        flat = x.reshape(B, -1, D)
-        return container(flat, flat, flat[..., :4], clusters)[0]
-
-    a, b = states(x), states(x.at[:, 1].add(jax.random.normal(jax.random.key(5), (B, N, D))))
+    other = history.x.at[:, 1].add(jax.random.normal(jax.random.key(5), (B, N, D)))
+    a, b = (
+        state_of(container, history._replace(x=x), *somewhere()).tokens for x in (history.x, other)
+    )
     np.testing.assert_array_equal(a[:, :2], b[:, :2])
     assert (jnp.abs(a[:, 2] - b[:, 2]).max(axis=(1, 2)) > 1e-3).all()
 
 
 def test_gradient_reaches_scores_and_features(container, history):
-    x, tokens, mask = history
-    clusters = container.cluster_history(x, tokens, mask)
-    spe = jnp.zeros((B, T * N, D))
-
     @functools.partial(jax.grad, argnums=(0, 1))
     def grads(container, x):
-        return jnp.sum(container(x, spe, spe[..., :4], clusters)[0] ** 2)
+        groups = history._replace(x=x)
+        return jnp.sum(state_of(container, groups, *somewhere()).tokens ** 2)
 
-    dcontainer, dx = jax.jit(grads)(container, x.reshape(B, -1, D))
+    dcontainer, dx = jax.jit(grads)(container, history.x)
     for block in dcontainer.blocks:
         assert jnp.abs(block.score_up.kernel[...]).max() > 1e-6
-    dx = jnp.abs(dx.reshape(B, T, N, D)).max(axis=(0, 2, 3))
+    dx = jnp.abs(dx).max(axis=(0, 2, 3))
     assert (dx[:-1] > 1e-6).all() and dx[-1] == 0  # the last group conditions nothing
+
+
+def test_a_place_is_told_the_state_of_its_cluster(history):
+    container = build(inject="both", place=0.2, blank_code=0)
+    spe, coordinates = somewhere()
+    rays = jax.random.normal(jax.random.key(6), (B, T, N, 6))
+    groups = container.group(history.x, history.ids, rays, history.mask)
+    blank = np.asarray((history.ids == 0).all(-1))
+    np.testing.assert_array_equal(groups.mask, ~blank)
+    assert blank[:, :-1].any()
+
+    clusters = container.cluster_history(groups)
+    z, *_ = container.states(groups.x.reshape(B, T * N, -1)[..., :D], spe, coordinates, clusters)
+    got = state_of(container, groups, spe, coordinates).aligned
+    assert len(got) == 3
+    for mlp, told in zip(container.aligned, got, strict=True):
+        np.testing.assert_array_equal(told[:, 0], 0)  # the first group has no past
+        for b, t, j in np.ndindex(B, T, N):
+            if t == 0:
+                continue
+            cluster = int(clusters.assignment[b, t, (t - 1) * N + j])
+            assert (cluster < 0) == blank[b, t - 1, j]
+            want = container.absent[...] if cluster < 0 else z[b, t, cluster]
+            np.testing.assert_allclose(told[b, t, j], mlp(want), rtol=1e-3, atol=1e-5)
+
+
+def test_blank_tokens_are_no_centres():
+    """All but M tokens are blank: the M others are the centres."""
+    container = build(blank_code=0)
+    tokens = jnp.zeros((1, 1, 2 * M, 1), jnp.int32).at[0, 0, 1::2, 0].set(jnp.arange(1, M + 1))
+    x = jax.random.normal(jax.random.key(7), (M + 1, D))[tokens[..., 0]]
+    group = container.group(x, tokens, jnp.zeros((1, 1, 2 * M, 6)), jnp.ones((1, 1, 2 * M), bool))
+    carry = container.empty_carry(1, 2 * M, D, 1)
+    _, clusters = container.update(carry, Group(*(y[:, 0] for y in group)))
+    assert clusters.valid.all()
+    np.testing.assert_array_equal(np.sort(clusters.centers[0]), np.arange(1, 2 * M, 2))
+    np.testing.assert_array_equal(clusters.assignment[0, ::2], -1)
+
+
+def test_places_part_what_looks_alike():
+    """Two bunches of like tokens: clustered by their rays only where these have a weight."""
+    x = jnp.tile(jnp.ones(D), (1, 1, 8, 1)) + 1e-3 * jax.random.normal(jax.random.key(8), (8, D))
+    tokens = jnp.arange(8, dtype=jnp.int32)[None, None, :, None]
+    rays = jnp.where(jnp.arange(8)[:, None] % 2, 1.0, -1.0) * jnp.ones((1, 1, 8, 6))
+    for place in (None, 0.3):
+        container = build(place=place)
+        group = container.group(x, tokens, rays, jnp.ones((1, 1, 8), bool))
+        group = Group(*(y[:, 0] for y in group))
+        container.num_slots = 2
+        _, clusters = container.update(container.empty_carry(1, 8, D, 1), group)
+        odd, even = clusters.assignment[0, 1::2], clusters.assignment[0, ::2]
+        parted = bool((odd == odd[0]).all() and (even == even[0]).all() and odd[0] != even[0])
+        assert parted == (place is not None)
 
 
 def test_more_slots_than_tokens_is_an_error(container):
     with pytest.raises(ValueError, match="container_slots=5"):
         container.check(3)
-    one = (jnp.ones((1, 1, 5, D)), jnp.ones((1, 1, 5, K), jnp.int32), jnp.ones((1, 1, 5), bool))
-    got = container.cluster_history(*one)
-    assert got.valid.shape == (1, 1, M)
+    one = Group(jnp.ones((1, 1, 5, D)), jnp.ones((1, 1, 5, K), jnp.int32), jnp.ones((1, 1, 5)) > 0)
+    assert container.cluster_history(one).valid.shape == (1, 1, M)

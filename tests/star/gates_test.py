@@ -12,17 +12,18 @@ import optax
 from flax import nnx
 
 from fourdstar_jax import geometry, nn
-from fourdstar_jax.star.forcing import AS_GIVEN
+from fourdstar_jax.star.forcing import AS_GIVEN, Forcing
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.types import Cameras
 
 B, T, V, K, VOCAB, SIZE, GRID = 32, 3, 2, 2, 8, 16, 2
 n = GRID**2  # tokens of a view
+KINDS = 4  # of tokens in a clip: as many as the container has slots
 SIZES = dict(
     num_codebooks=K, vocab_size=VOCAB, code_dim=8, resolution=SIZE, grid=GRID, dim=32, num_layers=2,
-    num_heads=2, head_dim=16, head_layers=1, head_heads=1, container_slots=4,
+    num_heads=2, head_dim=16, head_layers=1, head_heads=1, container_slots=KINDS,
     container_neighbors=2, text_vocab=4, text_length=2, text_dim=8, spe_octaves=4, normalize=True,
-    rope="axial", predict_input_view=False,
+    rope="axial", predict_input_view=False, inject="both", container_place=0.25,
 )  # fmt: skip
 
 
@@ -83,3 +84,23 @@ def test_it_copies_the_frame_of_its_own_time():
     still = metrics(key, lambda c: c._replace(times=jnp.zeros_like(c.times)))["nll"]
     assert backwards > right + 1
     assert still > right + 0.5
+
+
+def repeats(key):
+    """The other views have random tokens of a few kinds, which stay as they are over time."""
+    video, kinds, which = jax.random.split(key, 3)
+    video = jax.random.randint(video, (B, T, n, K), 0, VOCAB, jnp.int32)
+    kinds = jax.random.randint(kinds, (B, KINDS, K), 0, VOCAB, jnp.int32)
+    which = jax.random.randint(which, (B, (V - 1) * n), 0, KINDS)
+    novel = jnp.take_along_axis(kinds, which[..., None], axis=1)
+    novel = jnp.broadcast_to(novel[:, None], (B, T, *novel.shape[1:]))
+    return jnp.concatenate([video, novel], axis=2)
+
+
+def test_it_propagates_what_no_condition_tells():
+    metrics = train(repeats, 200)
+    right = metrics(jax.random.key(2))
+    assert right["nll_group1"] > np.log(VOCAB) - 0.5  # there is nothing to know
+    assert right["nll_group2"] < 0.3 and right["nll_group3"] < 0.3
+    without = metrics(jax.random.key(2), forcing=Forcing(drop_history=jnp.ones(B, bool)))
+    assert without["nll_group2"] > right["nll_group2"] + 1

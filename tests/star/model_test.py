@@ -94,6 +94,55 @@ def test_positional_encoding_is_that_of_the_next_token(model, data):
     np.testing.assert_array_equal(changed, (np.arange(3 * n) >= n) & (np.arange(3 * n) < 2 * n))
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(inject="aligned"), dict(history="window:1", inject="none")]
+)
+def test_other_ways_of_the_past_are_causal(data, logits, make_model, changes):
+    tokens, condition = data
+    model = make_model(**changes)
+    before = logits(model, tokens, condition, tokens)
+    for t, j, k in ((0, 2, 1), (1, 7, 2), (2, 6, 0)):
+        bumped = bump(tokens, (0, t, n + j, k))
+        changed = differs(before, logits(model, bumped, condition, bumped))
+        assert not changed[:t].any()
+        assert not changed[t, :j].any() and not changed[t, j, : k + 1].any()
+        assert changed[t, j + 1 :].all()
+        # Of a token that a window ends with no slot holds it; the container does.
+        reached = changed[t + 1 : t + 2]
+        assert reached.all() or "history" in changes and j == 7 and not reached.any()
+
+
+def test_a_dropped_history_is_none(model, data):
+    """Every group then is as a first one, whatever was before."""
+    tokens, condition = data
+    drop = jnp.array([True, False])
+    run = jax.jit(lambda past, drop: model.logits(
+        tokens, condition, Forcing(history_tokens=past, drop_history=drop)
+    ))  # fmt: skip
+    other = (tokens + 1) % 7
+    dropped, kept = run(tokens, drop), run(tokens, ~drop)
+    np.testing.assert_array_equal(dropped[0], run(other, drop)[0])
+    assert (jnp.abs(dropped - kept).max(axis=(3, 4))[:, 1:] > 1e-5).all()
+    np.testing.assert_allclose(dropped[:, 0], kept[:, 0], atol=1e-5)
+
+
+def test_noise_is_seen_and_not_predicted(model, data):
+    tokens, condition = data
+    wrong = (tokens + 1) % 7
+    forcing = corrupt(jax.random.key(0), tokens, wrong=wrong, code_noise=0.5)
+    seen = forcing.past_tokens
+    assert set(np.unique((seen - tokens) % 7)) == {0, 1}
+    assert 0.05 < float((seen != tokens).mean()) < 0.5
+    with pytest.raises(ValueError, match="code_noise=0.5"):
+        corrupt(jax.random.key(0), tokens, code_noise=0.5)
+    hidden = jax.jit(lambda t, f: model.hidden(t, condition, f))
+    np.testing.assert_allclose(
+        hidden(tokens, Forcing(past_tokens=seen)), hidden(seen, Forcing()), atol=1e-5
+    )
+    nll = jax.jit(lambda t, f: model.nll(t, condition, f))(tokens, Forcing(past_tokens=tokens))
+    np.testing.assert_allclose(nll, jax.jit(lambda t: model.nll(t, condition))(tokens), rtol=1e-5)
+
+
 def test_every_condition_is_used(model, data, logits):
     tokens, condition = data
     before = logits(model, tokens, condition, tokens)
@@ -176,8 +225,9 @@ def test_groups_can_be_chosen_and_change_nothing(model, data):
 
     some, whole = hidden(model)
     np.testing.assert_allclose(some, whole[jnp.arange(2)[:, None], groups], atol=1e-4)
-    with pytest.raises(ValueError, match="num_groups=4"):
-        corrupt(jax.random.key(0), tokens, 7, num_groups=4)
+    with pytest.raises(ValueError, match="num_groups=0"):
+        corrupt(jax.random.key(0), tokens, num_groups=0)
+    assert corrupt(jax.random.key(0), tokens, num_groups=4).groups is None
 
 
 def test_gradient_reaches_every_parameter(model, data):
@@ -207,8 +257,8 @@ def test_training_starts_at_the_entropy_of_the_vocabulary(data, make_model):
     tokens, condition = data
     model = make_model()
     model.head.output[...] = jnp.zeros(model.head.output.shape)
-    forcing = corrupt(jax.random.key(0), tokens, 7, num_groups=2, history_noise=0.3)
-    assert forcing.groups.shape == (2, 2) and (forcing.history_tokens != tokens).any()
+    forcing = corrupt(jax.random.key(0), tokens, num_groups=2)
+    assert forcing.groups.shape == (2, 2)
     loss, metrics = jax.jit(lambda m: m.loss(tokens, condition, forcing))(model)
     np.testing.assert_allclose(loss, math.log(7), rtol=1e-5)
     np.testing.assert_allclose(metrics["nll_code3"], math.log(7), rtol=1e-5)
@@ -227,7 +277,7 @@ def test_training_starts_at_the_entropy_of_the_vocabulary(data, make_model):
 def test_options_train(data, make_model, changes):
     tokens, condition = data
     model = make_model(**changes)
-    forcing = corrupt(jax.random.key(0), tokens, 7)
+    forcing = corrupt(jax.random.key(0), tokens)
     step = jax.jit(jax.value_and_grad(lambda m: m.loss(tokens, condition, forcing)[0]))
     loss, grads = step(model)
     assert np.isfinite(loss)

@@ -18,8 +18,8 @@ def forced_group(model, prefix, memory, t, tokens):
     def choose(slot, hidden):
         return model.head.decode(hidden, lambda k, logits: tokens[:, slot, k])
 
-    found, logits = sample.decode_slots(model, prefix, group, 0, choose)
-    return logits, sample.end_group(model, prefix, memory, found)
+    found, logits, cache = sample.decode_slots(model, group, 0, choose)
+    return logits, sample.end_group(model, prefix, memory, found, cache)
 
 
 def forced_logits(model, condition, tokens):
@@ -47,8 +47,10 @@ def test_cached_decoding_equals_teacher_forcing(model, data, logits):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(normalize=False, predict_input_view=True),
-        dict(num_kv_heads=1, rope="none", prefix="causal", qk_norm=True),
+        dict(predict_input_view=True, inject="tokens"),
+        dict(num_kv_heads=1, rope="none", prefix="causal", qk_norm=True, inject="aligned"),
+        dict(history="full", inject="none"),
+        dict(history="window:1", num_layers=4, blank_code=2),
     ],
 )
 def test_it_does_so_with_other_options(data, logits, make_model, changes):

@@ -90,6 +90,7 @@ def config_of(token_dir, source, feature_dir):
         container_neighbors=2, text_encoder="t5", text_length=120, text_dim=6,
     )  # fmt: skip
     config.data.update(dir=str(token_dir), timesteps=2)
+    config.forcing.near = 2
     config.data.text_features = None if feature_dir is None else str(feature_dir)
     config.mesh.data = 1
     config.update(batch_size=2, steps=2, log_every=1, checkpoint_every=2, eval_every=2)

@@ -61,6 +61,7 @@ def config_of(token_dir, source, warm_start, steps=2):
         container_neighbors=2, text_length=5, text_dim=6,
     )  # fmt: skip
     config.data.update(dir=str(token_dir), timesteps=2)
+    config.forcing.near = 2
     config.mesh.data = 1
     config.update(batch_size=2, steps=steps, log_every=1, checkpoint_every=2, eval_every=2)
     config.schedule.update(learning_rate=1e-9, warmup_steps=1)
