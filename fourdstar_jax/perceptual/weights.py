@@ -1,0 +1,79 @@
+"""Weights of the networks that measure pictures: .npz files whose content is pinned by a digest."""
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Conv(NamedTuple):
+    """A convolution without a norm: that of the network is folded into it."""
+
+    kernel: Float[Array, "*window din dout"]
+    bias: Float[Array, " dout"]
+
+    def __call__(self, x: Float[Array, "b *size din"], *, stride=1, padding="SAME") -> Array:
+        """The convolution with bias, channels last; `stride` is one for all axes."""
+        axes = "DHW"[4 - self.kernel.ndim + 1 :]
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel.astype(x.dtype),
+            window_strides=(stride,) * len(axes),
+            padding=padding,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        )
+        return y + self.bias.astype(x.dtype)
+
+
+def fold_norm(
+    kernel: np.ndarray, beta: np.ndarray, mean: np.ndarray, var: np.ndarray, *, eps: float
+) -> Conv:
+    """The convolution that equals one without bias followed by a batch norm without scale."""
+    size = 1 / np.sqrt(np.float64(var) + eps)
+    shift = np.float64(beta) - mean * size
+    folded = np.float64(kernel) * size
+    return Conv(jnp.asarray(folded, jnp.float32), jnp.asarray(shift, jnp.float32))
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and values, whatever the file they came in."""
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        sha.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def read(
+    path: str | os.PathLike[str], networks: Mapping[str, str], *, made_by: str
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Which of `networks`, whose digests are given, an .npz holds, and its arrays.
+
+    `made_by` tells a user how to make the file. Raises ValueError where the file is absent or
+    holds anything else.
+    """
+    path = Path(path)
+    names = " or ".join(networks)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: the weights of {names} are made by {made_by}")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: no .npz of arrays: {error}") from error
+    found = digest(arrays)
+    for name, wanted in networks.items():
+        if found == wanted:
+            return name, arrays
+    raise ValueError(
+        f"{path}: not the weights of {names}: digest {found}, not {' or '.join(networks.values())}"
+    )
