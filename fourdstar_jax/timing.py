@@ -6,6 +6,7 @@ runs them by this file's path, under a Python that may have no JAX.
 
 import datetime
 import importlib.metadata
+import math
 import platform
 import shutil
 import statistics
@@ -70,6 +71,46 @@ def program_bytes(compiled: Any) -> int | None:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
     )
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Multiplications and additions of all matrix products and convolutions of a call.
+
+    Counted in the traced program: a scan's body as often as it runs, the body of another loop once,
+    the dearest branch of a condition; kernels are left out, but for the fused attention. `args` may
+    be shapes.
+    """
+    import jax
+
+    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        shapes = [v.aval.shape for v in eqn.invars if hasattr(v.aval, "shape")]
+        if name == "dot_general":
+            inner = math.prod(shapes[0][i] for i in params["dimension_numbers"][0][0])
+            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            outputs = shapes[1][params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[1]) // outputs
+        elif name.startswith("dot_product_attention_fwd"):  # cuDNN's; [b, L, H, E] and [b, S, H, E]
+            total += 4 * math.prod(shapes[0]) * shapes[1][1]
+        elif name == "scan":
+            total += params["length"] * _flops(params["jaxpr"].jaxpr)
+        elif name == "cond":
+            total += max(_flops(branch.jaxpr) for branch in params["branches"])
+        elif name != "pallas_call":
+            inside = [x for value in params.values() for x in _as_tuple(value)]
+            inside = [getattr(x, "jaxpr", x) for x in inside]  # closed ones
+            total += sum(_flops(x) for x in inside if hasattr(x, "eqns"))
+    return total
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def allocator_peak() -> int | None:

@@ -474,6 +474,13 @@ def test_bench_tokenizer(capsys, tmp_path, tiny_bundle):
         (["bench", "tokenizer", "--bundle", ".", "--dtype", "float32"], "--dtype"),
         (["bench", "tokenizer", "--against", "nowhere"], "no checkout of UniTok"),
         (["bench", "tokenizer", "--size", "tiny", "--against", "."], "size='tiny'"),
+        (["bench", "train", "nothing"], "invalid choice: 'nothing'"),
+        (["bench", "train", "vqvae", "--size", "huge"], "'huge'"),
+        (
+            ["bench", "train", "vqvae", "--parts", "lpips"],
+            "'lpips' of a step; there are generation",
+        ),
+        (["bench", "train", "vqvae", "--config.model.depth=3"], "config.model.depth: "),
     ],
 )
 def test_wrong_benchmarks(capsys, argv, words):
@@ -497,6 +504,7 @@ NUMBERS = {
     "encode-text --data a --bundle b --out c": ["batch"],
     "bench tokenizer": ["batch", "repeats"],
     "bench rasterize": ["repeats"],
+    "bench train vqvae": ["batch", "views", "repeats"],
 }
 
 

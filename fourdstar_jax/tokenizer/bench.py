@@ -70,21 +70,8 @@ def shapes(size: str, dtype: str) -> UniTok:
 
 
 def random_model(size: str, dtype: str, seed: int = 0) -> UniTok:
-    """Weights N(0, 0.02), scales of norms around one; made on the host, a matter of seconds.
-
-    To compile the initialisation would take minutes. Needs a current mesh.
-    """
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        values = rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
-        if "scale" in jax.tree_util.keystr(path):
-            values += 1
-        return jnp.asarray(values, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes(size, dtype))
+    """A UniTok with `nn.host_weights`. Needs a current mesh."""
+    return nn.host_weights(shapes(size, dtype), seed)
 
 
 class Program(NamedTuple):

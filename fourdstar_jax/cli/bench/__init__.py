@@ -2,11 +2,11 @@
 
 import argparse
 
-from fourdstar_jax.cli.bench import rasterize, tokenizer
+from fourdstar_jax.cli.bench import rasterize, tokenizer, train
 from fourdstar_jax.cli.common import add_command
 
 SUMMARY = "measure the speed of an operation"
-OPERATIONS = (rasterize, tokenizer)
+OPERATIONS = (rasterize, tokenizer, train)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,54 @@
+"""`fourdstar bench train`: the speed of training steps."""
+
+import argparse
+from pathlib import Path
+
+from fourdstar_jax.cli.common import whole
+from fourdstar_jax.cli.train import read_config
+
+SUMMARY = "time training steps and their parts, on random weights and made data"
+DESCRIPTION = """
+Time training steps and their parts, on random weights and made data. Any value of the stage's
+config can be overridden: --config.model.up_pictures=32.
+"""
+STAGES = ("vqvae",)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(takes_overrides=True)
+    parser.add_argument("stage", choices=STAGES, metavar="STAGE", help=" ".join(STAGES))
+    parser.add_argument(
+        "--size", choices=["tiny", "small", "base", "paper"], default="tiny", help="of the config"
+    )
+    parser.add_argument(
+        "--batch", type=whole(1, 1 << 16), default=1, metavar="N", help="objects a step"
+    )
+    parser.add_argument(
+        "--views", type=whole(1, 64), metavar="N", help="of the rig; 8 at size paper, else 4"
+    )
+    parser.add_argument(
+        "--parts", nargs="*", metavar="NAME", help="what to time beside the step; default all"
+    )
+    parser.add_argument(
+        "--repeats", type=whole(1, 10**6), default=10, metavar="N", help="timed steps"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the results as JSON")
+    parser.add_argument("--commit", help="of the code, for the results; default git's")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = read_config(f"configs/vqvae.py:{arguments.size}", arguments.overrides)
+    tokenizer = read_config(f"configs/tokenizer.py:{arguments.size}", [])
+    from fourdstar_jax.train import bench
+
+    bench.run(
+        config,
+        tokenizer.model.to_dict(),
+        size=arguments.size,
+        objects=arguments.batch,
+        views=arguments.views,
+        repeats=arguments.repeats,
+        parts=arguments.parts,
+        json_file=arguments.json,
+        commit=arguments.commit,
+    )
