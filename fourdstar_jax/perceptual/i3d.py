@@ -10,11 +10,12 @@ import os
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fourdstar_jax.nn import Dtype
 from fourdstar_jax.perceptual import weights
 from fourdstar_jax.perceptual.weights import Conv
+from fourdstar_jax.types import Array
 
 DIGEST = "c29073697f973234194f3a4eb338a9c13e7ea2f0742d327557eb14ffcc02b83f"  # of the weights
 EPS = 1e-3  # of the batch norms
@@ -48,10 +49,10 @@ class I3D:
     convs: dict[str, Conv]
     dtype: Dtype = struct.field(pytree_node=False, default=jnp.float32)
 
-    def __call__(self, videos: Float[Array, "*b T 224 224 3"]) -> Float[Array, "*b 400"]:
-        """Logits of videos in [0, 1] of at least 9 frames, before the softmax, averaged over time.
+    def __call__(self, videos: Float[Array, "*b T h w 3"]) -> Float[Array, "*b 400"]:
+        """Logits of videos in [0, 1], before the softmax, averaged over time.
 
-        Raises ValueError for other sizes.
+        Videos have 224x224 pixels and at least 9 frames. Raises ValueError for others.
         """
         frames, h, w, _ = videos.shape[-4:]
         if (h, w) != (SIZE, SIZE) or frames < MIN_FRAMES:
@@ -59,7 +60,7 @@ class I3D:
                 f"videos of {frames} frames of {w}x{h} pixels; I3D takes {SIZE}x{SIZE} and at "
                 f"least {MIN_FRAMES} frames"
             )
-        x = (2 * videos - 1).reshape(-1, *videos.shape[-4:]).astype(self.dtype)
+        x = jnp.asarray(2 * videos - 1).reshape(-1, *videos.shape[-4:]).astype(self.dtype)
         for layer in LAYERS:
             if not isinstance(layer, str):
                 x = _max_pool(x, *layer)

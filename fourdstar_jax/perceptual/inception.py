@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fourdstar_jax.nn import Dtype
 from fourdstar_jax.perceptual import weights
 from fourdstar_jax.perceptual.weights import Conv
+from fourdstar_jax.types import Array
 
 DIGEST = "58a2662a72bb8c31e808fd3011c5561124a9229ae677894631e41d672851837a"  # of the weights
 EPS = 1e-3  # of the batch norms
@@ -30,8 +31,8 @@ class Inception:
     convs: dict[str, Conv]
     dtype: Dtype = struct.field(pytree_node=False, default=jnp.float32)
 
-    def __call__(self, images: Float[Array, "*b 299 299 3"]) -> Float[Array, "*b 2048"]:
-        """Features of pictures in [0, 1], averaged over places.
+    def __call__(self, images: Float[Array, "*b h w 3"]) -> Float[Array, "*b 2048"]:
+        """Features of pictures in [0, 1] of 299x299 pixels, averaged over places.
 
         Values count as (255 x - 128) / 128, as in TensorFlow's graph. Raises ValueError for
         another size: how pictures are resized is a protocol's to say.
@@ -39,7 +40,7 @@ class Inception:
         h, w = images.shape[-3:-1]
         if (h, w) != (SIZE, SIZE):
             raise ValueError(f"pictures of {w}x{h} pixels; Inception takes {SIZE}x{SIZE}")
-        x = (255 * images - 128) / 128
+        x = jnp.asarray((255 * images - 128) / 128)
         x = x.reshape(-1, h, w, 3).astype(self.dtype)
         x = self._run("conv", x, stride=2, padding="VALID")
         x = self._run("conv_1", x, padding="VALID")

@@ -6,15 +6,18 @@ Losses use VGG16; of figures, say with which network they were measured.
 """
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fourdstar_jax.nn import Dtype
 from fourdstar_jax.perceptual import weights
 from fourdstar_jax.perceptual.weights import Conv
+from fourdstar_jax.types import Array
 
 DIGESTS = {  # of the weights
     "VGG16": "576050351138bc93519f73cfcc3cfa26bf28eefffc3bea71c48326ae7c5262d7",
@@ -22,6 +25,12 @@ DIGESTS = {  # of the weights
 }
 # Convolutions of each stage, whose last activation is compared.
 STAGES = {"VGG16": (2, 2, 3, 3, 3), "AlexNet": (1, 1, 1, 1, 1)}
+# Output channels of the convolutions, and rows and columns of their kernels.
+WIDTHS = {
+    "VGG16": (64, 64, 128, 128, *(256,) * 3, *(512,) * 6),
+    "AlexNet": (64, 192, 384, 256, 256),
+}
+KERNELS = {"VGG16": (3,) * 13, "AlexNet": (11, 5, 3, 3, 3)}
 # (stage, window) of the poolings before a stage, all of stride 2
 POOLINGS = {"VGG16": {1: 2, 2: 2, 3: 2, 4: 2}, "AlexNet": {1: 3, 2: 3}}
 STEM_STRIDE = {"VGG16": 1, "AlexNet": 4}
@@ -40,7 +49,7 @@ class LPIPS:
     """
 
     convs: tuple[Conv, ...]
-    heads: tuple[Float[Array, " _"], ...]
+    heads: tuple[Any, ...]  # [width] each, or their shapes
     network: str = struct.field(pytree_node=False, default="VGG16")
     dtype: Dtype = struct.field(pytree_node=False, default=jnp.float32)
 
@@ -88,6 +97,22 @@ def _unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     empty = square == 0
     length = jnp.sqrt(jnp.where(empty, 1.0, square))
     return jnp.where(empty, 0.0, x / (length + 1e-10))
+
+
+def shapes(network: str = "VGG16", *, dtype: Dtype = jnp.float32) -> LPIPS:
+    """LPIPS of shapes instead of arrays."""
+
+    def make(*shape) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    widths, sizes = WIDTHS[network], KERNELS[network]
+    inputs = (3, *widths[:-1])
+    convs = [
+        Conv(make(size, size, din, dout), make(dout))
+        for size, din, dout in zip(sizes, inputs, widths, strict=True)
+    ]
+    ends = np.cumsum(STAGES[network]) - 1
+    return LPIPS(tuple(convs), tuple(make(widths[i]) for i in ends), network, dtype)
 
 
 def load(path: str | os.PathLike[str], *, dtype: Dtype = jnp.float32) -> LPIPS:

@@ -30,7 +30,7 @@ from flax import nnx
 
 from fourdstar_jax import bundle, geometry, nn, sharding
 from fourdstar_jax.kernels.rasterize import pick_capacity
-from fourdstar_jax.perceptual.lpips import LPIPS
+from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.timing import allocator_peak, count_flops, describe, program_bytes, time_calls
 from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.train import optim, vqvae
@@ -61,10 +61,11 @@ def make_batch(
         images = rng.random((*shape, number, *pixels, 3), np.float32)
         return images, (images[..., :1] > 0.5).astype(np.float32)
 
-    batch = dict(zip(("viewmats", "Ks"), cameras(views, 0), strict=True))
+    batch: dict[str, np.ndarray] = {}
+    batch["viewmats"], batch["Ks"] = cameras(views, 0)
     batch["images"], batch["masks"] = pictures(views)
     if extra:
-        batch |= dict(zip(("extra_viewmats", "extra_Ks"), cameras(extra, 17), strict=True))
+        batch["extra_viewmats"], batch["extra_Ks"] = cameras(extra, 17)
         batch["extra_images"], batch["extra_masks"] = pictures(extra)
     flow = (objects, shape[1] - 1, views, *pixels, 2)
     batch["flow"] = rng.standard_normal(flow, np.float32)
@@ -97,7 +98,7 @@ def make_setting(config: Any, tokenizer_model: Mapping[str, Any], mesh, **sizes:
     tokenizer = nn.host_weights(bundle.shapes("tokenizer", tokenizer_model))
     lpips = near = None
     if config.loss.lpips_weight > 0:
-        lpips = nn.host_weights(LPIPS(dtype=jnp.dtype(config.model.dtype)))
+        lpips = nn.host_weights(perceptual.shapes(dtype=jnp.dtype(config.model.dtype)))
     if config.forcing.code_noise > 0:
         near = quantize.near_codes(tokenizer.codebooks(), config.forcing.near)
     host_batch = make_batch(config, image_size=config.model.resolution, **sizes)

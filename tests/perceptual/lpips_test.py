@@ -19,14 +19,14 @@ WHITE = np.ones_like(A)
 def random_model():
     """The seeded weights that the official module got, too."""
     rng = np.random.default_rng(0)
-    widths = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+    empty = lpips.shapes()
     convs = []
-    for din, dout in zip(widths, widths[1:], strict=False):
-        kernel = rng.standard_normal((3, 3, din, dout), np.float32) * np.sqrt(2 / (9 * din))
-        bias = rng.standard_normal(dout, np.float32) * 0.1
-        convs.append(Conv(jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)))
-    heads = [jnp.asarray(rng.random(n, np.float32)) for n in (64, 128, 256, 512, 512)]
-    return lpips.LPIPS(tuple(convs), tuple(heads))
+    for kernel, bias in empty.convs:
+        values = rng.standard_normal(kernel.shape, np.float32) * np.sqrt(2 / (9 * kernel.shape[2]))
+        shift = rng.standard_normal(bias.shape, np.float32) * 0.1
+        convs.append(Conv(jnp.asarray(values, jnp.float32), jnp.asarray(shift, jnp.float32)))
+    heads = tuple(jnp.asarray(rng.random(head.shape, np.float32)) for head in empty.heads)
+    return empty.replace(convs=tuple(convs), heads=heads)
 
 
 def test_distances_are_the_official_ones(random_model):
@@ -67,6 +67,8 @@ def test_the_released_weights(lpips_weights):
 def test_the_released_weights_of_alexnet(released_weights):
     model = lpips.load(released_weights("lpips_alexnet"))
     assert model.network == "AlexNet"
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model)
+    assert jax.tree.leaves(lpips.shapes("AlexNet")) == jax.tree.leaves(shapes)
     found = model(jnp.stack([A, A]), jnp.stack([B, WHITE]))
     np.testing.assert_allclose(found, [0.1551233, 0.6874930], atol=1e-4)
     with pytest.raises(ValueError, match="30x30 pixels; LPIPS needs 31"):
