@@ -26,13 +26,13 @@ class Conv(NamedTuple):
         """The convolution with bias, channels last; `stride` is one for all axes."""
         axes = "DHW"[4 - self.kernel.ndim + 1 :]
         y = jax.lax.conv_general_dilated(
-            x,
-            self.kernel.astype(x.dtype),
+            jnp.asarray(x),
+            jnp.asarray(self.kernel, x.dtype),
             window_strides=(stride,) * len(axes),
             padding=padding,
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         )
-        return y + self.bias.astype(x.dtype)
+        return y + jnp.asarray(self.bias, x.dtype)
 
 
 def fold_norm(
