@@ -33,6 +33,9 @@ def conv(
     Flax's "SAME" pads even sizes by (0, 1) at stride 2: another network than the released UniTok,
     but the one of VQ-16, which asks for it by `padding`, pixels (before, after) both ways.
     """
+    kind = nnx.Conv
+    if stride == 1 and padding is None and (size == 1 or depthwise):
+        kind = DepthwiseConv if depthwise else PointConv
     kernel_init = init if init is not None else nnx.initializers.lecun_normal()
     bias_init = nnx.initializers.zeros
     if bias is not None:
@@ -40,7 +43,7 @@ def conv(
         def bias_init(key, shape, dtype, out_sharding=None):
             return jnp.asarray(bias, dtype)
 
-    return nnx.Conv(
+    return kind(
         din,
         dout,
         (size, size),
@@ -52,6 +55,49 @@ def conv(
         bias_init=nnx.with_partitioning(bias_init, (axis,)),
         rngs=rngs,
     )
+
+
+class PointConv(nnx.Conv):
+    """A 1x1 convolution, done as the matrix product that it is."""
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, inputs: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w c2"]:
+        dtype = inputs.dtype if self.dtype is None else self.dtype
+        return inputs.astype(dtype) @ self.kernel[...][0, 0].astype(dtype) + _bias(self, dtype)
+
+
+class DepthwiseConv(nnx.Conv):
+    """A convolution of each channel alone, done as a sum of moved pictures.
+
+    Elementwise work, which fuses; there is no choice among a library's algorithms to be made when
+    the program compiles.
+    """
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, inputs: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w c"]:
+        dtype = inputs.dtype if self.dtype is None else self.dtype
+        y = _moved_sum(inputs.astype(dtype), self.kernel[...].astype(dtype))
+        return y + _bias(self, dtype)
+
+
+@jax.checkpoint  # keeps one picture for its gradient, not one for each place of the kernel
+def _moved_sum(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"]):
+    """The sum of x moved by each place of an odd kernel, times the kernel there; in float32."""
+    h, w, size = *x.shape[1:3], len(kernel)
+    edge = (size // 2, size // 2)
+    padded = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
+    terms = [
+        padded[:, i : i + h, j : j + w].astype(jnp.float32) * kernel[i, j, 0].astype(jnp.float32)
+        for i in range(size)
+        for j in range(size)
+    ]
+    return sum(terms[1:], terms[0]).astype(x.dtype)
+
+
+def _bias(layer: nnx.Conv, dtype: Any) -> Float[Array, " c"]:
+    return layer.bias[...].astype(dtype)  # pyright: ignore[reportOptionalSubscript]
 
 
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
@@ -75,19 +121,16 @@ def upsampled_conv(layer: nnx.Conv, x: Float[Array, "b h w c"]) -> Float[Array, 
     dtype = x.dtype if layer.dtype is None else layer.dtype
     kernel = layer.kernel[...].astype(jnp.float32)
     kernel = jnp.einsum("tar,ubs,rsio->tuiabo", _FOLD, _FOLD, kernel, precision="highest")
-    kernel = kernel.reshape(*kernel.shape[:3], -1).astype(dtype)  # [2, 2, c, 4 c2]
+    kernel = kernel.reshape(-1, 4 * kernel.shape[-1]).astype(dtype)  # [2 2 c, 2 2 c2]
     b, h, w, _ = x.shape
-    y = jax.lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel,
-        (1, 1),
-        [(1, 1), (1, 1)],
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    x = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    # As a matrix product over the four pixels: it needs no choice among many algorithms.
+    pixels = [x[:, i : i + h + 1, j : j + w + 1] for i in (0, 1) for j in (0, 1)]
+    y = jnp.concatenate(pixels, axis=-1) @ kernel
     y = y.reshape(b, h + 1, w + 1, 2, 2, -1)
     rows = [jnp.stack([y[:, i : i + h, j : j + w, i, j] for j in (0, 1)], 3) for i in (0, 1)]
     y = jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)
-    return y + layer.bias[...].astype(dtype)  # pyright: ignore[reportOptionalSubscript]
+    return y + _bias(layer, dtype)
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

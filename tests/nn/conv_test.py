@@ -75,3 +75,29 @@ def test_upsampled_conv_is_the_convolution_of_the_large_picture():
         found = jax.grad(ours, argnums=(0, 1))(layer, x)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [conv.PointConv, conv.DepthwiseConv])
+def test_convolutions_in_other_words(kind):
+    """As the library's, values and gradients; in half precision within its rounding."""
+    deep = kind is conv.DepthwiseConv
+    layer = conv.conv(6, 6 if deep else 5, 3 if deep else 1, depthwise=deep, rngs=nnx.Rngs(0))
+    assert type(layer) is kind
+    assert layer.bias is not None
+    layer.bias[...] = jnp.arange(layer.bias.size, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 7, 6))
+
+    def both(call):
+        def loss(layer, x):
+            y = call(layer, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        grads, y = jax.grad(loss, (0, 1), has_aux=True)(layer, x)
+        return [y, *jax.tree.leaves(grads)]
+
+    for a, b in zip(both(kind.__call__), both(nnx.Conv.__call__), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    layer.dtype = jnp.bfloat16
+    half = layer(x)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half, nnx.Conv.__call__(layer, x), atol=0.05)
