@@ -127,22 +127,30 @@ class ViewAttention(nnx.Module):
         return x + (self.gate[...].astype(x.dtype) * self.attn(y)).reshape(x.shape)
 
 
-def in_parts(function: Callable[[Array], Any], x: Float[Array, "B N *d"], size: int | None) -> Any:
-    """`function` of `[B N', ...]` on parts of the second axis, one after the other.
+def in_parts(function: Callable[..., Any], size: int | None, *arrays: Any) -> Any:
+    """`function` of arrays `[B N', ...]` on parts of the second axis of `arrays` `[B, N, ...]`.
 
-    A part has the largest N' up to `size` that divides N; the results `[B N', ...]` come back as
-    `[B, N, ...]`. What `function` keeps for its gradient is made again, so that it exists for one
-    part at a time. With `size` None all is one part, and nothing is made again.
+    One part after the other; it has the largest N' up to `size` that divides N. The results
+    `[B N', ...]` come back as `[B, N, ...]`. What `function` keeps for its gradient is made again,
+    so that it exists for one part at a time. With `size` None all is one part, and is kept.
     """
-    b, n = x.shape[:2]
+    b, n = jax.tree.leaves(arrays)[0].shape[:2]
 
-    def fold(x):
-        return function(sharding.constrain(x.reshape(-1, *x.shape[2:]), "batch", None, None))
+    def fold(arrays):
+        arrays = jax.tree.map(
+            lambda x: sharding.constrain(
+                x.reshape(-1, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2)
+            ),
+            arrays,
+        )
+        return function(*arrays)
 
     if size is None:
-        return jax.tree.map(lambda y: y.reshape(b, n, *y.shape[1:]), fold(x))
+        return jax.tree.map(lambda y: y.reshape(b, n, *y.shape[1:]), fold(arrays))
     size = max(part for part in range(1, size + 1) if n % part == 0)
-    parts = jnp.moveaxis(x.reshape(b, n // size, size, *x.shape[2:]), 1, 0)
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(b, n // size, size, *x.shape[2:]), 1, 0), arrays
+    )
     results = jax.lax.map(recomputed(fold, True, in_scan=True), parts)  # [parts, B N', ...]
 
     def join(y):
@@ -228,7 +236,7 @@ class StaticDecoder(nnx.Module):
         tokens = tokens.reshape(b, t, v, n, -1)
         x = tokens + self.rays(rays)  # [B, T, V, n, D]
         x = self._blocks(x.reshape(b * t * v, n, -1), v)
-        raw, features = in_parts(self._maps, x.reshape(b, t * v, n, -1), self.up_pictures)
+        raw, features = in_parts(self._maps, self.up_pictures, x.reshape(b, t * v, n, -1))
 
         def unfold(a):
             return a.reshape(b, t, v, *a.shape[2:])

@@ -22,7 +22,7 @@ from fourdstar_jax.nn import Attention, Common, Dtype, Mlp, linear, recomputed
 from fourdstar_jax.nn.conv import conv, upsample
 from fourdstar_jax.nn.embedding import sincos
 from fourdstar_jax.nn.vit import SelfAttention
-from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, OPACITY, ROTATION, StaticMaps
+from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, OPACITY, ROTATION, StaticMaps, in_parts
 
 # Root mean square of the raw channels of a trained decoder, by kind.
 RAW_SIZE = np.ones(NUM_CHANNELS, np.float32)
@@ -124,8 +124,8 @@ class ResBlock3d(nnx.Module):
 class UNet3d(nnx.Module):
     """U-Net over (T, h, w) that halves rows and columns only; views are folded into the batch.
 
-    Only at its lowest level do the views meet, in one attention over V at each place. `remat`
-    makes what lies within its blocks again in the backward pass.
+    Only at its lowest level do the views meet, in one attention over V at each place. With
+    `remat` one view after the other goes down, and up, and again so in the backward pass.
     """
 
     def __init__(
@@ -161,30 +161,38 @@ class UNet3d(nnx.Module):
     def __call__(
         self, x: Float[Array, "BV T h w c"], num_views: int
     ) -> Float[Array, "BV T h w c2"]:
-        run = recomputed(lambda layer, x: layer(x), self.remat)
-        x = run(self.stem, x)
+        def split(x):
+            return x.reshape(-1, num_views, *x.shape[1:])
+
+        size = 1 if self.remat else None
+        x, skips = in_parts(self._down, size, split(x))  # [B, V, ...]
+        t, h, w = x.shape[2:5]
+        y = rearrange(self.view_norm(x), "b v t h w c -> (b t h w) v c")
+        y = self.view_attn(y)
+        x = x + rearrange(y, "(b t h w) v c -> b v t h w c", t=t, h=h, w=w)
+        x = in_parts(self._up, size, x, skips)
+        return x.reshape(-1, *x.shape[2:])
+
+    def _down(self, x):
+        """The lowest level, and what was there before each halving."""
+        x = self.stem(x)
         skips = []
         for level, down in zip(self.down_blocks, self.downs, strict=True):
             for block in level:
-                x = run(block, x)
+                x = block(x)
             skips.append(x)
             x = per_frame(down, x)
         for block in self.middle:
-            x = run(block, x)
-        _, t, h, w, _ = x.shape
-        y = rearrange(self.view_norm(x), "(b v) t h w c -> (b t h w) v c", v=num_views)
-        y = self.view_attn(y)
-        x = x + rearrange(y, "(b t h w) v c -> (b v) t h w c", t=t, h=h, w=w)
-        for up, level in zip(self.ups, self.up_blocks, strict=True):
+            x = block(x)
+        return x, skips
+
+    def _up(self, x, skips):
+        for up, level, skip in zip(self.ups, self.up_blocks, reversed(skips), strict=True):
             x = per_frame(lambda a, up=up: up(upsample(a)), x)
-            x = jnp.concatenate([skips.pop(), x], axis=-1)
+            x = jnp.concatenate([skip, x], axis=-1)
             for block in level:
-                x = run(block, x)
-
-        def finish(x):
-            return self.out(nnx.silu(self.norm(x)).astype(jnp.float32))
-
-        return recomputed(finish, self.remat)(x)
+                x = block(x)
+        return self.out(nnx.silu(self.norm(x)).astype(jnp.float32))
 
 
 class OffsetPredictor(nnx.Module):

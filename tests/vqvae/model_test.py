@@ -345,7 +345,7 @@ def test_parts_are_the_whole(size):
     x, w = jax.random.normal(jax.random.key(3), (2, 6, 5)), jnp.arange(1.0, 6.0)
 
     def whole(x, w, size):
-        out = in_parts(lambda x: (jnp.sin(x * w), jnp.sum(x, -1)), x, size)
+        out = in_parts(lambda x: (jnp.sin(x * w), jnp.sum(x, -1)), size, x)
         return jnp.sum(out[0] ** 3) + jnp.sum(out[1] ** 2), out
 
     wanted, got = (
