@@ -42,6 +42,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.bundle = "runs/tokenizer/bundle"  # holds the frozen tokenizer
 
     config.model = model(scale, tokenizer or "unitok")
+    config.warm_start = placeholder(str)  # bundle of a UniTok whose decoder it starts as; "": none
     # What is rendered of each object and step; the tokens of all timesteps and views go in.
     config.render = ConfigDict(dict(num_timesteps=4, rig_views=2, extra_views=4))
     # Share of codes, view 0's left out, that are taken for one of their `near` nearest.
@@ -103,10 +104,15 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.log_every = 50
             config.eval_every = 500
             config.checkpoint_every = 500
-        case "small" | "base":
+        case "small":
             pass
-        case "paper":
-            config.data.update(timesteps=24, buckets=((1, 0.1), (8, 0.2), (24, 0.7)))
+        case "base" | "paper":
+            if scale == "paper":
+                config.data.update(timesteps=24, buckets=((1, 0.1), (8, 0.2), (24, 0.7)))
+            if tokenizer in ("", "unitok"):  # and learns slowly what it starts with
+                config.warm_start = config.get_ref("bundle")
+                parts = ("post_quant_proj", "blocks", "norm", "up")
+                config.optim.factors = tuple((f"static/{part}", 0.1) for part in parts)
     return config
 
 
@@ -164,7 +170,7 @@ def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
                     dtype="bfloat16",
                 )
             )
-        case "base" | "paper":  # the trunk is UniTok's decoder, whose weights it can start from
+        case "base" | "paper":  # the trunk is UniTok's decoder, whose weights it starts from
             paper = scale == "paper"
             return ConfigDict(
                 dict(

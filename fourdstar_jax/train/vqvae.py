@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +22,14 @@ from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.types import Cameras
+from fourdstar_jax.vqvae import warm_start
 from fourdstar_jax.vqvae.losses import choose_supervision, reconstruction_loss
 from fourdstar_jax.vqvae.model import VQVAE4D
 
 # Fewer pairs than these are left to the room that `rasterize` makes by itself: to compile a step
 # again costs more.
 FEW_PAIRS = 2**18
+WARM_START = "warm_start.txt"  # in the workdir: what a warm start took and left
 
 
 class Frozen(NamedTuple):
@@ -132,6 +135,33 @@ def eval_step(graphdef, state, frozen, batch, key, *, steps, **configs):
     return jax.tree.map(jnp.float32, metrics)
 
 
+def start_warm(
+    graphdef: nnx.GraphDef,
+    state: train_state.TrainState,
+    folder: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+) -> train_state.TrainState:
+    """A new state with the decoder of the tokenizer in bundle `folder` (`vqvae.warm_start`).
+
+    The report is printed and written to `<workdir>/warm_start.txt`.
+    """
+    found = bundle.read(folder)
+    arrays, stage = found.arrays("tokenizer"), found.stage("tokenizer")
+    model = nnx.merge(graphdef, state.params, state.rest)
+    try:
+        model, report = warm_start.load(model, arrays, {"num_heads": None} | stage.model)
+    except ValueError as error:
+        raise ValueError(f"config.warm_start: bundle {folder}: {error}") from error
+    if jax.process_index() == 0:
+        lines = [*report.lines(), f"  from {folder}, sha256 {stage.sha256}"]
+        print("warm start: " + "\n".join(lines), flush=True)
+        path = Path(workdir) / WARM_START
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    params = nnx.split(model, nnx.Param, ...)[1]
+    return state._replace(params=params, opt_state=optim.restart_average(state.opt_state, params))
+
+
 def next_capacity(pairs, overflow, capacity: int | None) -> int | None:
     """The capacity for the next steps, given the count of a step and what it was made with."""
     if not overflow and pairs < FEW_PAIRS:
@@ -143,10 +173,11 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/vqvae.py) and leaves `<workdir>/bundle`.
 
     The tokenizer comes from `config.bundle` and goes into the new bundle. Restarts from the newest
-    checkpoint in `workdir`, with the batches it would have seen. Without `config.loss.capacity` the
-    rasterizer's capacity follows the counts of the steps before; a step that overflows it learns
-    nothing. Raises FloatingPointError when the loss is not finite, and RuntimeError when Gaussians
-    overflow `config.loss.capacity`.
+    checkpoint in `workdir`, with the batches it would have seen. A run that starts at step 0 begins
+    with the decoder of the tokenizer in `config.warm_start`, if given. Without
+    `config.loss.capacity` the rasterizer's capacity follows the counts of the steps before; a step
+    that overflows it learns nothing. Raises FloatingPointError when the loss is not finite, and
+    RuntimeError when Gaussians overflow `config.loss.capacity`.
     """
     inputs.check_buckets(config.data.buckets, config.data.timesteps)
     key = jax.random.key(config.seed)
@@ -175,6 +206,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         )
         state = state._replace(judge=judge)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
+        if config.warm_start and checkpoints.latest_step() is None:
+            state = start_warm(graphdef, state, config.warm_start, workdir)
         state, batches = checkpoints.restore(state, batches)
 
         configs: dict[str, Any] = dict(

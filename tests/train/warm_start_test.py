@@ -1,4 +1,4 @@
-"""STAR's trainer started from a trunk: the file's weights are where it begins, once."""
+"""Trainers started from weights of others: these are where a run begins, once."""
 
 import json
 import shutil
@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from fourdstar_jax import bundle, cli
+from fourdstar_jax import bundle, cli, nn, sharding
 from fourdstar_jax.convert import llamagen
 from fourdstar_jax.data import prepare
-from fourdstar_jax.train import encode, star
+from fourdstar_jax.train import encode, optim, star, vqvae
+from fourdstar_jax.train import state as train_state
+from fourdstar_jax.vqvae.model import VQVAE4D
 
 SIZES = dict(
     family="llamagen", dim=16, num_layers=2, num_heads=2, num_kv_heads=2, hidden_dim=32,
@@ -114,3 +116,31 @@ def test_a_trunk_is_no_model_but_can_be_inspected(tmp_path, capsys):
     shown = capsys.readouterr().out
     number = sum(int(np.prod(shape)) for shape in llamagen.shapes(SIZES).values())
     assert f"trunk: {number:,} numbers as float32" in shown and "llamagen" in shown
+
+
+def test_the_vqvae_starts_as_its_tokenizer(tmp_path, tiny_bundle, one_device, capsys):
+    stage = bundle.read(tiny_bundle).stage("tokenizer")
+    with sharding.use_mesh() as mesh:
+        tokenizer = bundle.read(tiny_bundle).load("tokenizer")
+        changes = dict(up="shuffle", up_channels=[5, 3], num_blocks=1, view_attention_every=1)
+        sizes = bundle.read(tiny_bundle).stage("vqvae").model | changes
+        tx = optim.make_optimizer(
+            lambda step: 1e-3, b1=0.9, b2=0.9, weight_decay=0.0, clip_norm=1.0, average=0.9
+        )
+        graphdef, state = train_state.create(VQVAE4D, sizes, tx, jax.random.key(0), mesh)
+        refused = pytest.raises(ValueError, match="config.warm_start: bundle .*learned positions")
+        with refused:
+            vqvae.start_warm(graphdef, state, tiny_bundle, tmp_path)
+        model = stage.model | dict(learned_positions=False)
+        arrays = nn.named_arrays(tokenizer)
+        arrays = {n: np.asarray(x) for n, x in arrays.items() if not n.endswith("pos_embed")}
+        bundle.save_arrays(tmp_path / "unitok", "tokenizer", arrays, {"model": model})
+        state = vqvae.start_warm(graphdef, state, tmp_path / "unitok", tmp_path)
+    for params in (state.params, optim.averaged(state.opt_state, state.params)):
+        found = nn.named_arrays(params)
+        name = "decoder/blocks/0/mlp/w1/kernel"
+        np.testing.assert_array_equal(found["static/blocks/mlp/w1/kernel"][0], arrays[name])
+        assert not np.any(found["static/rays/kernel"])
+    report = (tmp_path / "warm_start.txt").read_text()
+    assert report in capsys.readouterr().out and stage.sha256 not in report
+    assert bundle.read(tmp_path / "unitok").weights_sha256()["tokenizer"] in report
