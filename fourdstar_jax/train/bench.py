@@ -2,9 +2,11 @@
 
     fourdstar bench train vqvae --size paper --json results.json
 
-The step is the trainer's own. Its parts are programs of their own beside it, each with its gradient
-where the step takes one, so they need not add up to the step; `losses` holds the rasterizer's part
-too. Weights are made on the host; tokens and pictures are random, of the config's sizes.
+The step is the trainer's own, the discriminator's turn included where the config has one (it begins
+at a share of the steps: `--config.adversarial.start=0` times it). Its parts are programs of their
+own beside it, each with its gradient where the step takes one, so they need not add up to the step;
+`losses` holds the rasterizer's part too. Weights are made on the host; tokens and pictures are
+random, of the config's sizes.
 
 - compile_s, trace_s: to compile the program, and to trace it before.
 - program_bytes, temporary_bytes: of the compiled program, and what of it is neither argument nor
@@ -33,7 +35,7 @@ from fourdstar_jax.kernels.rasterize import pick_capacity
 from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.timing import allocator_peak, count_flops, describe, program_bytes, time_calls
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.train import optim, vqvae
+from fourdstar_jax.train import adversarial, inputs, optim, vqvae
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import losses
@@ -46,32 +48,23 @@ PARTS += ("data",)
 def make_batch(
     config: Any, *, objects: int, views: int, image_size: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Random arrays with the names, shapes and types of a batch of `data.pipeline`."""
+    """Random arrays as `data.pipeline` sends them to a trainer, in the form "uint8"."""
     rng = np.random.default_rng(seed)
-    shape = (objects, config.data.timesteps)
-    extra = config.render.extra_views
-    pixels = (image_size, image_size)
-
-    def cameras(number, first):
-        angles = [first + 360 * i / number for i in range(number)]
-        found = geometry.orbit_cameras(angles, width=image_size, height=image_size)
-        return [np.broadcast_to(x, (objects, *x.shape)).copy() for x in found]
-
-    def pictures(number):
-        images = rng.random((*shape, number, *pixels, 3), np.float32)
-        return images, (images[..., :1] > 0.5).astype(np.float32)
-
-    batch: dict[str, np.ndarray] = {}
-    batch["viewmats"], batch["Ks"] = cameras(views, 0)
-    batch["images"], batch["masks"] = pictures(views)
-    if extra:
-        batch["extra_viewmats"], batch["extra_Ks"] = cameras(extra, 17)
-        batch["extra_images"], batch["extra_masks"] = pictures(extra)
-    flow = (objects, shape[1] - 1, views, *pixels, 2)
-    batch["flow"] = rng.standard_normal(flow, np.float32)
-    batch["depth"] = 1.5 * batch["masks"]
-    batch["times"] = np.broadcast_to(np.arange(shape[1], dtype=np.float32), shape).copy()
-    batch["clip"] = np.arange(objects, dtype=np.int32)
+    shape, pixels = (objects, config.data.timesteps), (image_size, image_size)
+    batch: dict[str, np.ndarray] = {
+        "times": np.broadcast_to(np.arange(shape[1], dtype=np.float32), shape).copy(),
+        "clip": np.arange(objects, dtype=np.int32),
+        "flow": rng.standard_normal((objects, shape[1] - 1, views, *pixels, 2), np.float32),
+        "depth": np.full((*shape, views, *pixels, 1), 1.5, np.float16),
+    }
+    batch["flow"] = batch["flow"].astype(np.float16)
+    for prefix, number, first in (("", views, 0), ("extra_", config.render.extra_views, 17)):
+        if number:
+            angles = [first + 360 * i / number for i in range(number)]
+            rig = geometry.orbit_cameras(angles, width=image_size, height=image_size)
+            for name, x in zip(("viewmats", "Ks"), rig, strict=True):
+                batch[prefix + name] = np.broadcast_to(x, (objects, *x.shape)).copy()
+            batch[f"{prefix}rgba"] = rng.integers(0, 256, (*shape, number, *pixels, 4), np.uint8)
     return batch
 
 
@@ -81,6 +74,7 @@ class Setting(NamedTuple):
     graphdef: Any
     state: train_state.TrainState
     tx: Any
+    adversary: adversarial.Adversary | None
     frozen: vqvae.Frozen
     batch: dict[str, jax.Array]
     host_batch: dict[str, np.ndarray]
@@ -94,18 +88,28 @@ def make_setting(config: Any, tokenizer_model: Mapping[str, Any], mesh, **sizes:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     step = jnp.zeros((), jnp.int32)
     state = train_state.TrainState(step, params, rest, jax.jit(tx.init)(params))
+    dtype = jnp.dtype(config.model.dtype)
+    adversary, judge = adversarial.create(
+        config.model.resolution,
+        **config.adversarial,
+        dtype=dtype,
+        steps=config.steps,
+        key=jax.random.key(0),
+        mesh=mesh,
+    )
 
     tokenizer = nn.host_weights(bundle.shapes("tokenizer", tokenizer_model))
     lpips = near = None
     if config.loss.lpips_weight > 0:
-        lpips = nn.host_weights(perceptual.shapes(dtype=jnp.dtype(config.model.dtype)))
+        lpips = nn.host_weights(perceptual.shapes(dtype=dtype))
     if config.forcing.code_noise > 0:
         near = quantize.near_codes(tokenizer.codebooks(), config.forcing.near)
     host_batch = make_batch(config, image_size=config.model.resolution, **sizes)
     return Setting(
         graphdef=graphdef,
-        state=state,
+        state=state._replace(judge=judge),
         tx=tx,
+        adversary=adversary,
         frozen=vqvae.Frozen(tokenizer, lpips, near),
         batch=train_state.to_device(host_batch, mesh),
         host_batch=host_batch,
@@ -149,6 +153,8 @@ def measure_step(
         vqvae.train_step,
         setting.graphdef,
         tx=setting.tx,
+        adversary=setting.adversary,
+        augment=config.augment.to_dict(),
         steps=config.steps,
         code_noise=config.forcing.code_noise,
         render_config=config.render.to_dict(),
@@ -219,7 +225,7 @@ def run(
     with sharding.use_mesh(devices=jax.devices()[:1]) as mesh:
         setting = make_setting(config, tokenizer_model, mesh, objects=objects, views=views)
         model = nnx.merge(setting.graphdef, setting.state.params, setting.state.rest)
-        batch, tokenizer = setting.batch, setting.frozen.tokenizer
+        batch, tokenizer = jax.jit(inputs.prepare)(setting.batch), setting.frozen.tokenizer
         cameras, times = Cameras(batch["viewmats"], batch["Ks"]), batch["times"]
         codes = jax.jit(lambda t, x: t.codes(t.encode(x)))
         print(f"{results['device']}, {size}, {', '.join(f'{v} {k}' for k, v in sizes.items())}")
