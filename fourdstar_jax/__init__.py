@@ -21,6 +21,7 @@ _HOMES = {
     "orbit_cameras": "fourdstar_jax.geometry",
     "rasterize": "fourdstar_jax.kernels.rasterize",
     "cluster_dpc_knn": "fourdstar_jax.kernels.dpc_knn",
+    "Container": "fourdstar_jax.star.container",
     "read_video": "fourdstar_jax.data.video",
     "load": "fourdstar_jax.generate",
     "Model": "fourdstar_jax.generate",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fourdstar_jax.geometry import orbit_cameras as orbit_cameras
     from fourdstar_jax.kernels.dpc_knn import cluster_dpc_knn as cluster_dpc_knn
     from fourdstar_jax.kernels.rasterize import rasterize as rasterize
+    from fourdstar_jax.star.container import Container as Container
     from fourdstar_jax.types import Cameras as Cameras
     from fourdstar_jax.types import Gaussians as Gaussians
     from fourdstar_jax.types import Rendered as Rendered

@@ -95,7 +95,10 @@ def history_following(
     memories, nearer = [start, start], []
     for t in range(1, samples.shape[1]):
         last = [past[:, t - 1] for past in pasts]
-        memories = [_after(model, prefix, m, x) for m, x in zip(memories, last, strict=True)]
+        memories = [
+            _after(model, prefix, memory, jnp.int32(t - 1), tokens)
+            for memory, tokens in zip(memories, last, strict=True)
+        ]
         for own, memory in enumerate(memories):
             tokens, _ = sample.decode_group(
                 model,

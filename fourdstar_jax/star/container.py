@@ -17,6 +17,8 @@ belonged to at t - 1. Without places a state is a bag, and a bag tells next to n
 
 import functools
 import math
+import typing
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,6 +40,15 @@ class Group(NamedTuple):
     mask: Bool[Array, "B *T N"]  # False: in no cluster, and nobody's neighbour
 
 
+class Merged(NamedTuple):
+    """The clusters of what was before a group (or each of G), merged and refined."""
+
+    z: Float[Array, "B *G M D"]
+    means: Float[Array, "B *G M C"]  # of positional encodings, coordinates and weighed rays
+    valid: Bool[Array, "B *G M"]
+    previous: Int[Array, "B *G N"]  # cluster of each place of the group before; -1: none
+
+
 class State(NamedTuple):
     """What the past tells each of G groups."""
 
@@ -48,6 +59,10 @@ class State(NamedTuple):
 
 INJECTED = (0, 1 / 3, 2 / 3)  # of the depth: MVAR's places for its condition MLPs
 Inject = Literal["tokens", "aligned", "both", "none"]
+Density = Literal["group", "global"]
+Update = Literal["all_history", "recursive"]
+# What decoding carries from group to group: the tokens so far and their clusters, or the state.
+Carry = tuple[Peaks, Clusters] | Merged
 
 
 def empty_container(batch: int, num_tokens: int, dim: int, num_ids: int) -> Peaks:
@@ -61,16 +76,23 @@ def empty_container(batch: int, num_tokens: int, dim: int, num_ids: int) -> Peak
 _AXES: Any = Peaks(*[0] * (len(Peaks._fields) - 1), filled=None)  # pyright: ignore
 
 
-@functools.partial(jax.jit, static_argnames=("k", "num_clusters"))
+@functools.partial(jax.jit, static_argnames=("k", "num_clusters", "density"))
 def container_update(
-    carry: Peaks, group: Group, *, k: int, num_clusters: int
+    carry: Peaks, group: Group, *, k: int, num_clusters: int, density: Density = "group"
 ) -> tuple[Peaks, Clusters]:
-    """Takes a group in and clusters all tokens so far. Carries no gradient."""
+    """Takes a group in and clusters all tokens so far. Carries no gradient.
+
+    `density` says among which tokens the k nearest are: those of a token's own timestep, as the
+    paper has it, or all so far, which starts anew with every group.
+    """
     x = jax.lax.stop_gradient(group.x).astype(jnp.float32)
 
     def one(peaks, x, ids, mask):
         peaks = dpc_knn.add_group(peaks, x, ids, mask, k=k)
-        return peaks, dpc_knn.find_clusters(peaks, num_clusters=num_clusters)
+        if density == "group":
+            return peaks, dpc_knn.find_clusters(peaks, num_clusters=num_clusters)
+        tokens = peaks.x, peaks.ids, peaks.mask
+        return peaks, dpc_knn.cluster(*tokens, num_clusters=num_clusters, k=k, num_groups=1)
 
     return jax.vmap(one, in_axes=(_AXES, 0, 0, 0), out_axes=(_AXES, 0))(
         carry, x, group.ids, group.mask
@@ -150,22 +172,22 @@ class RefineBlock(nnx.Module):
 
 
 class Container(nnx.Module):
-    """The state of all groups before a group, as tokens for it and by place.
+    """The Spatial-Temporal Container: the state of all groups before a group.
 
-    A slot's token is an MLP of the refined feature, plus the mean positional encoding of the
-    cluster (merging lost where and when its tokens were), plus a segment vector. Slots without a
-    cluster (before the first group, or when fewer tokens differ) hold one learned vector and stay
-    visible, so that the attention mask is the same for every group. By place, a state goes through
-    a two-layer MLP for each of the layers it is added at; a place that was in no cluster at t - 1,
-    being blank, has a learned vector there, and before the first group nothing is added.
+    It comes out as tokens to attend to, and by place. A token is an MLP of the refined feature,
+    plus the mean positional encoding of the cluster (merging lost where and when its tokens were),
+    plus a segment vector. Slots without a cluster (before the first group, or when fewer tokens
+    differ) hold one learned vector and stay visible, so that the attention mask is the same for
+    every group. By place, a state goes through a two-layer MLP for each of the layers it is added
+    at; a place that was in no cluster at t - 1, being blank, has a learned vector there, and before
+    the first group nothing is added.
 
     The first refinement block attends to the tokens, the next ones to the merged features
     themselves, which is what the public merger's second block amounts to when both have the same
     number of centres.
 
-    `place` is the weight of a token's ray beside its feature in clustering, which makes a cluster a
-    patch of one part; queries, keys and values of the refinement then carry the place, too. None:
-    neither. Tokens with `blank_code` in every codebook are in no cluster.
+    Training calls `over_time`; decoding calls `start`, then `update` and `read` for each group.
+    Both end in `tell`.
     """
 
     def __init__(
@@ -179,13 +201,28 @@ class Container(nnx.Module):
         inject: Inject = "tokens",
         place: float | None = None,
         blank_code: int | None = None,
+        density: Density = "group",
+        update: Update = "all_history",
         init,
         out_init=None,
         dtype,
         rngs: nnx.Rngs,
     ):
+        """`num_slots` clusters by the `neighbors` nearest tokens.
+
+        `place` is the weight of a token's ray beside its feature in clustering, which makes a
+        cluster a patch of one part; queries, keys and values of the refinement then carry the
+        place, too. None: neither. Tokens with `blank_code` in every codebook are in no cluster. For
+        `density` see `container_update`. `update` says what is clustered for group t: the tokens of
+        all groups before, or the state for t - 1 and the tokens of t - 1.
+
+        Raises ValueError for options there are not.
+        """
         if refine_blocks < 1:
             raise ValueError(f"{refine_blocks=} must be at least 1")
+        for value, choices in ((inject, Inject), (density, Density), (update, Update)):
+            if value not in typing.get_args(choices):
+                raise ValueError(f"container: {value!r} must be one of {typing.get_args(choices)}")
         kw = nn.CommonInit(init=init, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
             [RefineBlock(dim, num_heads, out_init=out_init, **kw) for _ in range(refine_blocks)]
@@ -200,8 +237,17 @@ class Container(nnx.Module):
             self.aligned = nnx.List([nn.Mlp(dim, dim, dim, use_bias=False, **kw) for _ in INJECTED])
             absent = None if blank_code is None else vector(rngs.params(), dim, std=1.0)
             self.absent = absent
-        self.num_slots, self.neighbors = num_slots, neighbors
+        self.dim, self.num_slots, self.neighbors = dim, num_slots, neighbors
         self.place, self.blank_code = place, blank_code
+        self.density: Density = density
+        self.recursive = update == "recursive"
+
+    def check(self, num_tokens: int):
+        """Raises ValueError if the container has more slots than there are tokens to fill them."""
+        if self.num_slots > num_tokens:
+            raise ValueError(
+                f"container_slots={self.num_slots} exceeds the {num_tokens} tokens of the clip"
+            )
 
     def group(
         self,
@@ -223,14 +269,10 @@ class Container(nnx.Module):
             ids = jnp.concatenate([ids, number], axis=-1)
         return Group(x, ids, mask)
 
-    def empty_carry(self, batch: int, num_tokens: int, dim: int, num_codebooks: int) -> Peaks:
-        """The carry before the first group, of features of width `dim`."""
-        more = (0, 0) if self.place is None else (6, 1)
-        return empty_container(batch, num_tokens, dim + more[0], num_codebooks + more[1])
-
-    def update(self, carry: Peaks, group: Group) -> tuple[Peaks, Clusters]:
+    def cluster(self, carry: Peaks, group: Group) -> tuple[Peaks, Clusters]:
         """`container_update` with this container's sizes."""
-        return container_update(carry, group, k=self.neighbors, num_clusters=self.num_slots)
+        sizes = dict(k=self.neighbors, num_clusters=self.num_slots)
+        return container_update(carry, group, density=self.density, **sizes)
 
     def cluster_history(self, groups: Group) -> Clusters:
         """For every timestep t of `groups` [B, T, ...] the clusters of groups 1 to t-1.
@@ -238,92 +280,167 @@ class Container(nnx.Module):
         Axes are [B, T, ...]. Raises ValueError if the container has more slots than there are
         tokens.
         """
-        batch, timesteps, size, dim = groups.x.shape
+        batch, timesteps, size, width = groups.x.shape
         self.check(timesteps * size)
-        start = empty_container(batch, timesteps * size, dim, groups.ids.shape[-1])
-        none = Clusters(
-            centers=jnp.zeros((1, batch, self.num_slots), jnp.int32),
-            valid=jnp.zeros((1, batch, self.num_slots), bool),
-            assignment=jnp.full((1, batch, timesteps * size), -1, jnp.int32),
-        )
+        start = empty_container(batch, timesteps * size, width, groups.ids.shape[-1])
+        none = _no_clusters(batch, self.num_slots, timesteps * size)
         past = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0)[:-1], groups)
-        _, clusters = jax.lax.scan(self.update, start, past)
+        _, clusters = jax.lax.scan(self.cluster, start, past)
         return jax.tree.map(
-            lambda a, b: jnp.moveaxis(jnp.concatenate([a, b.astype(a.dtype)]), 0, 1), none, clusters
+            lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b.astype(a.dtype)]), 0, 1),
+            none,
+            clusters,
         )
 
-    def check(self, num_tokens: int):
-        """Raises ValueError if the container has more slots than there are tokens to fill them."""
-        if self.num_slots > num_tokens:
-            raise ValueError(
-                f"container_slots={self.num_slots} exceeds the {num_tokens} tokens of the clip"
-            )
-
-    def states(
+    def refine(
         self,
         x: Float[Array, "B S D"],
-        spe: Float[Array, "B S D"],
-        coordinates: Float[Array, "B S C"],
+        positions: Float[Array, "B S C"],
+        scores: Float[Array, "B S"],
+        keys_values: tuple[Float[Array, "B S H E"], Float[Array, "B S H E"]],
         clusters: Clusters,
-    ) -> tuple[Float[Array, "B G M D"], Float[Array, "B G M D"], Float[Array, "B G M C"]]:
-        """Refined features of the clusters of each of G groups, mean places and coordinates.
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "B M C"]]:
+        """Merges and refines the clusters of tokens; also the means of their positions."""
+        first, *others = self.blocks
+        assignment, valid = clusters.assignment, clusters.valid
+        z, weights = merge(x, scores, assignment, self.num_slots)
+        means = jnp.einsum("bms,bsc->bmc", weights, positions)
+        places = None if self.place is None else means[..., : self.dim]
+        z = first(z, keys_values, assignment >= 0, places)
+        for block in others:
+            y = block.norm1(z.astype(jnp.float32))
+            seen = y if places is None else y + places
+            z = block(y, block.keys_values(seen, block.scores(y)), valid, places)
+        return z, means
+
+    def attended(self, x: Float[Array, "B S D"], positions: Float[Array, "B S C"]) -> tuple:
+        """Scores of tokens, and their keys and values, with the place where it is wanted."""
+        scores = self.blocks[0].scores(x)
+        placed = x if self.place is None else x + positions[..., : self.dim].astype(x.dtype)
+        return scores, self.blocks[0].keys_values(placed, scores)
+
+    def states(
+        self, x: Float[Array, "B S D"], positions: Float[Array, "B S C"], clusters: Clusters
+    ) -> tuple[Float[Array, "B G M D"], Float[Array, "B G M C"]]:
+        """Refined features of the clusters of each of G groups, and means of their positions.
 
         Axes of `clusters` are [B, G, ...]. The groups run one after the other, rematerialised, so
         that only one group's [M, S] weights exist at a time.
         """
-        first, dim = self.blocks[0], x.shape[-1]
-        scores = first.scores(x)
-        positions = jnp.concatenate([spe.astype(jnp.float32), coordinates], axis=-1)
-        placed = self.place is not None
-        keys_values = first.keys_values(x + spe.astype(x.dtype) if placed else x, scores)
+        scores, keys_values = self.attended(x, positions)
 
         @jax.checkpoint
         def one(clusters: Clusters):
-            assignment, valid = clusters.assignment, clusters.valid
-            z, weights = merge(x, scores, assignment, self.num_slots)
-            means = jnp.einsum("bms,bsc->bmc", weights, positions)
-            places = means[..., :dim] if placed else None
-            z = first(z, keys_values, assignment >= 0, places)
-            for block in list(self.blocks)[1:]:
-                y = block.norm1(z.astype(jnp.float32))
-                seen = y if places is None else y + places
-                z = block(y, block.keys_values(seen, block.scores(y)), valid, places)
-            return z, means
+            return self.refine(x, positions, scores, keys_values, clusters)
 
         z, means = jax.lax.map(one, jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), clusters))
-        z, means = jnp.moveaxis(z, 0, 1), jnp.moveaxis(means, 0, 1)
-        return z, means[..., :dim], means[..., dim:]
+        return jnp.moveaxis(z, 0, 1), jnp.moveaxis(means, 0, 1)
 
-    def __call__(
+    def advance(self, carry: Merged, group: Group, positions: Float[Array, "B N C"]) -> Merged:
+        """The recursive update: the state, with a group's tokens, becomes the next one."""
+        z = self.blocks[0].norm1(carry.z.astype(jnp.float32))
+        more = positions.shape[-1]  # behind these come the weighed rays
+        number = -1 - jnp.arange(self.num_slots, dtype=group.ids.dtype)
+        number = jnp.broadcast_to(number[:, None], (*z.shape[:2], group.ids.shape[-1]))
+        before = Group(jnp.concatenate([z, carry.means[..., more:]], -1), number, carry.valid)
+        size = self.num_slots + group.x.shape[1]
+        peaks = empty_container(len(z), size, group.x.shape[-1], group.ids.shape[-1])
+        peaks, _ = self.cluster(peaks, before)
+        _, clusters = self.cluster(peaks, group)
+
+        x = jnp.concatenate([z, group.x[..., : self.dim]], axis=1)
+        positions = jnp.concatenate([positions, group.x[..., self.dim :]], axis=-1)
+        positions = jnp.concatenate([carry.means, positions], axis=1)
+        scores, keys_values = self.attended(x, positions)
+        z, means = self.refine(x, positions, scores, keys_values, clusters)
+        return Merged(z, means, clusters.valid, clusters.assignment[:, self.num_slots :])
+
+    def start(self, batch: int, timesteps: int, size: int, num_codebooks: int) -> Carry:
+        """What decoding carries before the first of `timesteps` groups of `size` tokens."""
+        rays, number = (0, 0) if self.place is None else (6, 1)
+        slots = self.num_slots
+        if self.recursive:
+            return Merged(
+                z=jnp.zeros((batch, slots, self.dim), jnp.float32),
+                means=jnp.zeros((batch, slots, self.dim + 4 + rays), jnp.float32),
+                valid=jnp.zeros((batch, slots), bool),
+                previous=jnp.full((batch, size), -1, jnp.int32),
+            )
+        peaks = empty_container(batch, timesteps * size, self.dim + rays, num_codebooks + number)
+        return peaks, _no_clusters(batch, slots, timesteps * size)
+
+    def update(self, carry: Carry, group: Group, positions: Float[Array, "B N C"]) -> Carry:
+        """What decoding carries after a group, whose tokens are at `positions`."""
+        if isinstance(carry, Merged):
+            return self.advance(carry, group, positions)
+        return self.cluster(carry[0], group)
+
+    def read(self, carry: Carry, positions: Float[Array, "B T N C"], t: Int[Array, ""]) -> Merged:
+        """The state for timestep t, as the only one of its groups, after those before it."""
+        if isinstance(carry, Merged):
+            return jax.tree.map(lambda y: y[:, None], carry)
+        peaks, clusters = carry
+        batch, _, size, width = positions.shape
+        positions = positions.reshape(batch, -1, width)
+        clusters = jax.tree.map(lambda y: y[:, None], clusters)
+        steps = jnp.broadcast_to(t, (batch, 1))
+        return self._merged(peaks.x, positions, clusters, steps, size)
+
+    def over_time(
         self,
-        x: Float[Array, "B S C"],
-        spe: Float[Array, "B S D"],
-        coordinates: Float[Array, "B S A"],
-        clusters: Clusters,
-        steps: Int[Array, "B G"],
-        size: int,
-    ) -> State:
-        """The state for G groups from the S tokens of a clip, x as `group` gives it.
+        groups: Group,
+        positions: Float[Array, "B T N C"],
+        chosen: Callable[[Any], Any] = lambda y: y,
+    ) -> Merged:
+        """The states for the `chosen` timesteps of a clip from the groups before each."""
+        batch, timesteps, size, width = positions.shape
+        if self.recursive:
+            start = self.start(batch, timesteps, size, 0)
+            advance = jax.checkpoint(self.advance)
 
-        `steps` are the groups' timesteps, 0 for one that is to have no past, `size` is how many
-        tokens a group has.
-        """
-        z, places, coordinates = self.states(x[..., : spe.shape[-1]], spe, coordinates, clusters)
-        coordinates = jnp.where(clusters.valid[..., None], coordinates, 0)
-        if self.as_tokens:
-            tokens = self.mlp(z) + places + self.segment[...]
-            tokens = jnp.where(clusters.valid[..., None], tokens, self.empty[...]).astype(spe.dtype)
-        else:
-            tokens, coordinates = (y[:, :, :0] for y in (z.astype(spe.dtype), coordinates))
-        if not self.by_place:
-            return State(tokens, coordinates, [])
-        # The cluster of each place of the group before, -1 where there is none.
+            def one(carry, group_and_positions):
+                return advance(carry, *group_and_positions), carry
+
+            inputs = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), (groups, positions))
+            _, merged = jax.lax.scan(one, start, inputs)
+            return jax.tree.map(lambda y: chosen(jnp.moveaxis(y, 0, 1)), merged)
+        steps = jnp.broadcast_to(jnp.arange(timesteps), (batch, timesteps))
+        clusters = jax.tree.map(chosen, self.cluster_history(groups))
+        x = groups.x.reshape(batch, -1, groups.x.shape[-1])
+        positions = positions.reshape(batch, -1, width)
+        return self._merged(x, positions, clusters, chosen(steps), size)
+
+    def _merged(self, x, positions, clusters: Clusters, steps, size: int) -> Merged:
+        z, means = self.states(x[..., : self.dim], positions, clusters)
         assignment = clusters.assignment.reshape(*steps.shape, -1, size)
         before = jnp.maximum(steps - 1, 0)[..., None, None]
         previous = jnp.take_along_axis(assignment, before, axis=2)[:, :, 0]
-        member = jax.nn.one_hot(previous, self.num_slots, dtype=spe.dtype)  # [B, G, N, M]
-        told = jnp.einsum("bgnm,bgmd->bgnd", member, z.astype(spe.dtype))
+        return Merged(z, means, clusters.valid, previous)
+
+    def tell(self, merged: Merged, begun: Bool[Array, "B G"], dtype: Any) -> State:
+        """What the slots are told of a state; nothing where none has `begun`."""
+        z, means, valid, previous = merged
+        valid = valid & begun[..., None]
+        coordinates = jnp.where(valid[..., None], means[..., self.dim : self.dim + 4], 0)
+        if self.as_tokens:
+            tokens = self.mlp(z) + means[..., : self.dim] + self.segment[...]
+            tokens = jnp.where(valid[..., None], tokens, self.empty[...]).astype(dtype)
+        else:
+            tokens, coordinates = z[:, :, :0].astype(dtype), coordinates[:, :, :0]
+        if not self.by_place:
+            return State(tokens, coordinates, [])
+        member = jax.nn.one_hot(previous, self.num_slots, dtype=dtype)  # [B, G, N, M]
+        told = jnp.einsum("bgnm,bgmd->bgnd", member, z.astype(dtype))
         if self.absent is not None:
-            told = jnp.where((previous < 0)[..., None], self.absent[...].astype(spe.dtype), told)
-        told = jnp.where((steps > 0)[..., None, None], told, 0)
+            told = jnp.where((previous < 0)[..., None], self.absent[...].astype(dtype), told)
+        told = jnp.where(begun[..., None, None], told, 0)
         return State(tokens, coordinates, [mlp(told) for mlp in self.aligned])
+
+
+def _no_clusters(batch: int, num_slots: int, num_tokens: int) -> Clusters:
+    """Those before the first group."""
+    return Clusters(
+        centers=jnp.zeros((batch, num_slots), jnp.int32),
+        valid=jnp.zeros((batch, num_slots), bool),
+        assignment=jnp.full((batch, num_tokens), -1, jnp.int32),
+    )

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from fourdstar_jax import nn
 from fourdstar_jax.nn.embedding import lookup
 from fourdstar_jax.star import embed
-from fourdstar_jax.star.container import Container, Inject, State
+from fourdstar_jax.star.container import Container, Density, Inject, State, Update
 from fourdstar_jax.star.embed import Codebook
 from fourdstar_jax.star.forcing import AS_GIVEN, Forcing
 from fourdstar_jax.star.head import DepthHead
@@ -59,6 +59,11 @@ class Places(NamedTuple):
     spe: Float[Array, "B T N D"]  # ray embedding + time embedding
     coordinates: Float[Array, "B T N 4"]  # time, view, row, column
     rays: Float[Array, "B T N 6"]  # Plücker, mean over the patch
+
+    @property
+    def positions(self) -> Float[Array, "B T N C"]:
+        """All that is averaged over a cluster."""
+        return jnp.concatenate([self.spe.astype(jnp.float32), self.coordinates], axis=-1)
 
 
 # Rays and times are normalised to this size each where they are (`normalize`): the tokens, which
@@ -111,6 +116,8 @@ class STAR(nnx.Module):
         predict_input_view: bool = True,
         inject: Inject = "tokens",
         container_place: float | None = None,
+        container_density: Density = "group",
+        container_update: Update = "all_history",
         blank_code: int | None = None,
         history: str = "container",
         dropout: float = 0.0,
@@ -131,8 +138,8 @@ class STAR(nnx.Module):
         `predict_input_view` the groups hold the other views only.
 
         `inject` says how the container's state reaches a group: as tokens, by place, in both ways,
-        or not at all. For `container_place` and `blank_code` see `Container`. `history` is what
-        else a group sees of those before: nothing (`container`), the tokens of the w before it
+        or not at all. For `container_*` and `blank_code` see `Container`. `history` is what else
+         a group sees of those before: nothing (`container`), the tokens of the w before it
         (`window:w`) or of all (`full`).
         """
         if rope not in ("none", "axial"):
@@ -177,7 +184,8 @@ class STAR(nnx.Module):
         self.container = None if inject == "none" else Container(
             dim, num_heads, num_slots=container_slots, neighbors=container_neighbors,
             refine_blocks=refine_blocks, inject=inject, place=container_place,
-            blank_code=blank_code, **initializers(dim, refine_blocks, init_std), **kw,
+            blank_code=blank_code, density=container_density, update=container_update,
+            **initializers(dim, refine_blocks, init_std), **kw,
         )  # fmt: skip
         self.trunk = Transformer(
             dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
@@ -331,21 +339,12 @@ class STAR(nnx.Module):
         if forcing.history_tokens is not None:
             tokens = self.in_groups(forcing.history_tokens)
             features = self.past(tokens, visible)
-        batch, timesteps, size, _ = tokens.shape
         groups = self.container.group(features, tokens, places.rays, visible)
-        clusters = self.container.cluster_history(groups)
-        steps = jnp.broadcast_to(jnp.arange(timesteps), (batch, timesteps))
+        merged = self.container.over_time(groups, places.positions, forcing.chosen)
+        begun = jnp.broadcast_to(jnp.arange(tokens.shape[1]) > 0, tokens.shape[:2])
         if forcing.drop_history is not None:
-            drop = forcing.drop_history[:, None]
-            steps = jnp.where(drop, 0, steps)
-            clusters = clusters._replace(valid=clusters.valid & ~drop[..., None])
-        steps, clusters = jax.tree.map(forcing.chosen, (steps, clusters))
-
-        def flat(y):
-            return y.reshape(batch, timesteps * size, y.shape[-1])
-
-        spe, coordinates = flat(places.spe), flat(places.coordinates)
-        return self.container(flat(groups.x), spe, coordinates, clusters, steps, size)
+            begun = begun & ~forcing.drop_history[:, None]
+        return self.container.tell(merged, forcing.chosen(begun), places.spe.dtype)
 
     def group_stream(
         self, state: State | None, slots: Float[Array, "B G N D"], places: Places

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fourdstar_jax.kernels.dpc_knn import Clusters, Peaks
-from fourdstar_jax.star.container import State
+from fourdstar_jax.star.container import Carry, State
 from fourdstar_jax.star.head import filter_logits
 from fourdstar_jax.star.model import STAR, Condition, Places
 from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
@@ -33,7 +32,7 @@ class Sampling(NamedTuple):
 class Memory(NamedTuple):
     """What one group leaves to the next."""
 
-    container: tuple[Peaks, Clusters] | None
+    container: Carry | None
     past: KV | None  # the slots of the window of groups before it, the latest last, of all layers
 
 
@@ -69,19 +68,10 @@ def prefill(model: STAR, condition: Condition, *, guided: bool = False) -> tuple
     prefix, rotary = model.prefix_stream(condition, places, None, drop)
     places = jax.tree.map(model.in_groups, places)
     cache = model.trunk.prefill(prefix, rotary)
-    batch, timesteps, size, dim = places.spe.shape
+    batch, timesteps, size, _ = places.spe.shape
     state = past = None
     if model.container is not None:
-        slots = model.container.num_slots
-        peaks = model.container.empty_carry(batch, timesteps * size, dim, model.num_codebooks)
-        state = (
-            peaks,
-            Clusters(
-                centers=jnp.zeros((batch, slots), jnp.int32),
-                valid=jnp.zeros((batch, slots), bool),
-                assignment=jnp.full((batch, timesteps * size), -1, jnp.int32),
-            ),
-        )
+        state = model.container.start(batch, timesteps, size, model.num_codebooks)
     if window := min(model.window, timesteps - 1):
         past = jax.tree.map(
             lambda y: jnp.zeros((*y.shape[:2], window * size, *y.shape[3:]), y.dtype), cache
@@ -93,14 +83,9 @@ def recall(model: STAR, prefix: Prefix, memory: Memory, t: Int[Array, ""]) -> St
     """The container's state for timestep t, as the only one of its groups."""
     if model.container is None or memory.container is None:
         return None
-    peaks, clusters = memory.container
-    batch, _, size, _ = prefix.places.spe.shape
-    spe, coordinates = (
-        y.reshape(batch, -1, y.shape[-1]) for y in (prefix.places.spe, prefix.places.coordinates)
-    )
-    clusters = jax.tree.map(lambda y: y[:, None], clusters)
-    steps = jnp.broadcast_to(t, (batch, 1))
-    return model.container(peaks.x, spe, coordinates, clusters, steps, size)
+    merged = model.container.read(memory.container, prefix.places.positions, t)
+    begun = jnp.broadcast_to(t > 0, (prefix.places.spe.shape[0], 1))
+    return model.container.tell(merged, begun, prefix.places.spe.dtype)
 
 
 def begin_group(
@@ -182,16 +167,20 @@ def end_group(
     model: STAR,
     prefix: Prefix,
     memory: Memory,
+    t: Int[Array, ""],
     tokens: Int[Array, "B N K"],
     cache: KV | None = None,
 ) -> Memory:
-    """The memory with a whole group in it; its cache is needed with a window of groups only."""
+    """The memory with timestep t in it; its cache is needed with a window of groups only."""
     state, past, size = memory.container, memory.past, tokens.shape[1]
     if model.container is not None and state is not None:
         visible = model.visible(tokens, prefix.drop_video)
-        rays = prefix.places.rays[:, 0]  # of every timestep
+        rays, positions = (
+            jax.lax.dynamic_index_in_dim(y, t, axis=1, keepdims=False)
+            for y in (prefix.places.rays, prefix.places.positions)
+        )
         group = model.container.group(model.past(tokens, visible), tokens, rays, visible)
-        state = model.container.update(state[0], group)
+        state = model.container.update(state, group, positions)
     if past is not None:
         assert cache is not None
         past = jax.tree.map(
@@ -241,7 +230,7 @@ def decode_group(
     group = begin_group(model, prefix, memory, t, twice(known))
     tokens, _, cache = decode_slots(model, group, num_known, choose)
     tokens = jnp.concatenate([known, tokens[:samples]], axis=1)
-    return tokens, end_group(model, prefix, memory, twice(tokens), cache)
+    return tokens, end_group(model, prefix, memory, t, twice(tokens), cache)
 
 
 def check_settings(

@@ -19,15 +19,13 @@ def draw(seed, *shape):
 
 def test_propagation_is_that_of_what_was_made():
     truth = np.broadcast_to(draw(0, B, 1, N), (B, T, N, K))  # still
-    fixed = [np.broadcast_to(draw(seed, B, 1, N), (B, T, N, K)) for seed in (1, 2)]
-    forgetful = [draw(seed, B, T, N) for seed in (3, 4)]
-    assert propagation(*fixed, truth).share == 1
-    assert abs(propagation(*forgetful, truth).share) < 0.1
-    # Half of the places remember.
-    half = [
-        np.where(np.arange(N)[:, None] % 2, a, b) for a, b in zip(fixed, forgetful, strict=True)
-    ]
-    assert abs(propagation(*half, truth).share - 0.5) < 0.1
+    fixed, other = (np.broadcast_to(draw(seed, B, 1, N), (B, T, N, K)) for seed in (1, 2))
+    forgetful, another = (draw(seed, B, T, N) for seed in (3, 4))
+    assert propagation(fixed, other, truth).share == 1
+    assert abs(propagation(forgetful, another, truth).share) < 0.1
+    odd = np.arange(N)[:, None] % 2 == 1  # half of the places remember
+    half, second = np.where(odd, fixed, forgetful), np.where(odd, other, another)
+    assert abs(propagation(half, second, truth).share - 0.5) < 0.1
     with pytest.raises(ValueError, match="one timestep"):
         propagation(truth[:, :1], truth[:, :1], truth[:, :1])
 

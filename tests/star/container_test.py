@@ -12,7 +12,7 @@ from fourdstar_jax import cluster_dpc_knn, nn, sharding
 from fourdstar_jax.star.container import Container, Group, empty_container, merge
 
 B, T, N, K, D, M = 2, 3, 7, 3, 12, 5
-STEPS = np.tile(np.arange(T), (B, 1))
+BEGUN = np.tile(np.arange(T) > 0, (B, 1))
 
 
 def build(**changes):
@@ -38,17 +38,14 @@ def history():
 
 
 @jax.jit
-def state_of(container, groups, spe, coordinates):
+def state_of(container, groups):
     """What the container tells every group of what was clustered."""
-    clusters = container.cluster_history(groups)
-    x = groups.x.reshape(B, T * N, -1)
-    return container(x, spe, coordinates, clusters, jnp.asarray(STEPS), N)
+    return container.tell(container.over_time(groups, somewhere()), jnp.asarray(BEGUN), jnp.float32)
 
 
-def somewhere(key=4):
+def somewhere():
     """Positional encodings and coordinates of all tokens."""
-    places = jax.random.normal(jax.random.key(key), (B, T * N, D + 4))
-    return places[..., :D], places[..., D:]
+    return jax.random.normal(jax.random.key(4), (B, T, N, D + 4))
 
 
 def test_training_clusters_equal_a_run_from_scratch(container, history):
@@ -70,7 +67,7 @@ def test_training_and_decoding_cluster_alike(container, history):
     trained = jax.jit(container.cluster_history)(history)
     carry = empty_container(B, T * N, D, K)
     for t in range(T - 1):
-        carry, clusters = container.update(carry, Group(*(y[:, t] for y in history)))
+        carry, clusters = container.cluster(carry, Group(*(y[:, t] for y in history)))
         jax.tree.map(
             lambda a, b, t=t: np.testing.assert_array_equal(a[:, t + 1], b), trained, clusters
         )
@@ -145,8 +142,8 @@ def reference_states(container, x, assignment, valid):
 
 def test_states_equal_a_plain_implementation(container, history):
     clusters = container.cluster_history(history)
-    flat, places = history.x.reshape(B, -1, D), somewhere()
-    got, _, means = jax.jit(lambda c, *a: c.states(*a))(container, flat, *places, clusters)
+    flat, places = history.x.reshape(B, -1, D), somewhere().reshape(B, T * N, -1)
+    got, means = jax.jit(lambda c, *a: c.states(*a))(container, flat, places, clusters)
     for b in range(B):
         for t in range(1, T):
             valid = np.asarray(clusters.valid[b, t])
@@ -155,13 +152,13 @@ def test_states_equal_a_plain_implementation(container, history):
             np.testing.assert_allclose(got[b, t][valid], want[valid], rtol=1e-4, atol=1e-5)
             alone = [m for m in np.flatnonzero(valid) if (assignment == m).sum() == 1]
             for m in alone:
-                place = places[1][b, clusters.centers[b, t, m]]
+                place = places[b, clusters.centers[b, t, m]]
                 np.testing.assert_allclose(means[b, t, m], place, rtol=1e-5)
 
 
 def test_empty_slots_hold_the_learned_vector(container, history):
     clusters = container.cluster_history(history)
-    out = state_of(container, history, *somewhere()).tokens
+    out = state_of(container, history).tokens
     empty = container.empty[...]
     np.testing.assert_array_equal(out[:, 0], jnp.broadcast_to(empty, (B, M, D)))
     filled = np.asarray(clusters.valid)
@@ -171,9 +168,7 @@ def test_empty_slots_hold_the_learned_vector(container, history):
 
 def test_later_groups_do_not_reach_a_state(container, history):
     other = history.x.at[:, 1].add(jax.random.normal(jax.random.key(5), (B, N, D)))
-    a, b = (
-        state_of(container, history._replace(x=x), *somewhere()).tokens for x in (history.x, other)
-    )
+    a, b = (state_of(container, history._replace(x=x)).tokens for x in (history.x, other))
     np.testing.assert_array_equal(a[:, :2], b[:, :2])
     assert (jnp.abs(a[:, 2] - b[:, 2]).max(axis=(1, 2)) > 1e-3).all()
 
@@ -182,7 +177,7 @@ def test_gradient_reaches_scores_and_features(container, history):
     @functools.partial(jax.grad, argnums=(0, 1))
     def grads(container, x):
         groups = history._replace(x=x)
-        return jnp.sum(state_of(container, groups, *somewhere()).tokens ** 2)
+        return jnp.sum(state_of(container, groups).tokens ** 2)
 
     dcontainer, dx = jax.jit(grads)(container, history.x)
     for block in dcontainer.blocks:
@@ -193,7 +188,6 @@ def test_gradient_reaches_scores_and_features(container, history):
 
 def test_a_place_is_told_the_state_of_its_cluster(history):
     container = build(inject="both", place=0.2, blank_code=0)
-    spe, coordinates = somewhere()
     rays = jax.random.normal(jax.random.key(6), (B, T, N, 6))
     groups = container.group(history.x, history.ids, rays, history.mask)
     blank = np.asarray((history.ids == 0).all(-1))
@@ -201,8 +195,8 @@ def test_a_place_is_told_the_state_of_its_cluster(history):
     assert blank[:, :-1].any()
 
     clusters = container.cluster_history(groups)
-    z, *_ = container.states(groups.x.reshape(B, T * N, -1)[..., :D], spe, coordinates, clusters)
-    got = state_of(container, groups, spe, coordinates).aligned
+    z = container.over_time(groups, somewhere()).z
+    got = state_of(container, groups).aligned
     assert len(got) == 3
     for mlp, told in zip(container.aligned, got, strict=True):
         np.testing.assert_array_equal(told[:, 0], 0)  # the first group has no past
@@ -221,8 +215,8 @@ def test_blank_tokens_are_no_centres():
     tokens = jnp.zeros((1, 1, 2 * M, 1), jnp.int32).at[0, 0, 1::2, 0].set(jnp.arange(1, M + 1))
     x = jax.random.normal(jax.random.key(7), (M + 1, D))[tokens[..., 0]]
     group = container.group(x, tokens, jnp.zeros((1, 1, 2 * M, 6)), jnp.ones((1, 1, 2 * M), bool))
-    carry = container.empty_carry(1, 2 * M, D, 1)
-    _, clusters = container.update(carry, Group(*(y[:, 0] for y in group)))
+    carry = empty_container(1, 2 * M, D, 1)
+    _, clusters = container.cluster(carry, Group(*(y[:, 0] for y in group)))
     assert clusters.valid.all()
     np.testing.assert_array_equal(np.sort(clusters.centers[0]), np.arange(1, 2 * M, 2))
     np.testing.assert_array_equal(clusters.assignment[0, ::2], -1)
@@ -238,10 +232,58 @@ def test_places_part_what_looks_alike():
         group = container.group(x, tokens, rays, jnp.ones((1, 1, 8), bool))
         group = Group(*(y[:, 0] for y in group))
         container.num_slots = 2
-        _, clusters = container.update(container.empty_carry(1, 8, D, 1), group)
+        _, clusters = container.cluster(
+            empty_container(1, 8, group.x.shape[-1], group.ids.shape[-1]), group
+        )
         odd, even = clusters.assignment[0, 1::2], clusters.assignment[0, ::2]
         parted = bool((odd == odd[0]).all() and (even == even[0]).all() and odd[0] != even[0])
         assert parted == (place is not None)
+
+
+def test_global_density_is_that_of_all_tokens(history):
+    container = build(density="global")
+    got = container.cluster_history(history)
+    for t in range(1, T):
+        x, ids = (y[:, :t].reshape(B, t * N, -1) for y in (history.x, history.ids))
+        want = cluster_dpc_knn(x, ids=ids, num_clusters=M, k=2)
+        np.testing.assert_array_equal(got.centers[:, t], want.centers)
+        np.testing.assert_array_equal(got.assignment[:, t, : t * N], want.assignment)
+
+
+@pytest.mark.parametrize("update", ["all_history", "recursive"])
+def test_carrying_gives_the_states_of_training(history, update):
+    container = build(inject="both", place=0.2, update=update)
+    rays = jax.random.normal(jax.random.key(6), (B, T, N, 6))
+    groups = container.group(history.x, history.ids, rays, history.mask)
+    want = jax.jit(lambda c, g: c.over_time(g, somewhere()))(container, groups)
+    carry = container.start(B, T, N, K)
+
+    @jax.jit
+    def step(container, carry, t):
+        now = jax.tree.map(lambda y: jax.lax.dynamic_index_in_dim(y, t, 1, False), groups)
+        place = jax.lax.dynamic_index_in_dim(somewhere(), t, 1, False)
+        return container.read(carry, somewhere(), t), container.update(carry, now, place)
+
+    for t in range(T):
+        got, carry = step(container, carry, jnp.int32(t))
+        np.testing.assert_array_equal(got.valid[:, 0], want.valid[:, t])
+        if t > 0:
+            np.testing.assert_array_equal(got.previous[:, 0], want.previous[:, t])
+            valid = np.asarray(want.valid[:, t])
+            for a, b in ((got.z, want.z), (got.means, want.means)):
+                np.testing.assert_allclose(a[:, 0][valid], b[:, t][valid], rtol=1e-4, atol=1e-5)
+    assert (want.previous[:, 1:] >= 0).all()
+
+
+def test_a_recursive_state_reaches_back_by_its_gradient(history):
+    """The last group's state depends on the first group only through the one between."""
+    container = build(update="recursive")
+
+    def last(x):
+        return jnp.sum(container.over_time(history._replace(x=x), somewhere()).z[:, -1] ** 2)
+
+    dx = jnp.abs(jax.jit(jax.grad(last))(history.x)).max(axis=(0, 2, 3))
+    assert (dx[:2] > 1e-6).all() and dx[2] == 0
 
 
 def test_more_slots_than_tokens_is_an_error(container):

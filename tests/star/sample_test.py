@@ -19,7 +19,7 @@ def forced_group(model, prefix, memory, t, tokens):
         return model.head.decode(hidden, lambda k, logits: tokens[:, slot, k])
 
     found, logits, cache = sample.decode_slots(model, group, 0, choose)
-    return logits, sample.end_group(model, prefix, memory, found, cache)
+    return logits, sample.end_group(model, prefix, memory, t, found, cache)
 
 
 def forced_logits(model, condition, tokens):
@@ -50,6 +50,7 @@ def test_cached_decoding_equals_teacher_forcing(model, data, logits):
         dict(predict_input_view=True, inject="tokens"),
         dict(num_kv_heads=1, rope="none", prefix="causal", qk_norm=True, inject="aligned"),
         dict(history="full", inject="none"),
+        dict(container_update="recursive", container_density="global"),
         dict(history="window:1", num_layers=4, blank_code=2),
     ],
 )
@@ -125,9 +126,12 @@ def test_samples_follow_the_probabilities(model, data, logits, make_example):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_guidance_moves_away_from_the_model_without_video(model, old_model, data, inside):
+def test_guidance_moves_away_from_the_model_without_video(make_model, old_model, data, inside):
     _, condition = data
-    model, key = old_model if inside else model, jax.random.key(0)
+    # Untrained, it says some tokens again and again: side by side these are equally dense but for
+    # the rounding, which a batch of twice the size does otherwise. Without places, they are one.
+    model = old_model if inside else make_model(container_place=None)
+    key = jax.random.key(0)
 
     def novel(condition, scale):
         out = sample.generate(model, condition, key, temperature=0, cfg_scale=scale)
