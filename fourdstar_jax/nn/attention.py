@@ -1,6 +1,7 @@
 """Attention of given queries, keys and values, and the module that makes them."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from fourdstar_jax.nn.linear import linear
+
+MOST_SCORES = 2**28  # of queries and keys at once, where they lie in memory: 1 GB as float32
 
 
 def attend(
@@ -20,14 +23,28 @@ def attend(
 ) -> Float[Array, "b L H E"]:
     """Softmax attention; True in the mask is seen, and its axes may be 1.
 
-    Without a mask, in half precision on a GPU, it is cuDNN's. `scale` of the scores is 1 / sqrt(E)
-    unless given; several heads of queries may share those of keys (H a multiple of Hk).
+    Without a mask, in half precision on a GPU, it is cuDNN's; elsewhere queries come in parts where
+    the scores of all would not fit (`MOST_SCORES`). `scale` of the scores is 1 / sqrt(E) unless
+    given; several heads of queries may share those of keys (H a multiple of Hk).
     """
     half = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
     fused = half and mask is None and jax.default_backend() == "gpu"
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else None
+
+    def call(q):
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else None
+        )
+
+    least = math.ceil(math.prod(q.shape[:3]) * k.shape[1] / MOST_SCORES)
+    if fused or mask is not None or least <= 1:
+        return call(q)
+    length = q.shape[1]
+    size = max(
+        n for n in range(1, length + 1) if length % n == 0 and (n == 1 or n * least <= length)
     )
+    parts = jnp.moveaxis(q.reshape(q.shape[0], -1, size, *q.shape[2:]), 1, 0)
+    y = jax.lax.map(jax.checkpoint(call, prevent_cse=False), parts)  # scores are made again
+    return jnp.moveaxis(y, 0, 1).reshape(q.shape)
 
 
 class Attention(nnx.Module):
