@@ -22,7 +22,7 @@ TOKENIZER = dict(
 VQVAE = dict(
     resolution=SIZE, grid=2, code_dim=8, dim=16, num_blocks=1, num_heads=2, hidden_dim=32,
     view_attention_every=1, up_channels=(8, 8), offset_dim=16, offset_layers=1, offset_heads=2,
-    unet_channels=(8, 8), unet_blocks=1,
+    unet_channels=(8, 8), unet_blocks=1, remat=True, up_pictures=3,
 )  # fmt: skip
 ADVERSARIAL = dict(  # from the second step on
     weight=0.05, start=1 / 3, multiplier=1 / 64, learning_rate=1e-3, r1_weight=1.25, r1_every=2
