@@ -1,20 +1,25 @@
-"""What tokenizers have in common: protocol, training pass, and the hash that the spec carries."""
+"""What tokenizers have in common: protocol, codebooks, training pass, and the spec's hash."""
 
 import hashlib
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fourdstar_jax.tokenizer.quantize import QuantizerStats
+from fourdstar_jax.tokenizer.quantize import Quantizer, QuantizerStats
 from fourdstar_jax.types import TokenizerSpec
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """Images to integers and back. Leading axes are free."""
+
+    @property
+    def has_blank(self) -> bool:
+        """Whether blank patches, and they alone, have the code `quantize.BLANK`."""
+        ...
 
     @property
     def spec(self) -> TokenizerSpec:
@@ -40,6 +45,46 @@ class Tokenizer(Protocol):
     def codebooks(self) -> Float[Array, "K vocab d"]:
         """The vectors `codes` looks up."""
         ...
+
+
+class Codebooks(nnx.Module):
+    """The part of a tokenizer that its quantizer and sizes decide; families add the rest."""
+
+    name: ClassVar[str]  # the spec's
+    has_blank = False
+    quantizer: Quantizer
+    resolution: int
+    num_tokens: int
+
+    def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
+        """Codebook vectors of the tokens, K unit-length chunks side by side."""
+        return self.quantizer.codes(tokens)
+
+    def codebooks(self) -> Float[Array, "K vocab d"]:
+        """The unit vectors `codes` looks up."""
+        return self.quantizer.normalized()
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
+        return self.described(weights_sha256(self))
+
+    def described(self, weights_sha256: str) -> TokenizerSpec:
+        """The spec, for weights whose hash is known."""
+        num_codebooks, vocab_size, width = self.quantizer.codebooks[...].shape
+        return TokenizerSpec(
+            name=self.name,
+            resolution=self.resolution,
+            num_tokens=self.num_tokens,
+            num_codebooks=num_codebooks,
+            vocab_size=vocab_size,
+            code_dim=num_codebooks * width,
+            weights_sha256=weights_sha256,
+        )
+
+    def with_stats(self, stats: QuantizerStats) -> Self:
+        """The same tokenizer with the usage statistics that a training pass returned."""
+        return replace_quantizer(self, **stats._asdict())
 
 
 class Reconstruction(NamedTuple):

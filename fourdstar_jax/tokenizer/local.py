@@ -28,9 +28,8 @@ from fourdstar_jax.nn import Common, Dtype
 from fourdstar_jax.nn.vit import BLOCK_EPS, TokenProjection
 from fourdstar_jax.nn.vitamin import ConvStem, ConvTail, MbConv
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.tokenizer.base import Reconstruction, replace_quantizer, weights_sha256
+from fourdstar_jax.tokenizer.base import Codebooks, Reconstruction, replace_quantizer
 from fourdstar_jax.tokenizer.measures import blank_patches
-from fourdstar_jax.types import TokenizerSpec
 
 
 class Decoder(nnx.Module):
@@ -56,7 +55,7 @@ class Decoder(nnx.Module):
         return self.tail(self.norm(x))
 
 
-class LocalTokenizer(nnx.Module):
+class LocalTokenizer(Codebooks):
     """Tokenizer whose codes depend on a patch and its surroundings only.
 
     Args:
@@ -71,6 +70,9 @@ class LocalTokenizer(nnx.Module):
 
     Raises ValueError for sizes that do not fit together.
     """
+
+    name = "local"
+    has_blank = True
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class LocalTokenizer(nnx.Module):
         self.resolution = resolution
         self.patch = patch
         self.grid = resolution // patch
+        self.num_tokens = self.grid**2
 
     def blank(self, images: Float[Array, "*b h w 3"]) -> Bool[Array, "*b n"]:
         """Whether patches of images in [0, 1] are blank, from their own pixels."""
@@ -137,37 +140,11 @@ class LocalTokenizer(nnx.Module):
         tokens = self.quantizer.encode(self._features(flat), self.blank(flat))
         return tokens.reshape(*images.shape[:-3], *tokens.shape[-2:])
 
-    def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
-        """Codebook vectors of the tokens, K unit-length chunks side by side."""
-        return self.quantizer.codes(tokens)
-
     def decode(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b h w 3"]:
         """Images in [0, 1]."""
         flat = tokens.reshape(-1, *tokens.shape[-2:])
         images = self._images(self.codes(flat), jnp.all(flat == quantize.BLANK, axis=-1))
         return jnp.clip(images, 0.0, 1.0).reshape(*tokens.shape[:-2], *images.shape[-3:])
-
-    def codebooks(self) -> Float[Array, "K vocab d"]:
-        """The unit vectors `codes` looks up."""
-        return self.quantizer.normalized()
-
-    @property
-    def spec(self) -> TokenizerSpec:
-        """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
-        return self.described(weights_sha256(self))
-
-    def described(self, weights_sha256: str) -> TokenizerSpec:
-        """The spec, for weights whose hash is known."""
-        num_codebooks, vocab_size, width = self.quantizer.codebooks[...].shape
-        return TokenizerSpec(
-            name="local",
-            resolution=self.resolution,
-            num_tokens=self.grid**2,
-            num_codebooks=num_codebooks,
-            vocab_size=vocab_size,
-            code_dim=num_codebooks * width,
-            weights_sha256=weights_sha256,
-        )
 
     def __call__(self, images: Float[Array, "*b h w 3"]) -> Reconstruction:
         """One training pass over images in [0, 1]; changes nothing in place."""
@@ -181,10 +158,6 @@ class LocalTokenizer(nnx.Module):
             perplexity=quantized.perplexity,
             stats=quantized.stats,
         )
-
-    def with_stats(self, stats: quantize.QuantizerStats) -> "LocalTokenizer":
-        """The same tokenizer with the usage statistics that `__call__` returned."""
-        return replace_quantizer(self, **stats._asdict())
 
     def repair(
         self, images: Float[Array, "*b h w 3"], key: jax.Array, *, max_idle_steps: int

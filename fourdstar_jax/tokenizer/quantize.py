@@ -148,18 +148,25 @@ class Quantizer(nnx.Module):
         )
 
 
-def near_codes(codebooks: Float[Array, "K vocab d"], count: int) -> Int[Array, "K vocab near"]:
+def near_codes(
+    codebooks: Float[Array, "K vocab d"], count: int, *, has_blank: bool = False
+) -> Int[Array, "K vocab near"]:
     """Ids of the `count` codes of largest cosine to each code, itself left out.
+
+    With `has_blank` the code BLANK is near to itself alone: no other is ever taken for it.
 
     Raises ValueError where the codebooks have not as many others.
     """
-    vocab_size = codebooks.shape[1]
-    if not 0 < count < vocab_size:
-        raise ValueError(f"near={count} must be positive and below the {vocab_size} codes")
+    others = codebooks.shape[1] - has_blank
+    if not 0 < count < others:
+        raise ValueError(f"near={count} must be positive and below the {others} codes")
 
     def of_one(book):
-        cosine = (book @ book.T).at[jnp.diag_indices(vocab_size)].set(-jnp.inf)
-        return jax.lax.top_k(cosine, count)[1]
+        cosine = (book @ book.T).at[jnp.diag_indices(len(book))].set(-jnp.inf)
+        if not has_blank:
+            return jax.lax.top_k(cosine, count)[1]
+        found = jax.lax.top_k(cosine.at[:, BLANK].set(-jnp.inf), count)[1]
+        return found.at[BLANK].set(BLANK)
 
     return jax.lax.map(of_one, geometry.normalize(codebooks))
 

@@ -19,8 +19,7 @@ from fourdstar_jax.nn.embedding import learned_embedding
 from fourdstar_jax.nn.vit import BLOCK_EPS, AttnProjection, Block, run_blocks
 from fourdstar_jax.nn.vitamin import ConvStem, ConvTail, HybridStem, HybridTail
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.tokenizer.base import Reconstruction, replace_quantizer, weights_sha256
-from fourdstar_jax.types import TokenizerSpec
+from fourdstar_jax.tokenizer.base import Codebooks, Reconstruction, replace_quantizer
 
 
 class Encoder(nnx.Module):
@@ -83,7 +82,7 @@ class Decoder(nnx.Module):
         return self.tail(x.reshape(x.shape[0], grid, grid, -1))
 
 
-class UniTok(nnx.Module):
+class UniTok(Codebooks):
     """Tokenizer of the UniTok family.
 
     Args:
@@ -100,6 +99,8 @@ class UniTok(nnx.Module):
       learned_positions: adds a learned vector per place. The released model has none: its blocks
         know places from the convolutions' padding alone.
     """
+
+    name = "unitok"
 
     def __init__(
         self,
@@ -184,36 +185,10 @@ class UniTok(nnx.Module):
         tokens = self.quantizer.encode(self._features(2 * images - 1))
         return tokens.reshape(*images.shape[:-3], *tokens.shape[-2:])
 
-    def codes(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b n D"]:
-        """Unit-length codebook vectors of the tokens, side by side."""
-        return self.quantizer.codes(tokens)
-
     def decode(self, tokens: Int[Array, "*b n K"]) -> Float[Array, "*b h w 3"]:
         """Images in [0, 1]."""
         images = self._images(self.codes(tokens.reshape(-1, *tokens.shape[-2:])))
         return jnp.clip((images + 1) / 2, 0.0, 1.0).reshape(*tokens.shape[:-2], *images.shape[-3:])
-
-    def codebooks(self) -> Float[Array, "K vocab d"]:
-        """The unit vectors `codes` looks up."""
-        return self.quantizer.normalized()
-
-    @property
-    def spec(self) -> TokenizerSpec:
-        """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
-        return self.described(weights_sha256(self))
-
-    def described(self, weights_sha256: str) -> TokenizerSpec:
-        """The spec, for weights whose hash is known."""
-        num_codebooks, vocab_size, width = self.quantizer.codebooks[...].shape
-        return TokenizerSpec(
-            name="unitok",
-            resolution=self.resolution,
-            num_tokens=self.num_tokens,
-            num_codebooks=num_codebooks,
-            vocab_size=vocab_size,
-            code_dim=num_codebooks * width,
-            weights_sha256=weights_sha256,
-        )
 
     def __call__(self, images: Float[Array, "*b h w 3"]) -> Reconstruction:
         """One training pass over images in [0, 1]; changes nothing in place."""
@@ -225,10 +200,6 @@ class UniTok(nnx.Module):
             perplexity=quantized.perplexity,
             stats=quantized.stats,
         )
-
-    def with_stats(self, stats: quantize.QuantizerStats) -> "UniTok":
-        """The same tokenizer with the usage statistics that `__call__` returned."""
-        return replace_quantizer(self, **stats._asdict())
 
     def repair(
         self, images: Float[Array, "*b h w 3"], key: Array, *, max_idle_steps: int

@@ -17,8 +17,7 @@ from fourdstar_jax import sharding
 from fourdstar_jax.nn import Common, Dtype, attend
 from fourdstar_jax.nn.conv import conv, upsample
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.tokenizer.base import weights_sha256
-from fourdstar_jax.types import TokenizerSpec
+from fourdstar_jax.tokenizer.base import Codebooks
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -202,7 +201,7 @@ class Decoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
-class VQ16(nnx.Module):
+class VQ16(Codebooks):
     """Tokenizer of LlamaGen's VQ family: one code of `code_dim` a token (K = 1).
 
     Args:
@@ -217,6 +216,8 @@ class VQ16(nnx.Module):
 
     Raises ValueError for sizes that do not divide.
     """
+
+    name = "vq16"
 
     def __init__(
         self,
@@ -243,6 +244,7 @@ class VQ16(nnx.Module):
         self.decoder = Decoder(*sizes, dtype=dtype, rngs=rngs)
         self.resolution = resolution
         self.grid = resolution // patch
+        self.num_tokens = self.grid**2
 
     def _features(self, images: Array) -> Array:
         """Vectors [b, n, D] before the quantiser of images in [-1, 1], leading axes folded."""
@@ -263,33 +265,7 @@ class VQ16(nnx.Module):
         tokens = self.quantizer.encode(self._features(2 * images - 1))
         return tokens.reshape(*images.shape[:-3], *tokens.shape[-2:])
 
-    def codes(self, tokens: Int[Array, "*b n 1"]) -> Float[Array, "*b n D"]:
-        """Unit-length codebook vectors of the tokens."""
-        return self.quantizer.codes(tokens)
-
     def decode(self, tokens: Int[Array, "*b n 1"]) -> Float[Array, "*b h w 3"]:
         """Images in [0, 1]."""
         images = self._images(self.codes(tokens.reshape(-1, *tokens.shape[-2:])))
         return jnp.clip((images + 1) / 2, 0.0, 1.0).reshape(*tokens.shape[:-2], *images.shape[-3:])
-
-    def codebooks(self) -> Float[Array, "1 vocab D"]:
-        """The unit vectors `codes` looks up."""
-        return self.quantizer.normalized()
-
-    @property
-    def spec(self) -> TokenizerSpec:
-        """Needs concrete parameters (not inside `jax.jit`): it holds their hash."""
-        return self.described(weights_sha256(self))
-
-    def described(self, weights_sha256: str) -> TokenizerSpec:
-        """The spec, for weights whose hash is known."""
-        _, vocab_size, code_dim = self.quantizer.codebooks[...].shape
-        return TokenizerSpec(
-            name="vq16",
-            resolution=self.resolution,
-            num_tokens=self.grid**2,
-            num_codebooks=1,
-            vocab_size=vocab_size,
-            code_dim=code_dim,
-            weights_sha256=weights_sha256,
-        )

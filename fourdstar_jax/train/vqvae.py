@@ -188,7 +188,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             lpips = perceptual.load(config.lpips, dtype=jnp.dtype(config.model.dtype))
         near = None
         if config.forcing.code_noise > 0:
-            near = quantize.near_codes(tokenizer.codebooks(), config.forcing.near)
+            near = quantize.near_codes(
+                tokenizer.codebooks(), config.forcing.near, has_blank=tokenizer.has_blank
+            )
         loss_config = config.loss.to_dict()
         batches, held_out, frames = inputs.open_data(config, mesh, maps=maps_of(loss_config))
         frozen = train_state.replicate(Frozen(tokenizer, lpips, near, frames), mesh)

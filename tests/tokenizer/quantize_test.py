@@ -131,6 +131,24 @@ def test_near_codes_are_those_of_largest_cosine(quantizer):
         quantize.near_codes(quantizer.codebooks[...], VOCAB)
 
 
+def test_the_blank_code_is_near_to_none(quantizer):
+    """Neither is it taken for another, nor another for it."""
+    near = quantize.near_codes(quantizer.codebooks[...], VOCAB - 2, has_blank=True)
+    assert np.all(np.asarray(near)[:, quantize.BLANK] == quantize.BLANK)
+    for k, code in np.ndindex(K, VOCAB):
+        if code != quantize.BLANK:
+            wanted = set(range(VOCAB)) - {code, quantize.BLANK}
+            assert set(np.asarray(near)[k, code].tolist()) == wanted
+    tokens = jax.random.randint(jax.random.key(2), (50, 40, K), 0, VOCAB)
+    found = quantize.corrupt(jax.random.key(3), tokens, near, 1.0)
+    np.testing.assert_array_equal(found == quantize.BLANK, tokens == quantize.BLANK)
+    assert np.all((found != tokens) | (tokens == quantize.BLANK))
+    with pytest.raises(
+        ValueError, match=f"near={VOCAB - 1} must be .* below the {VOCAB - 1} codes"
+    ):
+        quantize.near_codes(quantizer.codebooks[...], VOCAB - 1, has_blank=True)
+
+
 def test_corrupted_codes_are_near_ones_and_as_many_as_asked_for(quantizer):
     near = quantize.near_codes(quantizer.codebooks[...], 4)
     tokens = jax.random.randint(jax.random.key(2), (50, 40, K), 0, VOCAB)
