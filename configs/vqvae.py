@@ -82,6 +82,7 @@ def get_config(argument: str = "small") -> ConfigDict:
 
     config.log_every = 100
     config.eval_every = 5000
+    config.picture_every = 1000  # of unseen clips, into WORKDIR/pictures
     config.checkpoint_every = 5000
     config.storage = "float16"  # of the bundle's weights
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, seq=1, tensor=1))
@@ -103,6 +104,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.optim.weight_decay = 0.01
             config.log_every = 50
             config.eval_every = 500
+            config.picture_every = 500
             config.checkpoint_every = 500
         case "small":
             pass

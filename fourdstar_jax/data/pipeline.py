@@ -17,6 +17,7 @@ form "index" a batch has no pixels but `frames` [B, T], numbers of rows of `resi
 `view` [B], the rig's view that is to be the first, both int32.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -434,7 +435,9 @@ def batches(
     if repeat:
         dataset = dataset.repeat()
     dataset = dataset.random_map(example).batch(local, drop_remainder=repeat)
-    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    # Each thread makes a batch; decoding PNG lets the others run.
+    count = min(8, max(2, os.cpu_count() or 2))
+    threads = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(4, count))
     dataset = dataset.to_iter_dataset(threads)
     if worker_count:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_count))

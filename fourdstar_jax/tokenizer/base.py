@@ -1,7 +1,7 @@
 """What tokenizers have in common: protocol, codebooks, training pass, and the spec's hash."""
 
 import hashlib
-from typing import ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -82,7 +82,7 @@ class Codebooks(nnx.Module):
             weights_sha256=weights_sha256,
         )
 
-    def with_stats(self, stats: QuantizerStats) -> Self:
+    def with_stats(self, stats: QuantizerStats) -> "Codebooks":
         """The same tokenizer with the usage statistics that a training pass returned."""
         return replace_quantizer(self, **stats._asdict())
 

@@ -1,4 +1,4 @@
-"""How steady tokens are: white patches that share a token, patches that keep theirs in time."""
+"""How steady tokens are, for white patches and in time, and how many of the codes are in use."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,4 +65,29 @@ def steadiness(counts: dict[str, float]) -> dict[str, float]:
         name: float(np.divide(counts[part], counts[whole]))
         for name, (part, whole) in shares.items()
         if counts[whole] > 0
+    }
+
+
+def code_counts(tokens: Int[Array, "*b n K"], vocab_size: int) -> Float[Array, "K vocab"]:
+    """How often each code of each codebook occurs, to be summed over batches."""
+    num_codebooks = tokens.shape[-1]
+    ids = tokens.reshape(-1, num_codebooks)
+    counts = jnp.zeros((num_codebooks, vocab_size), jnp.float32)
+    return counts.at[jnp.arange(num_codebooks), ids].add(1.0)
+
+
+def code_use(
+    counts: Float[Array | np.ndarray, "K vocab"], *, has_blank: bool = False
+) -> dict[str, float]:
+    """Use of the codebooks, means over them; with `has_blank` the code BLANK is left out.
+
+    codes_used: share of the codes that occur. codes_perplexity: exp of the entropy of how often,
+    at most the number of codes.
+    """
+    of = np.asarray(counts, np.float64)[:, BLANK + 1 if has_blank else 0 :]
+    share = of / np.maximum(of.sum(axis=1, keepdims=True), 1)
+    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=1)
+    return {
+        "codes_used": float(np.mean(of > 0)),
+        "codes_perplexity": float(np.mean(np.exp(entropy))),
     }

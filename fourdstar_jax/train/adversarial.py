@@ -10,13 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.nn import Dtype
-from fourdstar_jax.nn.adversarial import discriminator_loss, generator_hinge
+from fourdstar_jax.nn.adversarial import discriminator_loss, generator_hinge, only_if
 from fourdstar_jax.nn.discriminator import Discriminator
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.state import TrainState
-
-PARTS = ("discriminator", "real_logit", "fake_logit", "r1")
 
 
 class Adversary(NamedTuple):
@@ -37,14 +35,8 @@ class Adversary(NamedTuple):
         self, judge: TrainState, step: Int[Array, ""], fake: Float[Array, "*b h w 3"]
     ) -> Float[Array, ""]:
         """The decoder's hinge term before weighting; 0 before the first step."""
-
-        def judged(images):
-            return generator_hinge(nnx.merge(self.graphdef, judge.params, judge.rest)(images))
-
-        def nothing(images):
-            return jnp.zeros((), jnp.float32)
-
-        return jax.lax.cond(step >= self.first_step, judged, nothing, fake)
+        model = nnx.merge(self.graphdef, judge.params, judge.rest)
+        return only_if(step >= self.first_step, lambda: generator_hinge(model(fake)))
 
     def learn(
         self,
@@ -67,18 +59,12 @@ class Adversary(NamedTuple):
                 model, real, fake, judge.step, r1_weight=self.r1_weight, r1_every=self.r1_every
             )
 
-        def learnt(judge):
-            grads, parts = jax.grad(loss, has_aux=True)(judge.params)
-            parts = {name: jnp.float32(parts.get(name, 0.0)) for name in PARTS}
+        wanted = (step >= self.first_step) & ~jnp.asarray(skip)
+        grads, parts = only_if(wanted, lambda: jax.grad(loss, has_aux=True)(judge.params))
+        if "r1" in parts:
             parts["r1"] = self.r1_every * parts["r1"]
-            return train_state.apply_gradients(judge, grads, self.tx), parts
-
-        def unchanged(judge):
-            return judge, dict.fromkeys(PARTS, jnp.zeros((), jnp.float32))
-
-        return jax.lax.cond(
-            (step >= self.first_step) & ~jnp.asarray(skip), learnt, unchanged, judge
-        )
+        learnt = train_state.apply_gradients(judge, grads, self.tx)
+        return jax.tree.map(lambda new, old: jnp.where(wanted, new, old), learnt, judge), parts
 
 
 def create(

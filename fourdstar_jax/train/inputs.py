@@ -66,14 +66,16 @@ def timesteps_of(step: int, seed: int, buckets: Sequence[tuple[int, float]], mos
     return int(rng.choice(sizes, p=np.asarray(shares) / np.sum(shares)))
 
 
-def check_buckets(buckets: Sequence[tuple[int, float]], most: int) -> None:
+def check_buckets(buckets: Any, most: int) -> None:
     """Raises ValueError for buckets that are not pairs of 1 to `most` timesteps and a share."""
     for bucket in buckets:
-        if len(bucket) != 2 or not 1 <= bucket[0] <= most or not bucket[1] > 0:
-            raise ValueError(
-                f"config.data.buckets has {tuple(bucket)}: each must be (timesteps from 1 to "
-                f"config.data.timesteps={most}, share above 0)"
-            )
+        match bucket:
+            case (int(timesteps), int() | float() as share) if 1 <= timesteps <= most and share > 0:
+                continue
+        raise ValueError(
+            f"config.data.buckets has {bucket}: each must be (timesteps from 1 to "
+            f"config.data.timesteps={most}, share above 0)"
+        )
 
 
 def cut(batch: Mapping[str, np.ndarray], timesteps: int) -> dict[str, np.ndarray]:

@@ -1,11 +1,13 @@
 """Progress on the terminal, metrics as JSON lines and TensorBoard events."""
 
 import collections
+import contextlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,6 +25,7 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         self._total, self._last_step = total_steps, first_step
         self._last_time = time.perf_counter()
+        self._waited = 0.0
         if self._active:
             from tensorboardX import SummaryWriter
 
@@ -40,7 +43,8 @@ class MetricWriter:
         if prefix == "train":
             speed = (step - self._last_step) / max(now - self._last_time, 1e-9)
             values["steps_per_s"] = speed
-            self._last_step, self._last_time = step, now
+            values["data_wait"] = self._waited / max(now - self._last_time, 1e-9)
+            self._last_step, self._last_time, self._waited = step, now, 0.0
         if self._active:
             record = {"step": step, **{f"{prefix}/{k}": v for k, v in values.items()}}
             self._jsonl.write(json.dumps(record) + "\n")
@@ -59,7 +63,14 @@ class MetricWriter:
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last record (evaluation, saving) out of the speed."""
-        self._last_time = time.perf_counter()
+        self._last_time, self._waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch: `data_wait` is the share of the time that goes there."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def close(self) -> None:
         if self._active:
@@ -70,11 +81,11 @@ class MetricWriter:
 class Watch:
     """Looks at the metrics of every step one step later, when reading them keeps no device waiting.
 
-    A trainer adds each step's, and checks before it writes or saves anything.
+    A trainer adds each step's, takes their means where it writes, and checks before it saves.
     """
 
     def __init__(self):
-        self._waiting, self._values = None, None
+        self._waiting, self._values, self._mean = None, None, Mean()
 
     def add(self, step: int, clips: np.ndarray, metrics: dict) -> dict[str, float] | None:
         """Checks the step before and returns its metrics, on the host; None for the first.
@@ -97,6 +108,7 @@ class Watch:
         step, clips, metrics = self._waiting
         self._waiting = None
         values = self._values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self._mean.add(values)
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         if wrong:
             first = [name for name in wrong if name not in ("loss", "grad_norm")] or wrong
@@ -105,6 +117,12 @@ class Watch:
                 f"step {step}: {terms}; clips {', '.join(str(i) for i in clips)} of the dataset"
             )
         return values
+
+    def mean(self) -> dict[str, float]:
+        """The means of all metrics since the last call. Raises as `check` does."""
+        self.check()
+        result, self._mean = self._mean.result(), Mean()
+        return result
 
 
 class Mean:
@@ -118,7 +136,7 @@ class Mean:
 
     def add(self, metrics: dict) -> None:
         for name, value in metrics.items():
-            self._sums[name] = np.add(self._sums[name], value) if name in self._sums else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts.update(metrics.keys())
 
     def result(self) -> dict[str, float]:

@@ -12,8 +12,9 @@ from fourdstar_jax import bundle, sharding, tokenizer
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.data.resident import Frames
 from fourdstar_jax.perceptual import lpips as perceptual
+from fourdstar_jax.perceptual.ssim import ssim
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
-from fourdstar_jax.tokenizer.measures import steadiness, steadiness_counts
+from fourdstar_jax.tokenizer.measures import code_counts, code_use, steadiness, steadiness_counts
 from fourdstar_jax.train import adversarial, inputs, optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -93,15 +94,22 @@ def repair_step(graphdef, state, frozen, batch, key, *, max_idle_steps):
 
 
 def eval_step(graphdef, state, frozen, batch, *, loss_config):
-    """Metrics of a batch, and counts of its patches for `measures.steadiness`."""
+    """Metrics of a batch, and counts of its patches and codes for `tokenizer.measures`."""
     batch = inputs.prepare(batch)
     views, batch = all_views(batch, "images"), pictures(batch)
     output = nnx.merge(graphdef, state.params, state.rest)(batch["images"])
     _, metrics = tokenizer_loss(
         output, batch["images"], batch["masks"], lpips=frozen.lpips, **loss_config
     )
+    decoded, images, masks = jnp.clip(output.images, 0, 1), batch["images"], batch["masks"]
+    square = (decoded - images) ** 2
+    for name, weight in (("psnr", jnp.ones_like(masks)), ("psnr_in_mask", masks)):
+        mse = jnp.sum(weight * square) / 3 / jnp.maximum(jnp.sum(weight), 1.0)
+        metrics[name] = -10 * jnp.log10(jnp.maximum(mse, 1e-10))
+    metrics["ssim"] = jnp.mean(ssim(decoded, images))
     tokens = output.tokens.reshape(*views.shape[:3], *output.tokens.shape[1:])
-    return metrics, steadiness_counts(tokens, views)
+    vocab_size = output.stats.usage.shape[1]
+    return metrics, steadiness_counts(tokens, views), code_counts(tokens, vocab_size)
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
@@ -118,6 +126,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             f"there is no training of a tokenizer of the family {family!r}: its released weights "
             "are converted into a bundle, and the later stages train on that"
         )
+    has_blank = tokenizer.class_of(family).has_blank
     key = jax.random.key(config.seed)
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         dtype = jnp.dtype(config.model.get("dtype", "float32"))  # as in the constructors
@@ -159,9 +168,11 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         eval_fn = jax.jit(functools.partial(eval_step, graphdef, loss_config=loss_config))
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
-        mean, watch = Mean(), Watch()
+        watch = Watch()
         for step in range(first, config.steps):
-            read, done = next(batches), step + 1
+            with writer.waiting():
+                read = next(batches)
+            done = step + 1
             batch = train_state.to_device(read, mesh)
             repair_key = jax.random.fold_in(key, step)
             if step == 0:  # the codebooks start from data
@@ -173,19 +184,19 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 writer.write(step, {"repaired_codes": count}, prefix="codes")
             state, metrics = step_fn(state, frozen, batch, key)
             watch.add(done, read["clip"], metrics)
-            mean.add(metrics)
             if done % config.log_every == 0 or done == config.steps:
-                watch.check()
-                writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
-                mean = Mean()
+                writer.write(done, {**watch.mean(), "learning_rate": schedule(step)})
             if held_out and (done % config.eval_every == 0 or done == config.steps):
-                held, counts, average = Mean(), Mean(), train_state.averaged(state)
+                held, counts, codes = Mean(), Mean(), jnp.zeros(())
+                average = train_state.averaged(state)
                 for batch in held_out:
                     batch = train_state.to_device(batch, mesh)
-                    metrics, counted = eval_fn(average, frozen, batch)
+                    metrics, counted, used = eval_fn(average, frozen, batch)
                     held.add(metrics)
                     counts.add(counted)
-                writer.write(done, held.result() | steadiness(counts.result()), prefix="eval")
+                    codes = codes + used
+                shares = steadiness(counts.result()) | code_use(codes, has_blank=has_blank)
+                writer.write(done, held.result() | shares, prefix="eval")
                 writer.restart_clock()
             if done % config.checkpoint_every == 0 or done == config.steps:
                 watch.check()

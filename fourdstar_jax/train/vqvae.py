@@ -9,27 +9,38 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.data.resident import Frames
 from fourdstar_jax.kernels.rasterize import pick_capacity
 from fourdstar_jax.perceptual import lpips as perceptual
+from fourdstar_jax.perceptual.ssim import ssim
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.train import adversarial, inputs, optim
+from fourdstar_jax.tokenizer.measures import code_counts, code_use
+from fourdstar_jax.train import adversarial, inputs, optim, pictures
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.types import Cameras
-from fourdstar_jax.vqvae import warm_start
-from fourdstar_jax.vqvae.losses import choose_supervision, reconstruction_loss
-from fourdstar_jax.vqvae.model import VQVAE4D
+from fourdstar_jax.vqvae import measures, warm_start
+from fourdstar_jax.vqvae.losses import Supervision, choose_supervision, psnr, reconstruction_loss
+from fourdstar_jax.vqvae.model import VQVAE4D, Decoded
 
 # Fewer pairs than these are left to the room that `rasterize` makes by itself: to compile a step
 # again costs more.
 FEW_PAIRS = 2**18
 WARM_START = "warm_start.txt"  # in the workdir: what a warm start took and left
+
+
+class Seen(NamedTuple):
+    """What a loss was made of."""
+
+    tokens: Int[Array, "B T V n K"]
+    decoded: Decoded
+    supervision: Supervision
+    renders: dict[str, Float[Array, "B S Q h w 3"]]  # "" corrected, "coarse_" where there are any
 
 
 class Frozen(NamedTuple):
@@ -64,7 +75,7 @@ def loss_of(
 ):
     """Loss of a batch and its parts: tokens of everything in, a few pictures compared.
 
-    With the parts come the pictures, `real` and `fake` [B, S, Q, h, w, 3].
+    The third value is a `Seen`.
     A share `code_noise` of the codes is wrong, at each timestep anew, as STAR's will be; those of
     view 0 are known and stay.
     """
@@ -82,7 +93,8 @@ def loss_of(
     loss, metrics = reconstruction_loss(
         decoded, supervision, progress=progress, lpips=frozen.lpips, **loss_config
     )
-    return loss, metrics | {"fake": metrics.pop("renders"), "real": supervision.images}
+    renders: Any = metrics.pop("renders")
+    return loss, metrics, Seen(tokens, decoded, supervision, renders)
 
 
 def train_step(
@@ -109,15 +121,16 @@ def train_step(
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.rest)
-        loss, metrics = loss_of(model, frozen, batch, loss_key, state.step / steps, **configs)
+        loss, metrics, seen = loss_of(model, frozen, batch, loss_key, state.step / steps, **configs)
+        real, fake = seen.supervision.images, seen.renders[""]
         if adversary is not None:
-            hinge = adversary.hinge(state.judge, state.step, jnp.asarray(metrics["fake"]))
+            hinge = adversary.hinge(state.judge, state.step, fake)
             loss = loss + adversary.weight * hinge
             metrics |= {"adversarial": hinge, "loss": loss}
-        return loss, metrics
+        return loss, (metrics, real, fake)
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
-    overflow, real, fake = (metrics.pop(name) for name in ("overflow", "real", "fake"))
+    grads, (metrics, real, fake) = jax.grad(loss_fn, has_aux=True)(state.params)
+    overflow = metrics.pop("overflow")
     grads = jax.tree.map(lambda g: jnp.where(overflow, 0.0, g), grads)
     if adversary is not None:
         judge, parts = adversary.learn(state.judge, state.step, real, fake, skip=overflow)
@@ -127,12 +140,26 @@ def train_step(
 
 
 def eval_step(graphdef, state, frozen, batch, key, *, steps, **configs):
-    """Metrics of a batch; the same pictures each time for the same key."""
+    """Metrics of a batch, the same pictures each time for the same key; and counts of the codes."""
     model = nnx.merge(graphdef, state.params, state.rest)
     batch = inputs.prepare(batch)
-    _, metrics = loss_of(model, frozen, batch, key, state.step / steps, **configs)
-    del metrics["real"], metrics["fake"]
-    return jax.tree.map(jnp.float32, metrics)
+    _, metrics, seen = loss_of(model, frozen, batch, key, state.step / steps, **configs)
+    images, masks = (jnp.asarray(x) for x in (seen.supervision.images, seen.supervision.masks))
+    for prefix, renders in seen.renders.items():
+        error = jnp.sum(masks * (renders - images) ** 2) / 3 / jnp.maximum(jnp.sum(masks), 1.0)
+        metrics[f"{prefix}psnr_in_mask"] = psnr(error)
+        metrics[f"{prefix}ssim"] = jnp.mean(ssim(renders, images))
+        if frozen.lpips is not None:
+            metrics[f"{prefix}lpips"] = jnp.mean(frozen.lpips(renders, images))
+        if renders.shape[1] > 1:
+            error = measures.temporal_error(renders, images, masks)
+            metrics[f"{prefix}temporal_error"] = jnp.mean(error)
+    if seen.supervision.own is not None:
+        metrics |= measures.gaussian_statistics(
+            seen.decoded.gaussians, seen.supervision.own, resolution=model.resolution
+        )
+    vocab_size = frozen.tokenizer.codebooks().shape[1]
+    return jax.tree.map(jnp.float32, metrics), code_counts(seen.tokens, vocab_size)
 
 
 def start_warm(
@@ -233,39 +260,60 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         eval_fn = jax.jit(
             functools.partial(eval_step, graphdef, **configs), static_argnames="capacity"
         )
+        picture_fn = jax.jit(
+            functools.partial(pictures.render_step, graphdef), static_argnames="capacity"
+        )
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
-        mean = Mean()
-        watch, capacity = Watch(), None
+        watch = Watch()
+        # By the timesteps of a batch, which decide how many pictures are rendered.
+        capacities: dict[int, int | None] = {}
+        timesteps = config.data.timesteps
         for step in range(first, config.steps):
+            before = timesteps
             timesteps = inputs.timesteps_of(
                 step, config.seed, config.data.buckets, config.data.timesteps
             )
-            read, done = inputs.cut(next(batches), timesteps), step + 1
+            with writer.waiting():
+                read = inputs.cut(next(batches), timesteps)
+            done = step + 1
             batch = train_state.to_device(read, mesh)
+            capacity = capacities.get(timesteps)
             state, metrics = step_fn(state, frozen, batch, key, capacity=capacity)
             seen = watch.add(done, read["clip"], metrics)
             if config.loss.capacity is None and seen is not None:
-                capacity = next_capacity(seen["pairs"], seen["overflow"], capacity)
-            mean.add(metrics)
+                capacities[before] = next_capacity(
+                    seen["pairs"], seen["overflow"], capacities.get(before)
+                )
             if done % config.log_every == 0 or done == config.steps:
-                watch.check()
-                values = writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
+                values = writer.write(done, {**watch.mean(), "learning_rate": schedule(step)})
                 if values["overflow"] and config.loss.capacity is not None:
                     raise RuntimeError(
                         f"the Gaussians overflow the rasterizer: raise {config.loss.capacity=}"
                     )
-                mean = Mean()
+            capacity = capacities.get(config.data.timesteps)
+            if done % config.picture_every == 0 and jax.process_count() == 1:
+                drawn = next(iter(held_out), read)
+                drawn = picture_fn(
+                    train_state.averaged(state),
+                    frozen,
+                    train_state.to_device(drawn, mesh),
+                    capacity=capacity,
+                )
+                pictures.save(Path(workdir) / f"pictures/step_{done:08d}.png", drawn)
+                writer.restart_clock()
             if held_out and (done % config.eval_every == 0 or done == config.steps):
-                held, average = Mean(), train_state.averaged(state)
+                held, codes, average = Mean(), jnp.zeros(()), train_state.averaged(state)
                 for batch in held_out:
                     batch = train_state.to_device(batch, mesh)
-                    values = eval_fn(average, frozen, batch, key, capacity=capacity)
+                    values, counts = eval_fn(average, frozen, batch, key, capacity=capacity)
                     if values["overflow"]:
                         room = pick_capacity(int(values["pairs"]))
-                        values = eval_fn(average, frozen, batch, key, capacity=room)
+                        values, counts = eval_fn(average, frozen, batch, key, capacity=room)
                     held.add(values)
-                writer.write(done, held.result(), prefix="eval")
+                    codes = codes + counts
+                use = code_use(codes, has_blank=tokenizer.has_blank)
+                writer.write(done, held.result() | use, prefix="eval")
                 writer.restart_clock()
             if done % config.checkpoint_every == 0 or done == config.steps:
                 watch.check()

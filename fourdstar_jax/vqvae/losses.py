@@ -111,6 +111,7 @@ def render(
     height: int,
     capacity: int | None = None,
     implementation: str | None = None,
+    with_depths: bool = False,
 ) -> Rendered:
     """`[B, S, Q, h, w, ...]` of Gaussians `[B, S, G, ...]` and `[B, Q, ...]` cameras, on white."""
     cameras = jax.tree.map(lambda a: a[:, None], cameras)
@@ -122,17 +123,22 @@ def render(
         height=height,
         capacity=capacity,
         implementation=implementation,
+        with_depths=with_depths,
     )
 
 
-def _rasterize_batch(gaussians, cameras, features=None, **options) -> Rendered:
+def _rasterize_batch(
+    gaussians, cameras, features=None, *, with_depths=False, **options
+) -> Rendered:
     """`rasterize` by each device on its part of the batch.
 
     `capacity` is each device's; `num_intersections` is that of the device with most.
     """
 
     def part(gaussians, cameras, features):
-        rendered = rasterize(gaussians, cameras, features=features, with_depths=False, **options)
+        rendered = rasterize(
+            gaussians, cameras, features=features, with_depths=with_depths, **options
+        )
         # An axis for the devices.
         return rendered._replace(
             num_intersections=rendered.num_intersections[None], overflow=rendered.overflow[None]
@@ -167,14 +173,18 @@ def pixel_losses(
     return rgb, alpha
 
 
-def own_pixel_losses(
+def own_surface(
     gaussians: Gaussians, own: OwnPixels
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """What a view's own Gaussians should be: on the surface that their pixels see, and opaque.
+) -> tuple[
+    Float[Array, "B T V m m"],
+    Float[Array, "B T V m m"],
+    Float[Array, "B T V m m"],
+    Float[Array, "B T V m m"],
+]:
+    """What each Gaussian `[B, T, G, ...]` of view-major maps sees through its own pixels.
 
-    `gaussians` `[B, T, G, ...]` are view-major maps of the V views. Returns the mean absolute error
-    of depth inside the mask, scene units, and the cross-entropy of opacity against the mask, nats.
-    Photometric losses alone make fog first; of these two, early in training, come surfaces.
+    Its depth; the surface's, camera z in scene units; 1 where that is known, of half of the pixels
+    or more; and the share of the mask.
     """
     cameras, masks, depth = own
     b, t, v, h = depth.shape[:4]
@@ -190,9 +200,21 @@ def own_pixel_losses(
     count = pool((depth > 0).astype(jnp.float32))
     target = pool(depth) / jnp.maximum(count, 1.0)
     known = (count > 0.5 * patch**2).astype(jnp.float32)
+    return z, target, known, pool(masks) / patch**2
+
+
+def own_pixel_losses(
+    gaussians: Gaussians, own: OwnPixels
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What a view's own Gaussians should be: on the surface that their pixels see, and opaque.
+
+    `gaussians` `[B, T, G, ...]` are view-major maps of the V views. Returns the mean absolute error
+    of depth inside the mask, scene units, and the cross-entropy of opacity against the mask, nats.
+    Photometric losses alone make fog first; of these two, early in training, come surfaces.
+    """
+    z, target, known, share = own_surface(gaussians, own)
     error = jnp.sum(known * jnp.abs(z - target)) / jnp.maximum(jnp.sum(known), 1.0)
-    share = pool(masks) / patch**2
-    opacity = jnp.clip(gaussians.opacities.reshape(b, t, v, m, m), 1e-4, 1 - 1e-4)
+    opacity = jnp.clip(gaussians.opacities.reshape(z.shape), 1e-4, 1 - 1e-4)
     entropy = -(share * jnp.log(opacity) + (1 - share) * jnp.log1p(-opacity))
     return error, jnp.mean(entropy)
 
@@ -356,8 +378,8 @@ def reconstruction_loss(
     done. Own pixels, `flow` and `warp` are computed where their weight is not zero; the last two
     only where the data has flow. `pairs` counts the (Gaussian, tile) pairs of the render with
     most, for `pick_capacity`; `overflow` tells that `capacity` (of `rasterize`) was too small:
-    the step's gradients are then not to be used. `renders` [B, S, Q, h, w, 3] is what the
-    corrected Gaussians look like, for a discriminator.
+    the step's gradients are then not to be used. `renders` has the pictures
+    [B, S, Q, h, w, 3] of the corrected Gaussians, "", and of the coarse ones, "coarse_", if made.
 
     Raises ValueError for weights without what they need: LPIPS' network, the data's depth.
     """
@@ -414,5 +436,5 @@ def reconstruction_loss(
     metrics["loss"] = loss
     metrics["overflow"] = overflow
     metrics["pairs"] = pairs
-    metrics["renders"] = renders[""]
+    metrics["renders"] = renders
     return loss, metrics

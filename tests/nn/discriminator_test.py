@@ -222,6 +222,24 @@ def test_the_penalty_is_lazy():
     assert "r1" not in adversarial.discriminator_loss(judge, real, fake, 0, r1_weight=0.0)[1]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_only_what_is_wanted(backend, monkeypatch):
+    """Values and gradients are the function's or zeros, computed always or under a condition."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def run(x, wanted):
+        found = adversarial.only_if(wanted, lambda: {"sum": jnp.sum(x**2), "x": 3 * x})
+        return found["sum"] + jnp.sum(found["x"]), found
+
+    x = jnp.arange(5.0)
+    both = jax.jit(jax.value_and_grad(run, has_aux=True))
+    (value, found), gradient = both(x, jnp.array(True))
+    assert value == 30 + 30 and np.all(found["x"] == 3 * x) and np.all(gradient == 2 * x + 3)
+    (value, found), gradient = both(x, jnp.array(False))
+    assert value == 0 and not np.any(found["x"]) and not np.any(gradient)
+    assert ("cond" in str(jax.make_jaxpr(run)(x, jnp.array(True)))) == (backend == "gpu")
+
+
 def test_r1_in_bfloat16():
     """Its gradient points where float32's does; 8 bits of fraction leave some 2 %."""
     real = pictures(10, 2, 16, 16, 3)

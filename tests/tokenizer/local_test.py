@@ -13,7 +13,13 @@ from fourdstar_jax import bundle, nn, tokenizer
 from fourdstar_jax.tokenizer.base import Tokenizer
 from fourdstar_jax.tokenizer.local import LocalTokenizer
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
-from fourdstar_jax.tokenizer.measures import HALF_STEP, steadiness, steadiness_counts
+from fourdstar_jax.tokenizer.measures import (
+    HALF_STEP,
+    code_counts,
+    code_use,
+    steadiness,
+    steadiness_counts,
+)
 from fourdstar_jax.tokenizer.quantize import BLANK
 
 PATCH, GRID, K, VOCAB = 8, 5, 3, 13
@@ -246,3 +252,14 @@ def test_steadiness_counts_by_hand():
         }
     )
     assert set(shares_of(tokens[:, :1], images[:, :1])) == {"blank_share", "blank_with_blank_token"}
+
+
+def test_use_of_the_codebooks():
+    tokens = jnp.array([[0, 1], [0, 2], [3, 2], [3, 2]])
+    counts = code_counts(tokens, 5) + code_counts(tokens, 5)
+    np.testing.assert_array_equal(counts, [[4, 0, 0, 4, 0], [0, 2, 6, 0, 0]])
+    used = code_use(counts)
+    assert used["codes_used"] == 4 / 10
+    entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    np.testing.assert_allclose(used["codes_perplexity"], (2 + np.exp(entropy)) / 2)
+    assert code_use(counts, has_blank=True)["codes_used"] == 3 / 8

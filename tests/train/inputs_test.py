@@ -56,8 +56,9 @@ def test_buckets_have_their_shares_and_are_checked():
     for timesteps, share in buckets:
         assert abs(drawn.count(timesteps) / 600 - share) < 0.08  # four deviations
     assert inputs.timesteps_of(5, 3, (), 8) == 8
-    with pytest.raises(ValueError, match=r"config.data.buckets has \(9, 0.5\)"):
-        inputs.check_buckets(((9, 0.5),), 8)
+    for wrong, named in ((((9, 0.5),), r"\(9, 0.5\)"), ((8, 0.5), "8:"), (((2.5, 1),), r"\(2.5")):
+        with pytest.raises(ValueError, match=f"config.data.buckets has {named}"):
+            inputs.check_buckets(wrong, 8)
 
 
 def test_a_dataset_that_does_not_fit_is_refused(dataset_dir, monkeypatch):

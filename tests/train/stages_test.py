@@ -27,6 +27,7 @@ VQVAE = dict(
 ADVERSARIAL = dict(  # from the second step on
     weight=0.05, start=1 / 3, multiplier=1 / 64, learning_rate=1e-3, r1_weight=1.25, r1_every=2
 )  # fmt: skip
+AUGMENT = dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3)
 STAR_MODEL = dict(
     num_codebooks=2, vocab_size=16, code_dim=8, resolution=SIZE, grid=SIZE // 8, dim=16,
     num_layers=2, num_heads=2, hidden_dim=32, head_dim=16, head_layers=1, head_heads=2,
@@ -42,13 +43,11 @@ def batch():
     def repeat(x):
         return np.stack([x] * B)
 
-    masks = (rng.random((B, T, V + E, SIZE, SIZE, 1)) < 0.5).astype(np.float32)
-    images = 1 - masks * rng.random((B, T, V + E, SIZE, SIZE, 3)).astype(np.float32)
+    rgba = rng.integers(0, 256, (B, T, V + E, SIZE, SIZE, 4), np.uint8)
+    rgba[..., 3] = 255 * (rgba[..., 3] > 127)
     return {
-        "images": images[:, :, :V],
-        "masks": masks[:, :, :V],
-        "extra_images": images[:, :, V:],
-        "extra_masks": masks[:, :, V:],
+        "rgba": rgba[:, :, :V],
+        "extra_rgba": rgba[:, :, V:],
         "viewmats": repeat(rig.viewmats),
         "Ks": repeat(rig.Ks),
         "extra_viewmats": repeat(extra.viewmats),
@@ -82,7 +81,8 @@ def run(stage, mesh_shape, devices, steps=3):
                 def step(state, data):
                     return tokenizer.train_step(
                         graphdef, state, tokenizer.Frozen(), data, key,
-                        tx=tx, adversary=adversary, loss_config={"foreground_weight": 1.0},
+                        tx=tx, adversary=adversary, augment=AUGMENT,
+                        loss_config={"foreground_weight": 1.0},
                     )  # fmt: skip
 
             case "vqvae":
@@ -96,8 +96,8 @@ def run(stage, mesh_shape, devices, steps=3):
                     render = dict(num_timesteps=1, rig_views=2, extra_views=0)
                     return vqvae.train_step(
                         graphdef, state, frozen, data, key,
-                        tx=tx, steps=steps, adversary=adversary, code_noise=0.2,
-                        render_config=render, loss_config={},
+                        tx=tx, steps=steps, adversary=adversary, augment=AUGMENT,
+                        code_noise=0.2, render_config=render, loss_config={},
                     )  # fmt: skip
 
             case "star":
@@ -123,7 +123,7 @@ def run(stage, mesh_shape, devices, steps=3):
 
 @pytest.mark.parametrize("stage", ["tokenizer", "vqvae", "star"])
 def test_eight_devices_agree_with_one(stage):
-    """With an average of the weights, and a discriminator that joins in at the second step."""
+    """Augmented clips, an average of the weights, and a discriminator from the second step on."""
     one = run(stage, {"data": 1}, jax.devices()[:1])
     eight = run(stage, {"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
     for few, many in zip(one, eight, strict=True):
