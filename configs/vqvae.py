@@ -112,7 +112,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             if scale == "paper":
                 config.data.update(timesteps=24, buckets=((1, 0.1), (8, 0.2), (24, 0.7)))
             if tokenizer in ("", "unitok"):  # and learns slowly what it starts with
-                config.warm_start = config.get_ref("bundle")
+                config.warm_start = config.get_oneway_ref("bundle")
                 parts = ("post_quant_proj", "blocks", "norm", "up")
                 config.optim.factors = tuple((f"static/{part}", 0.1) for part in parts)
     return config

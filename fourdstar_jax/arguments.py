@@ -32,7 +32,7 @@ RANGES = {
     "blank_code": (0, 1 << 20),
 }
 # Other numbers, which JSON may write as 0 or 1.
-NOT_WHOLE = ("commitment", "container_place", "dropout", "init_std", "view_gate_init")
+NOT_WHOLE = ("commitment", "container_place", "dropout", "init_std")
 
 
 def check(module: type, values: Mapping[str, Any], where: str, path: str = "") -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +23,6 @@ from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.metrics import Mean, MetricWriter
 from fourdstar_jax.types import Cameras
-
-WARM_START = "warm_start.txt"  # in the workdir: what a warm start took and left
 
 
 def condition_of(batch: dict) -> Condition:
@@ -131,22 +128,15 @@ def start_warm(
     folder: str | os.PathLike[str],
     workdir: str | os.PathLike[str],
 ) -> train_state.TrainState:
-    """A new state with what fits of the weights in bundle `folder` (see `star.warm_start`).
-
-    The report is printed and written to `<workdir>/warm_start.txt`.
-    """
+    """A new state with what fits of the weights in bundle `folder` (see `star.warm_start`)."""
     found = bundle.read(folder)
     arrays, trunk = found.arrays("trunk"), found.stage("trunk")
-    model = nnx.merge(graphdef, state.params, state.rest)
-    model, report = warm_start.load(model, arrays, trunk.model)
-    if jax.process_index() == 0:
-        lines = [*report.lines(), f"  from {folder}, sha256 {trunk.sha256}"]
-        print("warm start: " + "\n".join(lines), flush=True)
-        path = Path(workdir) / WARM_START
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
-    params = nnx.split(model, nnx.Param, ...)[1]
-    return state._replace(params=params, opt_state=optim.restart_average(state.opt_state, params))
+
+    def load(model):
+        model, report = warm_start.load(model, arrays, trunk.model)
+        return model, [*report.lines(), f"  from {folder}, sha256 {trunk.sha256}"]
+
+    return train_state.start_warm(graphdef, state, load, workdir)
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
@@ -236,9 +226,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         info: dict[str, Any] = {"words": words.to_dict()}
         if features is not None:
             info = {"text": features.provenance}
-        report = Path(workdir) / WARM_START
-        if config.warm_start is not None and report.is_file():
-            info["warm_start"] = report.read_text().splitlines()[0]  # the counts
+        if config.warm_start is not None:
+            info |= train_state.warm_info(workdir)
         bundle.save_stage(
             f"{workdir}/bundle",
             "star",

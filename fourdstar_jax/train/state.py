@@ -1,7 +1,9 @@
 """TrainState, how it is made over a mesh, and the batches that go with it."""
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fourdstar_jax import nn, sharding
 from fourdstar_jax.train import optim
+
+WARM_START = "warm_start.txt"  # in the workdir: what a warm start took and left
 
 
 class TrainState(NamedTuple):
@@ -85,6 +89,33 @@ def _divisible(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding
         parts = math.prod(mesh.shape[name] for name in names)
         kept.append(axes if size % parts == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def start_warm(
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    load: Callable[[Any], tuple[Any, list[str]]],
+    workdir: str | os.PathLike[str],
+) -> TrainState:
+    """A new state with the weights that `load` fills a model with.
+
+    `load` also returns the lines of its report, which is printed and written to
+    `<workdir>/warm_start.txt`.
+    """
+    model, lines = load(nnx.merge(graphdef, state.params, state.rest))
+    if jax.process_index() == 0:
+        print("warm start: " + "\n".join(lines), flush=True)
+        path = Path(workdir) / WARM_START
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    params = nnx.split(model, nnx.Param, ...)[1]
+    return state._replace(params=params, opt_state=optim.restart_average(state.opt_state, params))
+
+
+def warm_info(workdir: str | os.PathLike[str]) -> dict[str, str]:
+    """What a bundle tells of its run's warm start: the report's first line, if there was one."""
+    report = Path(workdir) / WARM_START
+    return {"warm_start": report.read_text().splitlines()[0]} if report.is_file() else {}
 
 
 def apply_gradients(state: TrainState, grads: nnx.State, tx) -> TrainState:

@@ -31,7 +31,6 @@ from fourdstar_jax.vqvae.model import VQVAE4D, Decoded
 # Fewer pairs than these are left to the room that `rasterize` makes by itself: to compile a step
 # again costs more.
 FEW_PAIRS = 2**18
-WARM_START = "warm_start.txt"  # in the workdir: what a warm start took and left
 
 
 class Seen(NamedTuple):
@@ -168,25 +167,18 @@ def start_warm(
     folder: str | os.PathLike[str],
     workdir: str | os.PathLike[str],
 ) -> train_state.TrainState:
-    """A new state with the decoder of the tokenizer in bundle `folder` (`vqvae.warm_start`).
-
-    The report is printed and written to `<workdir>/warm_start.txt`.
-    """
+    """A new state with the decoder of the tokenizer in bundle `folder` (see `vqvae.warm_start`)."""
     found = bundle.read(folder)
     arrays, stage = found.arrays("tokenizer"), found.stage("tokenizer")
-    model = nnx.merge(graphdef, state.params, state.rest)
-    try:
-        model, report = warm_start.load(model, arrays, {"num_heads": None} | stage.model)
-    except ValueError as error:
-        raise ValueError(f"config.warm_start: bundle {folder}: {error}") from error
-    if jax.process_index() == 0:
-        lines = [*report.lines(), f"  from {folder}, sha256 {stage.sha256}"]
-        print("warm start: " + "\n".join(lines), flush=True)
-        path = Path(workdir) / WARM_START
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
-    params = nnx.split(model, nnx.Param, ...)[1]
-    return state._replace(params=params, opt_state=optim.restart_average(state.opt_state, params))
+
+    def load(model):
+        try:
+            model, report = warm_start.load(model, arrays, stage.model)
+        except ValueError as error:
+            raise ValueError(f"config.warm_start: bundle {folder}: {error}") from error
+        return model, [*report.lines(), f"  from {folder}, sha256 {stage.sha256}"]
+
+    return train_state.start_warm(graphdef, state, load, workdir)
 
 
 def next_capacity(pairs, overflow, capacity: int | None) -> int | None:
@@ -331,4 +323,5 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             storage=config.storage,
             rig={**pipeline.rig(config.data.dir).to_dict(), "max_timesteps": config.data.timesteps},
             **pipeline.provenance(config.data.dir),
+            **(train_state.warm_info(workdir) if config.warm_start else {}),
         )

@@ -112,15 +112,13 @@ def _between(x: Float[Array, "*b"], low: float, high: float) -> Float[Array, "*b
 class ViewAttention(nnx.Module):
     """Attention over the tokens of all views of one timestep, behind a gate per channel.
 
-    Gates start at 1; at 0 the layer is the identity, which keeps loaded weights as they were.
+    Gates start at 1; at 0, where `vqvae.warm_start` sets them, the layer is the identity.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, *, gate_init: float, dtype=jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, dim: int, num_heads: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(dim, epsilon=BLOCK_EPS, dtype=dtype, rngs=rngs)
         self.attn = SelfAttention(dim, num_heads, dtype=dtype, rngs=rngs)
-        self.gate = nnx.Param(jnp.full(dim, gate_init, jnp.float32))
+        self.gate = nnx.Param(jnp.ones(dim, jnp.float32))
 
     def __call__(self, x: Float[Array, "b V n D"]) -> Float[Array, "b V n D"]:
         y = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])  # [b, V n, D]
@@ -180,7 +178,6 @@ class StaticDecoder(nnx.Module):
         hidden_dim: int,
         *,
         view_attention_every: int,
-        view_gate_init: float = 1.0,
         up: Literal["nearest", "shuffle", "hybrid"] = "shuffle",
         up_channels: Sequence[int],
         up_depths: Sequence[int] = (),
@@ -205,7 +202,7 @@ class StaticDecoder(nnx.Module):
             return Block(dim, num_heads, hidden_dim, dtype=dtype, rngs=rngs)
 
         def view_attention(rngs):
-            return ViewAttention(dim, num_heads, gate_init=view_gate_init, dtype=dtype, rngs=rngs)
+            return ViewAttention(dim, num_heads, dtype=dtype, rngs=rngs)
 
         self.blocks = stack_layers(block, num_blocks, rngs)
         number = num_blocks // view_attention_every

@@ -53,7 +53,6 @@ class VQVAE4D(nnx.Module):
         `grid * 2 ** len(up_channels)` Gaussians a side. `up_pictures` of an object go through it
         at a time, again in the backward pass; None: all at once, kept.
       projection: codes to `dim`, by UniTok's attention over an image's tokens or each alone.
-      view_gate_init: 1 from scratch, 0 to start from a decoder that never saw several views.
       offset_*: the offset predictor's cross-attention; `offset_features` lets its queries see the
         decoder's features beside the Gaussians, `offset_scaled` counts channels in their usual
         size. unet_channels, unet_blocks: its 3D U-Net.
@@ -73,7 +72,6 @@ class VQVAE4D(nnx.Module):
         num_heads: int,
         hidden_dim: int,
         view_attention_every: int,
-        view_gate_init: float = 1.0,
         up: Literal["nearest", "shuffle", "hybrid"] = "shuffle",
         up_channels: Sequence[int],
         up_depths: Sequence[int] = (),
@@ -101,7 +99,6 @@ class VQVAE4D(nnx.Module):
             num_heads,
             hidden_dim,
             view_attention_every=view_attention_every,
-            view_gate_init=view_gate_init,
             up=up,
             up_channels=up_channels,
             up_depths=up_depths,

@@ -78,7 +78,7 @@ def load(
     if "decoder/pos_embed" in arrays:
         raise ValueError("the tokenizer's decoder has learned positions, which this one has not")
     heads = model.static.blocks.attn.num_heads
-    if (found := arguments["num_heads"]) != heads:
+    if (found := arguments.get("num_heads")) != heads:
         raise ValueError(f"the tokenizer's decoder has {found} heads, and the model {heads}")
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     ours = nn.named_arrays(params)

@@ -142,5 +142,6 @@ def test_the_vqvae_starts_as_its_tokenizer(tmp_path, tiny_bundle, one_device, ca
         np.testing.assert_array_equal(found["static/blocks/mlp/w1/kernel"][0], arrays[name])
         assert not np.any(found["static/rays/kernel"])
     report = (tmp_path / "warm_start.txt").read_text()
+    assert train_state.warm_info(tmp_path) == {"warm_start": report.splitlines()[0]}
     assert report in capsys.readouterr().out and stage.sha256 not in report
     assert bundle.read(tmp_path / "unitok").weights_sha256()["tokenizer"] in report
