@@ -5,8 +5,8 @@
 The step is the trainer's own, the discriminator's turn included where the config has one (it begins
 at a share of the steps: `--config.adversarial.start=0` times it). Its parts are programs of their
 own beside it, each with its gradient where the step takes one, so they need not add up to the step;
-`losses` holds the rasterizer's part too. Weights are made on the host; tokens and pictures are
-random, of the config's sizes.
+`losses` holds the rasterizer's part too, `discriminator` is without R1. Weights are made on the
+host; tokens and pictures are random, of the config's sizes.
 
 - compile_s, trace_s: to compile the program, and to trace it before.
 - program_bytes, temporary_bytes: of the compiled program, and what of it is neither argument nor
@@ -41,8 +41,8 @@ from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import losses
 
 VIEWS = {"paper": 8}  # of the rig; four at the other sizes
-PARTS = ("generation", "tokenizer", "decoder", "offsets", "losses", "rasterizer", "optimizer")
-PARTS += ("data",)
+PARTS = ("generation", "tokenizer", "decoder", "offsets", "losses", "rasterizer", "discriminator")
+PARTS += ("optimizer", "data")
 
 
 def make_batch(
@@ -143,6 +143,18 @@ def measure(program: Any, *args: Any, repeats: int) -> tuple[dict[str, Any], Any
         temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
     )
     return line, compiled(*args)
+
+
+def judged(
+    adversary: adversarial.Adversary,
+    judge: train_state.TrainState,
+    real: jax.Array,
+    fake: jax.Array,
+) -> Any:
+    """The gradient that the discriminator gives to `fake`, and its own turn."""
+    step = jnp.asarray(adversary.first_step)
+    gradient = jax.grad(functools.partial(adversary.hinge, judge, step))(fake)
+    return gradient, adversary.learn(judge, step, real, fake)
 
 
 def measure_step(
@@ -295,12 +307,17 @@ def run(
                 case "rasterizer":
                     coarse = losses.take_timesteps(decoded.coarse, supervision.timesteps)
                     program, args = with_gradient(rasterized), (chosen, coarse)
+                case "discriminator":
+                    assert setting.adversary is not None
+                    program = functools.partial(judged, setting.adversary)
+                    judge = state.judge._replace(step=jnp.ones_like(state.judge.step))
+                    args = (judge, supervision.images, rendered.renders)
                 case "optimizer":
 
-                    def program(state, grads):
+                    def optimize(state, grads):
                         return train_state.apply_gradients(state, grads, setting.tx)
 
-                    args = (state, state.params)
+                    program, args = optimize, (state, state.params)
                 case _:  # data: from the host's memory to the device
                     copy = functools.partial(train_state.to_device, setting.host_batch, mesh)
                     taken = time_calls(copy, jax.block_until_ready, warm_up=1, repeats=repeats)
@@ -308,6 +325,8 @@ def run(
             return measure(jax.jit(program), *args, repeats=repeats)[0]
 
         for name in parts:
+            if name == "discriminator" and setting.adversary is None:
+                continue
             part = measured(name)
             part["share"] = part["ms"] / (1e3 * line["step_s"])
             results["parts"][name] = part
