@@ -116,7 +116,8 @@ def test_alpha_of_animated_pictures(tmp_path, save):
     pictures[1].putpixel((0, 0), (0, 0, 255, 255))  # equal frames would be joined
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=125, **save)
     frames, info = decode(path)
-    assert info == {"kind": "animation", "seconds": 0.375, "seconds_read": 0.375}
+    seconds = {"seconds": 0.375, "seconds_read": 0.375}
+    assert info == {"kind": "animation", "file_size": (66, 50), **seconds}
     assert (frames[0] == square(66, 50, channels=4)).all() and frames.shape[0] == 3
 
 
