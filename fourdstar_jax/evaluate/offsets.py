@@ -54,9 +54,7 @@ def measure(
         renders = rendered.renders
         found = {
             "temporal_error": measures.temporal_error(renders, images, masks)[0],
-            "psnr_in_mask": losses.psnr(
-                jnp.sum(masks * (renders - images) ** 2) / (3 * jnp.maximum(jnp.sum(masks), 1.0))
-            ),
+            "psnr_in_mask": losses.psnr_in_mask(renders, images, masks),
         }
         if lpips is not None:
             found["temporal_lpips"] = measures.temporal_lpips(lpips, renders, images)[0]

@@ -21,7 +21,7 @@ DIGEST = "c29073697f973234194f3a4eb338a9c13e7ea2f0742d327557eb14ffcc02b83f"  # o
 EPS = 1e-3  # of the batch norms
 SIZE = 224  # pixels a side
 MIN_FRAMES = 9  # after three halvings two are left, which the last pooling takes
-# Layers in order; a name in brackets is a pooling of this window, whose stride is the second.
+# Layers in order; a pair is a maximum pooling, of this window and these strides.
 LAYERS = (
     "Conv3d_1a_7x7",
     ((1, 3, 3), (1, 2, 2)),

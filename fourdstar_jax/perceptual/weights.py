@@ -24,7 +24,7 @@ class Conv(NamedTuple):
 
     def __call__(self, x: Float[Array, "b *size din"], *, stride=1, padding="SAME") -> Array:
         """The convolution with bias, channels last; `stride` is one for all axes."""
-        axes = "DHW"[4 - self.kernel.ndim + 1 :]
+        axes = {4: "HW", 5: "DHW"}[self.kernel.ndim]
         y = jax.lax.conv_general_dilated(
             jnp.asarray(x),
             jnp.asarray(self.kernel, x.dtype),

@@ -103,7 +103,9 @@ def make_setting(config: Any, tokenizer_model: Mapping[str, Any], mesh, **sizes:
     if config.loss.lpips_weight > 0:
         lpips = nn.host_weights(perceptual.shapes(dtype=dtype))
     if config.forcing.code_noise > 0:
-        near = quantize.near_codes(tokenizer.codebooks(), config.forcing.near)
+        near = quantize.near_codes(
+            tokenizer.codebooks(), config.forcing.near, has_blank=tokenizer.has_blank
+        )
     host_batch = make_batch(config, image_size=config.model.resolution, **sizes)
     return Setting(
         graphdef=graphdef,

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from fourdstar_jax import bundle, sharding
 from fourdstar_jax.data import tokens
@@ -42,21 +41,10 @@ def all_views(batch: dict) -> jax.Array:
     return views.reshape(*views.shape[:2], -1, views.shape[-1])
 
 
-def near_codes(
-    codebooks: Float[Array, "K vocab d"], count: int, blank_code: int | None = None
-) -> Int[Array, "K vocab near"]:
-    """Ids of the codes that each code may be taken for; the blank one is never mistaken."""
-    if blank_code is None:
-        return quantize.near_codes(codebooks, count)
-    assert blank_code == quantize.BLANK == 0
-    near = 1 + quantize.near_codes(codebooks[:, 1:], count)
-    return jnp.concatenate([jnp.full_like(near[:, :1], blank_code), near], axis=1)
-
-
 def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config, near=None):
     """One optimizer step. Pure; the randomness of step s is `key` folded with s.
 
-    `near`, of `near_codes`, is needed where `forcing_config` has noise.
+    `near`, of `quantize.near_codes`, is needed where `forcing_config` has noise.
     """
 
     def loss_fn(params):
@@ -181,7 +169,11 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         forcing, near = config.forcing.to_dict(), None
         num_near = forcing.pop("near")
         if forcing["code_noise"] > 0:
-            near = near_codes(arguments["codebooks"], num_near, arguments.get("blank_code"))
+            blank_code = arguments.get("blank_code")
+            assert blank_code in (None, quantize.BLANK)
+            near = quantize.near_codes(
+                arguments["codebooks"], num_near, has_blank=blank_code is not None
+            )
         step_fn = jax.jit(
             functools.partial(
                 train_step,

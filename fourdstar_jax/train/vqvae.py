@@ -25,7 +25,12 @@ from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import measures, warm_start
-from fourdstar_jax.vqvae.losses import Supervision, choose_supervision, psnr, reconstruction_loss
+from fourdstar_jax.vqvae.losses import (
+    Supervision,
+    choose_supervision,
+    psnr_in_mask,
+    reconstruction_loss,
+)
 from fourdstar_jax.vqvae.model import VQVAE4D, Decoded
 
 # Fewer pairs than these are left to the room that `rasterize` makes by itself: to compile a step
@@ -145,8 +150,7 @@ def eval_step(graphdef, state, frozen, batch, key, *, steps, **configs):
     _, metrics, seen = loss_of(model, frozen, batch, key, state.step / steps, **configs)
     images, masks = (jnp.asarray(x) for x in (seen.supervision.images, seen.supervision.masks))
     for prefix, renders in seen.renders.items():
-        error = jnp.sum(masks * (renders - images) ** 2) / 3 / jnp.maximum(jnp.sum(masks), 1.0)
-        metrics[f"{prefix}psnr_in_mask"] = psnr(error)
+        metrics[f"{prefix}psnr_in_mask"] = psnr_in_mask(renders, images, masks)
         metrics[f"{prefix}ssim"] = jnp.mean(ssim(renders, images))
         if frozen.lpips is not None:
             metrics[f"{prefix}lpips"] = jnp.mean(frozen.lpips(renders, images))

@@ -155,6 +155,14 @@ def psnr(mse: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return -10 * jnp.log10(jnp.maximum(mse, 1e-10))
 
 
+def psnr_in_mask(
+    renders: Float[Array, "*b h w 3"], images: Float[Array, "*b h w 3"], masks: Float[Array, "..."]
+) -> Float[Array, ""]:
+    """PSNR in dB of images in [0, 1] over all pixels inside the masks `[..., 1]` together."""
+    error = jnp.sum(masks * (renders - images) ** 2)
+    return psnr(error / (3 * jnp.maximum(jnp.sum(masks), 1.0)))
+
+
 def pixel_losses(
     rendered: Rendered,
     images: Float[Array, "B S Q h w 3"],
