@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fourdstar_jax import geometry
-from fourdstar_jax.perceptual.lpips import LPIPS, STAGES
+from fourdstar_jax.perceptual.lpips import LPIPS, NETWORKS
 from fourdstar_jax.perceptual.weights import Conv
 from fourdstar_jax.vqvae import decoder, losses, measures
 
@@ -35,12 +35,13 @@ def test_temporal_error_is_of_changes_inside_the_mask():
 
 def test_temporal_lpips_is_of_distances_in_time():
     rng = np.random.default_rng(1)
-    widths = [3, *[4] * sum(STAGES["VGG16"])]
+    stages = NETWORKS["VGG16"].stages
+    widths = [3, *[4] * sum(stages)]
     convs = [
         Conv(jnp.asarray(rng.normal(0, 0.2, (3, 3, a, b)), jnp.float32), jnp.zeros(b))
         for a, b in zip(widths, widths[1:], strict=False)
     ]
-    lpips = LPIPS(tuple(convs), (jnp.ones(4),) * len(STAGES["VGG16"]))
+    lpips = LPIPS(tuple(convs), (jnp.ones(4),) * len(stages))
     images, _ = pictures()
     found = jax.jit(measures.temporal_lpips)
     np.testing.assert_allclose(found(lpips, images, images), 0, atol=1e-6)
