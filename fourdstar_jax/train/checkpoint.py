@@ -1,17 +1,26 @@
 """Checkpoints: training state, step and data iterator together, through Orbax (only here)."""
 
 import contextlib
+import json
 import logging
 import os
+import shutil
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from fourdstar_jax import folders, outside
 from fourdstar_jax.train.state import TrainState
+
+HASHES = "sha256.json"  # in the folder of a step: the SHA-256 of every other file in it
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -26,15 +35,23 @@ class Checkpoints:
     A save is visible only when it is complete (Orbax writes aside and renames). One that fails, as
     on a full disk, raises ValueError at the next save or at the end; those before it stay. Which
     there are is asked of the disk: Orbax forgets some after a failure.
+
+    Every file's hash is written beside them. A step whose files have changed since is named and set
+    aside as `damaged-<step>` when the folder is opened: the newest sound one is the latest.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, every: int, keep: int = 2):
+        self._path = Path(workdir).resolve() / "checkpoints"
+        self._hashing: threading.Thread | None = None  # the files of the last step that was saved
+        self._failed = threading.Event()
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=every, max_to_keep=keep, cleanup_tmp_directories=True
         )
-        self._path = Path(workdir).resolve() / "checkpoints"
         logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
         with self._explained("cannot be opened"):
+            if jax.process_index() == 0:
+                set_damaged_aside(self._path)
+            multihost_utils.sync_global_devices("checkpoints looked through")
             self._manager = ocp.CheckpointManager(self._path, options=options)
 
     def latest_step(self) -> int | None:
@@ -48,7 +65,10 @@ class Checkpoints:
         if step == self.latest_step():
             return
         with self._explained("cannot be written"):
-            self._manager.check_for_errors()  # of the save before
+            if not force and not self._manager.should_save(step):
+                self._manager.check_for_errors()
+                return
+            self._finish()  # the save before
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -57,6 +77,12 @@ class Checkpoints:
                 ),
                 force=force,
             )
+        if jax.process_index() == 0:
+            self._failed = threading.Event()
+            self._hashing = threading.Thread(
+                target=self._write_hashes, args=(step, self._failed), daemon=True
+            )
+            self._hashing.start()
 
     def restore(
         self, state: TrainState, iterator: grain.DatasetIterator
@@ -80,8 +106,28 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the last save is complete; raises what went wrong in it."""
         with self._explained("cannot be written"):
-            self._manager.wait_until_finished()
+            self._finish()
             self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for the last save and its hashes; raises what went wrong in it."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception:
+            self._failed.set()
+            raise
+        finally:
+            if self._hashing is not None:
+                self._hashing.join()
+                self._hashing = None
+
+    def _write_hashes(self, step: int, failed: threading.Event) -> None:
+        """As soon as the step has its name, if the save does not fail."""
+        folder = self._path / str(step)
+        while not folder.is_dir():
+            if failed.wait(0.05):
+                return
+        folders.replace_file(folder / HASHES, json.dumps(_hashes(folder), indent=0).encode())
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -92,6 +138,52 @@ class Checkpoints:
             line = " ".join(str(error).split())
             line = line if len(line) < 400 else f"{line[:200]} ... {line[-180:]}"
             raise ValueError(f"checkpoints in {self._path} {what}: {line}") from error
+
+
+def set_damaged_aside(path: Path) -> None:
+    """Renames the newest steps below `path` until one is as it was written, and says why.
+
+    A step without hashes, of a run that was killed while it took them, counts as sound: it has its
+    name because Orbax had written all of it.
+    """
+    for step in sorted(ocp.utils.checkpoint_steps(path), reverse=True) if path.is_dir() else ():
+        folder = path / str(step)
+        problem = damage(folder)
+        if problem is None:
+            return
+        aside = path / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        print(
+            f"checkpoint {folder} is damaged: {problem}. It is set aside as {aside.name}.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def damage(folder: Path) -> str | None:
+    """What is not as it was written in the folder of a step."""
+    if not (folder / HASHES).is_file():
+        return None
+    try:
+        wanted, found = outside.read(folder / HASHES).values, _hashes(folder)
+    except ValueError as error:
+        return str(error)
+    for name in sorted(wanted | found):
+        if wanted.get(name) != found.get(name):
+            what = (
+                "is missing" if name not in found else "has changed" if name in wanted else "is new"
+            )
+            return f"{name} {what}"
+    return None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by its path in it."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != HASHES]
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(folders.file_sha256, files))
+    return {str(path.relative_to(folder)): sha for path, sha in zip(files, hashes, strict=True)}
 
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import nn, sharding
-from fourdstar_jax.train import optim
+from fourdstar_jax.train import checkpoint, optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 
@@ -181,6 +181,62 @@ def test_a_save_that_fails_is_told_and_those_before_it_stay(tmp_path):
     again.save(3, state(3), iterator)
     again.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
+
+
+def small_state(step):
+    params: Any = {"w": jnp.full((64, 64), step, jnp.float32)}
+    return train_state.TrainState(jnp.int32(step), params, {}, {"m": jnp.ones(3)})  # pyright: ignore
+
+
+def small_dataset():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "lost", "unreadable"])
+def test_a_damaged_step_is_named_and_the_one_before_it_is_taken(tmp_path, capsys, harm):
+    checkpoints, iterator = Checkpoints(tmp_path, every=1, keep=3), small_dataset()
+    for step in (1, 2):
+        next(iterator)
+        checkpoints.save(step, small_state(step), iterator)
+    checkpoints.close()
+    newest = tmp_path / "checkpoints" / "2"
+    files = [path for path in (newest / "state").rglob("*") if path.is_file()]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    if harm == "flipped":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif harm == "cut":
+        victim.write_bytes(data[:-1])
+    elif harm == "lost":
+        victim.unlink()
+    else:
+        victim = newest / checkpoint.HASHES
+        victim.write_bytes(b"{")
+
+    again = Checkpoints(tmp_path, every=1, keep=3)
+    told = capsys.readouterr().err
+    assert f"checkpoint {newest} is damaged: " in told and victim.name in told
+    assert again.latest_step() == 1 and again._manager.all_steps() == [1]
+    restored, iterator = again.restore(small_state(0), small_dataset())
+    assert int(restored.step) == 1 and next(iterator) == 1
+    again.save(2, small_state(2), iterator)
+    again.close()
+    third = Checkpoints(tmp_path, every=1, keep=3)
+    third.close()
+    assert third.latest_step() == 2 and capsys.readouterr().err == ""
+
+
+def test_a_step_without_hashes_counts(tmp_path, capsys):
+    """As a run leaves it that was killed while it took them."""
+    checkpoints = Checkpoints(tmp_path, every=1)
+    checkpoints.save(1, small_state(1), small_dataset())
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "1" / checkpoint.HASHES).unlink()
+    again = Checkpoints(tmp_path, every=1)
+    again.close()
+    assert again.latest_step() == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_of_another_config_is_told(tmp_path):
