@@ -21,7 +21,8 @@ ROOT = Path(fourdstar_jax.__file__).parent
 FLOORS = [
     {"outside"},
     {"types", "timing", "folders", "arguments"},
-    {"geometry"},
+    {"geometry", "signals"},
+    {"processes"},
     {"kernels", "sharding"},
     {"nn"},
     {"text", "perceptual"},

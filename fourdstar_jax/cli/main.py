@@ -10,6 +10,7 @@ import os
 import sys
 
 import fourdstar_jax
+from fourdstar_jax import signals
 from fourdstar_jax.cli import (
     bench,
     convert,
@@ -20,7 +21,6 @@ from fourdstar_jax.cli import (
     inspect,
     prepare,
     reconstruct,
-    signals,
     tokenize,
     train,
 )

@@ -12,6 +12,9 @@ SUMMARY = "train one stage: tokenizer, vqvae or star"
 DESCRIPTION = """
 Train one stage. Any value of the config can be overridden: --config=configs/star.py:tiny
 --config.schedule.learning_rate=1e-3. A config is Python code that is run: use your own.
+
+The same command on every machine of a TPU pod, and under Slurm's srun, mpirun or Kubernetes, is one
+run; elsewhere JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID make it one.
 """
 # Numbers of a config by the end of their name; those of `model` are checked by its constructor.
 COUNT = (1, 1e9)
@@ -78,8 +81,27 @@ def run(arguments: argparse.Namespace) -> None:
 
     if config.get("stage") not in ("tokenizer", "vqvae", "star"):
         raise ValueError(f"config.stage {config.get('stage')!r} is not tokenizer, vqvae or star")
-    trainer = importlib.import_module(f"fourdstar_jax.train.{config.stage}")
-    trainer.train(config, arguments.workdir)
+    from fourdstar_jax import processes
+
+    place = processes.find()
+    with processes.joined(place):
+        if place is not None:
+            print(_described(place), flush=True)
+        trainer = importlib.import_module(f"fourdstar_jax.train.{config.stage}")
+        trainer.train(config, arguments.workdir)
+
+
+def _described(place: Any) -> str:
+    """A process among others, in a line."""
+    import socket
+
+    import jax
+
+    local, devices = jax.local_devices(), jax.devices()
+    return (
+        f"process {place.index} of {place.count} on {socket.gethostname()}: {len(local)} of "
+        f"{len(devices)} devices ({local[0].device_kind}), coordinator {place.coordinator}"
+    )
 
 
 def read_config(config: str, overrides: list[str]) -> Any:

@@ -21,14 +21,36 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGH
 
 
 _ended = threading.Lock()
+_request: "Request | None" = None
 
 
 class Stopped(KeyboardInterrupt):
-    """The signal in the main thread."""
+    """The signal in the main thread, or what a `Request` leads to."""
 
     def __init__(self, number: int):
         super().__init__(WORDS[signal.Signals(number)])
         self.number = number
+
+
+class Request:
+    """A first signal that has come while a block runs which answers it: `number`, else None."""
+
+    number: int | None = None
+    seen = False  # by the watching thread
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[Request]:
+    """The first signal within the block, which is in `ending`, is a request; a second one ends.
+
+    The block looks at the request where it can stop, and raises `Stopped(request.number)` then.
+    """
+    global _request
+    _request = request = Request()
+    try:
+        yield request
+    finally:
+        _request = None
 
 
 @contextlib.contextmanager
@@ -62,6 +84,11 @@ def ending() -> Iterator[None]:
 
 
 def _stop(number: int, frame: object) -> None:
+    if _request is not None and _request.number is None:
+        _request.number = number
+        word = WORDS[signal.Signals(number)]
+        os.write(2, f"fourdstar: {word}: saves, then ends; once more ends at once\n".encode())
+        return
     for other in WORDS:  # one is enough: what it leads to is not interrupted
         signal.signal(other, signal.SIG_IGN)
     # where it arrives in a callback of C code, the exception goes no further than to these
@@ -80,7 +107,11 @@ def _lost(error: BaseException | None, otherwise: Callable[..., None], *argument
 
 def _watch(reading: int, taken: list[signal.Signals]) -> None:
     while data := os.read(reading, 1):
-        if data[0] in taken:
+        if data[0] not in taken:
+            continue
+        if _request is not None and not _request.seen:
+            _request.seen = True
+        else:
             threading.Event().wait(GRACE_S)
             _end(data[0])
 

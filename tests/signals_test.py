@@ -126,7 +126,7 @@ def test_what_a_library_would_swallow_still_ends_it(tmp_path):
     script = tmp_path / "swallow.py"
     script.write_text(
         "import os, signal, sys, time\n"
-        "from fourdstar_jax.cli import signals\n"
+        "from fourdstar_jax import signals\n"
         "class Swallows:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
@@ -140,3 +140,30 @@ def test_what_a_library_would_swallow_still_ends_it(tmp_path):
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (130, "fourdstar: interrupted\n")
     assert time.monotonic() - start < LIMIT_S
+
+
+ANSWERS = """
+import os, signal, sys, time
+from fourdstar_jax import signals
+with signals.ending(), signals.answered() as request:
+    for step in range(1000):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        if request.number and step == 10:
+            print("saved")
+            raise signals.Stopped(request.number)
+"""
+
+
+@pytest.mark.parametrize(("second", "saved"), [(-1, "saved\n"), (5, "")])
+def test_a_signal_can_be_answered_and_a_second_one_ends(second, saved):
+    command = [sys.executable, "-c", ANSWERS, str(second)]
+    start = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert time.monotonic() - start < LIMIT_S
+    assert result.returncode == 143 and result.stdout == saved
+    first, last = result.stderr.splitlines()
+    assert "saves, then ends" in first and last == "fourdstar: terminated"
