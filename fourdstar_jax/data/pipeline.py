@@ -418,23 +418,25 @@ def batches(
     repeat: bool,
     worker_count: int,
 ):
-    """The steps that every loader shares: process share, shuffle, repeat, `example`, batch."""
+    """The steps that every loader shares: shuffle, repeat, `example`, process share, batch.
+
+    A batch's rows, and what is drawn for each, are the same for any number of processes.
+    """
     import grain
     import jax
 
     processes = jax.process_count()
     if batch_size < 1 or batch_size % processes:
         raise ValueError(f"{batch_size=} must be a positive multiple of {processes=}")
-    local = batch_size // processes
     dataset = grain.MapDataset.source(source).seed(seed)
-    dataset = dataset[jax.process_index() :: processes]
     if repeat and len(dataset) == 0:
-        raise ValueError(f"fewer clips than {processes=}")
+        raise ValueError("there are no clips")
     if shuffle:
         dataset = dataset.shuffle()
     if repeat:
         dataset = dataset.repeat()
-    dataset = dataset.random_map(example).batch(local, drop_remainder=repeat)
+    share = Share(dataset.random_map(example), batch_size, jax.process_index(), processes)
+    dataset = grain.MapDataset.source(share).batch(batch_size // processes, drop_remainder=repeat)
     # Each thread makes a batch; decoding PNG lets the others run.
     count = min(8, max(2, os.cpu_count() or 2))
     threads = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(4, count))
@@ -442,3 +444,27 @@ def batches(
     if worker_count:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_count))
     return dataset
+
+
+class Share:
+    """The rows of each batch that are a process's: one after another, as they lie on its devices.
+
+    A grain random-access source. Of a last batch that the number of processes does not divide, the
+    last rows belong to none.
+    """
+
+    def __init__(self, rows: Any, batch_size: int, process: int, processes: int):
+        self._rows, self._batch_size = rows, batch_size
+        self._process, self._processes = process, processes
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._processes
+
+    def __repr__(self) -> str:  # grain stores it beside the iterator's state
+        return f"Share({self._rows!r}, {self._batch_size})"
+
+    def __getitem__(self, i: int) -> Any:
+        batch, row = divmod(int(i), self._batch_size // self._processes)
+        first = batch * self._batch_size
+        size = min(self._batch_size, len(self._rows) - first) // self._processes
+        return self._rows[first + self._process * size + row]

@@ -3,6 +3,7 @@
 import shutil
 
 import grain
+import jax
 import numpy as np
 import pytest
 
@@ -121,20 +122,34 @@ def test_training_resumes_with_the_batches_it_would_have_seen(dataset_dir):
     assert not equal(other, next(iter(loader)))
 
 
-def test_processes_share_the_clips(monkeypatch, dataset_dir):
-    """Two processes, batch 2 of both together: each reads its own clips, none twice."""
-    import jax
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    seen = []
-    for process in range(2):
+def read_by(monkeypatch, processes, count, dataset_dir, **options):
+    """`count` batches as so many processes read them, their rows joined."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    parts = []
+    for process in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        loader = pipeline.make_loader(dataset_dir, "train", train=False, **SIZES)
-        seen.append([int(c) for batch in loader for c in batch["clip"]])
-        assert all(len(batch["clip"]) == 1 for batch in loader)
-    assert sorted(seen[0] + seen[1]) == [0, 1, 2]
-    with pytest.raises(ValueError, match="batch_size=3"):
-        pipeline.make_loader(dataset_dir, "train", **SIZES | {"batch_size": 3})
+        loader = pipeline.make_loader(dataset_dir, "train", seed=3, timesteps=2, **options)
+        parts.append([batch for _, batch in zip(range(count), loader, strict=False)])
+    return [
+        {name: np.concatenate([batch[name] for batch in rows]) for name in rows[0]}
+        for rows in zip(*parts, strict=True)
+    ]
+
+
+def test_any_number_of_processes_reads_the_same_batches(monkeypatch, dataset_dir):
+    alone = read_by(monkeypatch, 1, 4, dataset_dir, batch_size=6)
+    for processes in (2, 3):
+        together = read_by(monkeypatch, processes, 4, dataset_dir, batch_size=6)
+        assert all(equal(a, b) for a, b in zip(alone, together, strict=True))
+    with pytest.raises(ValueError, match="batch_size=4 must be a positive multiple of processes=3"):
+        pipeline.make_loader(dataset_dir, "train", batch_size=4, timesteps=2)
+
+
+def test_processes_evaluate_as_many_batches_each(monkeypatch, dataset_dir):
+    """Three clips: of the last batch, which has one, nobody gets a part."""
+    (alone, _) = read_by(monkeypatch, 1, 9, dataset_dir, batch_size=2, train=False)
+    (together,) = read_by(monkeypatch, 2, 9, dataset_dir, batch_size=2, train=False)
+    assert equal(alone, together)
 
 
 def test_wrong_calls_name_the_argument(dataset_dir, tmp_path):
