@@ -87,21 +87,23 @@ class Checkpoints:
     def restore(
         self, state: TrainState, iterator: grain.DatasetIterator
     ) -> tuple[TrainState, grain.DatasetIterator]:
-        """The newest checkpoint laid out as `state` is; `state` itself where there is none."""
+        """The newest checkpoint laid out as `state` is; `state` itself where there is none.
+
+        It may be of another mesh and of another number of processes.
+        """
         step = self.latest_step()
         if step is None:
             return state, iterator
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flatten(state))
         with self._explained(f"of step {step} do not fit this config and its data"):
             restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target),
-                    data=grain.checkpoint.CheckpointRestore(iterator),
-                ),
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             )
+            # of every process the same: as many batches (`data.pipeline.Share`)
+            positions = sorted((self._path / str(step) / "data").glob("process_*.json"))
+            iterator.set_state(outside.read(positions[0]).values)
         leaves = [restored["state"][name] for name in _flatten(state)]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), restored["data"]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), iterator
 
     def close(self) -> None:
         """Waits until the last save is complete; raises what went wrong in it."""
