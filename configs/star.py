@@ -4,12 +4,12 @@
     fourdstar train --config=configs/star.py:tiny --workdir=runs/star
 
 `tiny` leaves a whole model in runs/star/bundle, after configs/vqvae.py:tiny. (The bundled one is of
-an older form of STAR: 13 minutes on two CPU cores, and 1.78 nats a code for the novel views of
-unseen clips, where counting gives 3.13, docs/RESULTS.md.) The others have not been trained yet:
-`small` is for one GPU, `base` for one to four, `paper` for sixteen (paper section 4.1, which gives
-no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also build on VQ-16 instead of UniTok
-(`base,vq16`), and take the features of FLAN-T5 XL, computed beforehand with a bundle that has it as
-its stage `text`:
+older forms of STAR and tokenizer: 13 minutes on two CPU cores, and 1.78 nats a code for the novel
+views of unseen clips, where counting gives 3.13, docs/RESULTS.md.) The others have not been
+trained yet: `small` is for one GPU, `base` for one to four, `paper` for sixteen (paper section 4.1,
+which gives no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also build on VQ-16
+instead of UniTok (`base,vq16`), and take the features of FLAN-T5 XL, computed beforehand with a
+bundle that has it as its stage `text`:
 
     fourdstar prepare --text_features --data data/base --bundle runs/vqvae/bundle \\
         --out data/base_text
@@ -18,11 +18,11 @@ its stage `text`:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from fourdstar_jax.tokenizer import LOCAL, RELEASED, check_choice
+from fourdstar_jax.tokenizer import LOCAL, RELEASED, choose
 
 
 def get_config(argument: str = "small") -> ConfigDict:
-    """`argument` is "scale" or "scale,tokenizer", the tokenizer that it builds on."""
+    """`argument` is "scale" or "scale,tokenizer", what it builds on if not `tokenizer.choose`'s."""
     scale, _, tokenizer = argument.partition(",")
     config = ConfigDict()
     config.stage = "star"
@@ -37,7 +37,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     # a folder made by `fourdstar convert llamagen` or `mvar`, whose layers a new run starts from
     config.warm_start = placeholder(str)
 
-    config.model = model(scale, tokenizer or "unitok")
+    config.model = model(scale, tokenizer)
     config.forcing = ConfigDict(  # what a step draws at random: `star.forcing.corrupt`
         dict(
             drop_text=0.1,
@@ -86,11 +86,11 @@ def get_config(argument: str = "small") -> ConfigDict:
     return config
 
 
-def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
+def model(scale: str, tokenizer: str = "") -> ConfigDict:
     """Constructor arguments of `STAR` at a scale; its `text_vocab` is counted from the captions."""
-    check_choice(tokenizer, scale)
+    tokenizer = choose(tokenizer, scale)
     if tokenizer == "local":
-        config = model(scale)
+        config = model(scale, "unitok")
         config.update(LOCAL[scale])
         config.blank_code = 0  # of what its tokenizer takes for blank
         return config

@@ -6,13 +6,14 @@ Wants `fourdstar prepare --depth` and, but for `tiny`, LPIPS' weights (docs/WEIG
 takes about 8 minutes on two CPU cores, after configs/tokenizer.py:tiny. The others have not been
 trained in full yet: `small` is for one GPU, `base` for one to four, `paper` for eight (paper
 section 4.1, which gives no sizes). docs/RESULTS.md says how decoder and losses were chosen.
-The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,vq16`.
+The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,vq16`; the first two
+build on the local tokenizer, or on a small UniTok: `tiny,unitok`.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from fourdstar_jax.tokenizer import LOCAL, RELEASED, check_choice
+from fourdstar_jax.tokenizer import LOCAL, RELEASED, choose
 
 # Standard deviations of Gaussians, in halves of the map's spacing: no needles, none that covers
 # less than a third of a pixel where the map has half the picture's side.
@@ -20,7 +21,7 @@ SCALE_LIMITS = (1 / 3, 4.0)
 
 
 def get_config(argument: str = "small") -> ConfigDict:
-    """`argument` is "scale" or "scale,tokenizer", the tokenizer that it builds on."""
+    """`argument` is "scale" or "scale,tokenizer", what it builds on if not `tokenizer.choose`'s."""
     scale, _, tokenizer = argument.partition(",")
     config = ConfigDict()
     config.stage = "vqvae"
@@ -41,7 +42,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.augment = ConfigDict(dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3))
     config.bundle = "runs/tokenizer/bundle"  # holds the frozen tokenizer
 
-    config.model = model(scale, tokenizer or "unitok")
+    config.model = model(scale, tokenizer)
     config.warm_start = placeholder(str)  # bundle of a UniTok whose decoder it starts as; "": none
     # What is rendered of each object and step; the tokens of all timesteps and views go in.
     config.render = ConfigDict(dict(num_timesteps=4, rig_views=2, extra_views=4))
@@ -118,11 +119,11 @@ def get_config(argument: str = "small") -> ConfigDict:
     return config
 
 
-def model(scale: str, tokenizer: str = "unitok") -> ConfigDict:
+def model(scale: str, tokenizer: str = "") -> ConfigDict:
     """Constructor arguments of `VQVAE4D` at a scale."""
-    check_choice(tokenizer, scale)
+    tokenizer = choose(tokenizer, scale)
     if tokenizer == "local":
-        config = model(scale)
+        config = model(scale, "unitok")
         config.update(code_dim=LOCAL[scale]["code_dim"], projection="token")
         return config
     match scale:

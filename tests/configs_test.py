@@ -15,18 +15,27 @@ from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.model import VQVAE4D
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16", "tiny,local", "small,local")
+SCALES = (
+    "tiny",
+    "small",
+    "base",
+    "paper",
+    "base,vq16",
+    "paper,vq16",
+    "tiny,unitok",
+    "small,unitok",
+)
 STAGES = {"tokenizer": make, "vqvae": VQVAE4D, "star": STAR}
 # Millions of parameters, tokenizer, vqvae and star: from the sizes of the published parts.
 MILLIONS = {
     "tiny": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
-    "small": ((3, 7), (3, 7), (11, 17)),
+    "small": ((2, 4), (3, 7), (11, 17)),
     "base": ((680, 710), (360, 420), (330, 400)),
     "paper": ((680, 710), (370, 430), (800, 870)),
     "base,vq16": ((71.8, 71.9), (360, 420), (330, 400)),
     "paper,vq16": ((71.8, 71.9), (370, 430), (800, 870)),
-    "tiny,local": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
-    "small,local": ((2, 4), (3, 7), (11, 17)),
+    "tiny,unitok": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
+    "small,unitok": ((3, 7), (3, 7), (11, 17)),
 }
 
 
@@ -120,3 +129,6 @@ def test_sizes_of_local_codes_are_said_in_one_place(scale):
     assert {key: star[key] for key in LOCAL[scale]} == LOCAL[scale]
     assert {key: tokenizer[key] for key in LOCAL[scale]} == LOCAL[scale]
     assert vqvae.code_dim == LOCAL[scale]["code_dim"] and vqvae.projection == "token"
+    for stage in STAGES:  # it is what these scales build on
+        plain, named = (config_of(stage, x).model for x in (scale, f"{scale},local"))
+        assert plain.to_dict() == named.to_dict()

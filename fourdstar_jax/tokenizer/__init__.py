@@ -35,8 +35,13 @@ UNITOK: dict[str, Any] = dict(
 )
 
 
-def check_choice(tokenizer: str, scale: str) -> None:
-    """Raises ValueError where a config's scale has no such tokenizer: `unitok` goes with all."""
+def choose(tokenizer: str, scale: str) -> str:
+    """The tokenizer that a config's scale builds on: the named one, or for "" the scale's own.
+
+    That is the local one where there is one, else UniTok. Raises ValueError where the scale has no
+    such tokenizer: `unitok` goes with all.
+    """
+    tokenizer = tokenizer or ("local" if scale in LOCAL else "unitok")
     released = {name: ("base", "paper") for name in RELEASED if name != "unitok"}
     scales = {"unitok": None, **released, "local": tuple(LOCAL)}
     if tokenizer not in scales:
@@ -46,6 +51,7 @@ def check_choice(tokenizer: str, scale: str) -> None:
         raise ValueError(
             f"{tokenizer=} goes with the scales {' and '.join(allowed)}, not {scale!r}"
         )
+    return tokenizer
 
 
 # family -> module and class; a module is imported when its family is made

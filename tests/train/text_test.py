@@ -83,7 +83,7 @@ def config_of(token_dir, source, feature_dir):
     spec = importlib.util.spec_from_file_location("star_config", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config("tiny")
+    config = module.get_config("tiny,unitok")
     config.model.update(
         num_codebooks=2, vocab_size=5, code_dim=6, resolution=16, grid=2, dim=16, num_layers=1,
         num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,

@@ -47,7 +47,7 @@ def config_of(stage, data_dir, source=None, steps=4):
     spec = importlib.util.spec_from_file_location(stage, CONFIGS / f"{stage}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config("tiny")
+    config = module.get_config("tiny,unitok")
     model = dict(
         tokenizer=dict(
             resolution=16, stem_channels=(8,), tail_channels=(8,), dim=16, num_blocks=1,

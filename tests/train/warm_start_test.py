@@ -56,7 +56,7 @@ def save_trunk(folder):
 
 
 def config_of(token_dir, source, warm_start, steps=2):
-    config = cli.read_config("configs/star.py:tiny", [])
+    config = cli.read_config("configs/star.py:tiny,unitok", [])
     config.model.update(
         num_codebooks=2, vocab_size=5, code_dim=6, resolution=16, grid=2, dim=16, num_layers=2,
         num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,
