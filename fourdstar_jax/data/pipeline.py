@@ -463,8 +463,8 @@ class Share:
     def __repr__(self) -> str:  # grain stores it beside the iterator's state
         return f"Share({self._rows!r}, {self._batch_size})"
 
-    def __getitem__(self, i: int) -> Any:
-        batch, row = divmod(int(i), self._batch_size // self._processes)
+    def __getitem__(self, index: int) -> Any:
+        batch, row = divmod(int(index), self._batch_size // self._processes)
         first = batch * self._batch_size
         size = min(self._batch_size, len(self._rows) - first) // self._processes
         return self._rows[first + self._process * size + row]
