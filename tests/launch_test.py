@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+from fourdstar_jax.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("bash", "cat", "dirname", "env", "sha256sum")
@@ -98,7 +101,18 @@ def test_unknown_profile(checkout):
     assert code == 1 and len(lines) == 1 and "run or dev" in lines[0]
 
 
-@pytest.mark.parametrize("script", ["setup.sh", "test.sh", "demo.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "setup.sh",
+        "test.sh",
+        "demo.sh",
+        "tiny.sh",
+        "slurm/train.sh",
+        "tpu/train.sh",
+        "tpu/verify.sh",
+    ],
+)
 def test_scripts_can_be_run(script):
     path = ROOT / "launch" / script
     assert os.access(path, os.X_OK)
@@ -115,3 +129,130 @@ def test_requirements_are_pins():
     wanted = project["dependencies"] + project["optional-dependencies"]["train"]
     for name, version in (x.split("==") for x in wanted if "==" in x):
         assert [name, version] in pins, name
+
+
+def dry_run(tmp_path, script, argv, fakes, **environment):
+    """Exit code, calls of fake commands with their arguments, and stderr of a script."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    log = tmp_path / "calls"
+    for tool in (*TOOLS, "git", "gzip", "mktemp", "rm"):
+        if not (tmp_path / "bin" / tool).exists():
+            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    for name, body in fakes.items():
+        fake_python(
+            tmp_path / "bin" / name, f'printf "%s|" {name} "$@" >> {log}; echo >> {log}\n{body}'
+        )
+    result = subprocess.run(
+        ["bash", str(ROOT / "launch" / script), *argv],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={"PATH": str(tmp_path / "bin"), **environment},
+    )  # fmt: skip
+    calls = [line.split("|")[:-1] for line in log.read_text().splitlines()] if log.exists() else []
+    return result.returncode, calls, result.stderr
+
+
+RUN = {"CONFIG": "configs/star.py:paper", "WORKDIR": "/shared/run"}
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True), (143, True)])
+def test_slurm_starts_each_task_and_requeues_what_can_go_on(tmp_path, code, again):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    fake_python(tmp_path / ".venv/bin/fourdstar", "exit 0")
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17"}
+    found, calls, _ = dry_run(
+        tmp_path, "slurm/train.sh", ["--config.seed=3"],
+        {"srun": f"exit {code}", "scontrol": "exit 0"}, **slurm, **RUN,
+    )  # fmt: skip
+    words = ["train", "--config=configs/star.py:paper", "--workdir=/shared/run", "--config.seed=3"]
+    assert found == code
+    assert calls[0] == ["srun", "--kill-on-bad-exit=1", ".venv/bin/fourdstar", *words]
+    assert calls[1:] == ([["scontrol", "requeue", "17"]] if again else [])
+
+
+@pytest.mark.parametrize("script", ["slurm/train.sh", "tpu/train.sh"])
+def test_launchers_say_in_one_line_what_is_missing(tmp_path, script):
+    environment = {"SLURM_SUBMIT_DIR": str(tmp_path), "NAME": "pod", "ZONE": "z"}
+    code, _, errors = dry_run(tmp_path, script, [], {}, **environment)
+    assert code != 0 and "CONFIG: names the config" in errors and len(errors.splitlines()) == 1
+    code, _, errors = dry_run(tmp_path, script, [], {}, **environment, **RUN)
+    assert code == 2 and len(errors.splitlines()) == 1
+    assert ("no .venv here" if "slurm" in script else "gcloud is missing") in errors
+
+
+def test_tpu_starts_one_command_on_all_workers(tmp_path):
+    code, calls, errors = dry_run(
+        tmp_path, "tpu/train.sh", ["--config.data.dir=/mnt/my tokens"], {"gcloud": "exit 0"},
+        NAME="pod", ZONE="z", **RUN,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert [call[4] for call in calls] == ["scp", "ssh", "ssh"]
+    assert all("--worker=all" in call and "--zone=z" in call for call in calls)
+    command = calls[-1][-1].removeprefix("--command=")
+    assert command.startswith("cd fourdstar && .venv/bin/fourdstar train --config=configs/star.py")
+    assert command.rstrip().endswith(r"--config.data.dir=/mnt/my\ tokens")
+
+
+def filled(name, **values):
+    text = (ROOT / "launch" / name).read_text()
+    for key, value in values.items():
+        text = text.replace("${" + key + "}", value)
+    return text
+
+
+def test_a_jobset_is_one_run_of_all_its_pods():
+    values = dict(
+        NAME="run", QUEUE="q", IMAGE="i", CLAIM="c", PODS="4", GPUS="8", WORKDIR="/data/run",
+        ACCELERATOR="nvidia-h100-80gb", DATA="/data/tokens", CONFIG="configs/star.py:paper",
+    )  # fmt: skip
+    text = filled("gke/jobset.yaml", **values)
+    assert "${" not in text
+    jobset = yaml.safe_load(text)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == 4 and spec["completionMode"] == "Indexed"
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    # a pod's name is JOBSET-JOB-REPLICA-INDEX, and the set's name is its domain
+    assert environment == {
+        "JAX_COORDINATOR_ADDRESS": f"run-{job['name']}-0-0.run:8476", "JAX_NUM_PROCESSES": "4",
+    }  # fmt: skip
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    arguments = _parser().parse_known_args(container["args"])[0]
+    assert arguments.config == "configs/star.py:paper" and arguments.workdir == "/data/run"
+
+
+def test_skypilot_names_its_nodes():
+    task = yaml.safe_load(filled("skypilot/train.yaml", BUCKET="b"))
+    assert set(task) <= {
+        "name", "num_nodes", "resources", "envs", "workdir", "file_mounts", "setup", "run",
+    }  # fmt: skip
+    script = task["run"].replace(".venv/bin/fourdstar", "env | grep JAX_; echo")
+    environment = {
+        "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "PATH": os.environ["PATH"],
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    } | {name: str(value) for name, value in task["envs"].items()}  # fmt: skip
+    out = subprocess.run(
+        ["bash", "-euc", script], capture_output=True, text=True, env=environment
+    ).stdout.splitlines()
+    assert sorted(out[:3]) == [
+        "JAX_COORDINATOR_ADDRESS=10.0.0.1:8476", "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1",
+    ]  # fmt: skip
+    assert out[3] == (
+        "train --config=configs/star.py:paper --config.data.dir=/data/tokens "
+        "--workdir=/data/runs/star"
+    )
+
+
+def test_the_image_copies_what_there_is():
+    lines = (ROOT / "launch/gke/Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert all((ROOT / name).exists() for name in copied) and "fourdstar_jax" in copied
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {"cuda", "tpu", "train"} <= set(extras)
