@@ -1,28 +1,139 @@
-"""`fourdstar evaluate`: a bundle on unseen clips."""
+"""`fourdstar evaluate`: predictions by a protocol, or a bundle on unseen clips."""
 
 import argparse
+import sys
 from pathlib import Path
 
-from fourdstar_jax.cli.common import load_model, model_flag
+from fourdstar_jax.cli.common import load_model, model_flag, whole
 
-SUMMARY = "measure a bundle on the unseen clips of a dataset, with intervals"
+SUMMARY = "score predictions by a named protocol, or a bundle on the unseen clips of a dataset"
+DESCRIPTION = """With --protocol, score the folder --pred against --gt: OBJECT/VIEW/0.png ... or
+OBJECT/VIEW.mp4, objects that `fourdstar generate` or `reconstruct` made, and for --gt a prepared
+dataset as well. Without, measure the bundle --model on a split of --data."""
+PROTOCOLS = (
+    "consistent4d-legacy",
+    "4dstar-reconstruction",
+    "4dstar-video-to-4d",
+    "set-fvd",
+    "fourdstar-open-v2",
+)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared dataset")
-    parser.add_argument("--split", default="unseen_clip", help="unseen_clip or unseen_object")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="what exactly is computed")
+    parser.add_argument("--pred", type=Path, metavar="DIR", help="predictions (--protocol)")
+    parser.add_argument("--gt", type=Path, metavar="DIR", help="truths (--protocol)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR", help="the measuring networks' .npz (--protocol)"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", default=(), metavar="NAME", help="only these of the protocol's"
+    )
+    parser.add_argument(
+        "--background", choices=["white"], help="of transparent pictures, if the protocol has none"
+    )
+    parser.add_argument(
+        "--azimuths",
+        type=float,
+        nargs="+",
+        metavar="DEGREES",
+        help="views of datasets and of objects that are rendered; default the protocol's first",
+    )
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="an earlier --out, to be compared with"
+    )
+    parser.add_argument(
+        "--batch", type=whole(1, 1 << 12), default=8, help="frames at once (--protocol)"
+    )
+    parser.add_argument(
+        "--self-check",
+        "--self_check",
+        action="store_true",
+        help="score made pictures with known answers; with --weights by the networks as well",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (--model)")
+    parser.add_argument("--split", help="of a dataset; default unseen_clip")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the figures as JSON; with --protocol tables as .md and .tex beside it",
+    )
     model_flag(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.self_check:
+        return _self_check(arguments)
+    if arguments.protocol is not None:
+        return _score(arguments)
+    for flag in ("pred", "gt", "against", "weights", "metrics", "background", "azimuths"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag} needs --protocol")
+    if arguments.data is None:
+        raise ValueError("give --protocol with --pred and --gt, or --data for the bundle --model")
     import json
 
     from fourdstar_jax.evaluate import unseen
     from fourdstar_jax.folders import replace_file
 
     load_model(arguments.model)  # says what is wrong with it before the data is read
-    text = json.dumps(unseen.evaluate(arguments.model, arguments.data, arguments.split), indent=1)
+    split = arguments.split or "unseen_clip"
+    text = json.dumps(unseen.evaluate(arguments.model, arguments.data, split), indent=1)
     print(text)
     if arguments.out is not None:
         replace_file(arguments.out, f"{text}\n".encode())
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    if arguments.pred is None or arguments.gt is None:
+        raise ValueError("--protocol needs --pred DIR and --gt DIR")
+    import dataclasses
+    import json
+
+    from fourdstar_jax import outside
+    from fourdstar_jax.evaluate import clips, protocols, report, score
+    from fourdstar_jax.evaluate.networks import Networks
+    from fourdstar_jax.export import read_splats
+    from fourdstar_jax.folders import replace_file
+
+    protocol = protocols.find(arguments.protocol)
+    if arguments.background is not None:
+        protocol = dataclasses.replace(protocol, background=arguments.background)
+    azimuths = None if arguments.azimuths is None else tuple(arguments.azimuths)
+    if azimuths and protocol.azimuths_deg and azimuths not in protocol.azimuths_deg:
+        allowed = " or ".join(" ".join(f"{a:g}" for a in w) for w in protocol.azimuths_deg)
+        raise ValueError(f"--azimuths of {protocol.name} are {allowed}")
+    other = None if arguments.against is None else outside.read(arguments.against)
+    options = {"read_splats": read_splats, "split": arguments.split or "unseen_clip"}
+    truths = clips.open_source(arguments.gt, protocol, azimuths=azimuths, **options)
+    azimuths = truths.azimuths
+    predictions = clips.open_source(arguments.pred, protocol, azimuths=azimuths, **options)
+    result = score.score(
+        protocol,
+        predictions,
+        truths,
+        Networks(arguments.weights, batch=arguments.batch),
+        metrics=arguments.metrics,
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    if other is not None:
+        result["against"] = report.compare(result, other)
+    table = report.markdown(result)
+    print(table, end="")
+    if arguments.out is not None:
+        replace_file(arguments.out, f"{json.dumps(result, indent=1)}\n".encode())
+        replace_file(arguments.out.with_suffix(".md"), table.encode())
+        replace_file(arguments.out.with_suffix(".tex"), report.latex(result).encode())
+
+
+def _self_check(arguments: argparse.Namespace) -> None:
+    from fourdstar_jax.evaluate import self_check
+
+    wrong = 0
+    for case in self_check.cases(arguments.weights):
+        wrong += not case.right
+        verdict = "ok" if case.right else "WRONG"
+        print(f"{verdict:5} {case.name}: {case.found:.6g}, known {case.wanted:.6g}")
+    if wrong:
+        raise ValueError(f"{wrong} figures are not the known ones")

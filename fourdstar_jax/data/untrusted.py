@@ -331,22 +331,30 @@ def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any
             info["file_size"] = picture.size
             source = picture_frames(picture, path, request, info)
     fps, start = request["fps"], request["start"]
+    if fps is None:  # every frame, whatever its time
+        frames = [decode() for _, _, decode in source]
+        info["frames"] = len(frames)
+        return _stacked(frames, path, info), info
     frames, end = sample(source, fps, request["timesteps"], start)
     if info["kind"] == "animation":  # which tells its length only frame by frame
         for _ in source:
             pass
     if not frames:
         refuse(f"{path} ends after {end:g} s, before start = {start:g}")
-    if any(frame.shape != frames[0].shape for frame in frames):
-        refuse(f"the frames of {path} differ in size")
     if info["seconds"] is None and len(frames) < request["timesteps"]:
         info["seconds"] = end
     length = np.inf if info["seconds"] is None else max(info["seconds"], end)
     info["seconds_read"] = min(len(frames) / fps, length - start)
+    return _stacked(frames, path, info), info
+
+
+def _stacked(frames: list[np.ndarray], path: Path, info: dict[str, Any]) -> np.ndarray:
+    if any(frame.shape != frames[0].shape for frame in frames):
+        refuse(f"the frames of {path} differ in size")
     stacked = np.stack(frames)
     if info["kind"] == "video" and stacked[..., 3].max() == 0:
         stacked[..., 3] = 255  # the fourth byte of an uncompressed AVI, which nothing fills
-    return stacked, info
+    return stacked
 
 
 def main() -> None:

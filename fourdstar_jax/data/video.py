@@ -94,6 +94,42 @@ def read_video(
     return images, {**info, **framing, "start": start, "fps": fps, "timesteps": len(images)}
 
 
+def read_frames(
+    path: str | os.PathLike[str],
+    *,
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_PIXELS,
+    timeout_s: int = 120,
+    max_memory: int = 4 << 30,
+) -> UInt8[np.ndarray, "T h w 4"]:
+    """Every frame of a file or folder as it is, RGBA with straight alpha, for measuring.
+
+    Raises ValueError as `read_video` does, and for frames of more than 1,024 pixels a side, which
+    would have to be shrunk, or with pixels that are not square.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    frames, info = _decode(
+        path,
+        start=0.0,
+        fps=None,
+        folder_fps=FPS,
+        timesteps=max_frames,
+        max_frames=max_frames,
+        max_pixels=max_pixels,
+        timeout_s=timeout_s,
+        max_memory=max_memory,
+    )
+    (width, height), read = info["file_size"], frames.shape[2:0:-1]
+    if sorted((width, height)) != sorted(read):
+        raise ValueError(
+            f"{path}: frames of {width}x{height} pixels would be resized to {read[0]}x{read[1]}: "
+            "at most 1024 a side are measured, and square pixels"
+        )
+    return frames
+
+
 def described(info: dict[str, Any], *, fit: str) -> list[str]:
     """Lines that say what of a clip is used and how its object was found, from `read_video`."""
     count, size = info["timesteps"], "{}x{} pixels".format(*info["file_size"])

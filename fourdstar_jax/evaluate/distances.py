@@ -1,10 +1,11 @@
 """Distances of two sets of features: Fréchet (FID, FVD) and kernel (KID), in float64.
 
-A single video's features are no set: protocols say what may be called FVD.
+A single video's features are no set: protocols say what may be called FVD. Intervals resample
+groups of rows, such as the clips of one object.
 """
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from fourdstar_jax.types import Array
 
@@ -29,6 +30,17 @@ def frechet_distance(first: Float[Array, "n d"], second: Float[Array, "m d2"]) -
     return float(max(between + traces - 2 * common, 0.0))
 
 
+def one_video_distance(first: Float[Array, " d"], second: Float[Array, " d"]) -> float:
+    """What the usual script computes of single rows: published as FVD, and no distance of sets.
+
+    NumPy before 2.2 took the covariance of one row `[1, d]` to be one number, the variance over its
+    d features, so |x - x'|^2 + (s - s')^2 came out; later ones give NaN.
+    """
+    first, second = (np.asarray(x, np.float64) for x in (first, second))
+    spread = first.std(ddof=1) - second.std(ddof=1)
+    return float(np.square(first - second).sum() + np.square(spread))
+
+
 def kernel_distance(first: Float[Array, "n d"], second: Float[Array, "m d2"]) -> float:
     """Squared maximum mean discrepancy with the kernel (x . y / d + 1)^3, without bias.
 
@@ -45,6 +57,57 @@ def kernel_distance(first: Float[Array, "n d"], second: Float[Array, "m d2"]) ->
         return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
 
     return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+
+
+def frechet_interval(
+    first: Float[Array, "n d"],
+    second: Float[Array, "n d"],
+    groups: Shaped[np.ndarray, " n"],
+    *,
+    resamples: int = 100,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap of 95 % over groups of rows, which the two sets have in common.
+
+    Rows that are drawn twice lower the rank of a covariance: the interval lies higher than the
+    distance, the more so the fewer rows there are.
+    """
+    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        values.append(frechet_distance(np.asarray(first)[rows], np.asarray(second)[rows]))
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def kernel_interval(
+    first: Float[Array, "n d"],
+    second: Float[Array, "n d"],
+    groups: Shaped[np.ndarray, " n"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """As `frechet_interval`; a row that is drawn twice is not paired with itself."""
+    first, second = _checked(first, second)
+    _, places = np.unique(groups, return_inverse=True)
+    kernels = [(x @ y.T / x.shape[1] + 1) ** 3 for x, y in
+               ((first, first), (second, second), (first, second))]  # fmt: skip
+    rng = np.random.default_rng(seed)
+    count = places.max() + 1
+    values = []
+    for _ in range(resamples):
+        w = np.bincount(rng.integers(count, size=count), minlength=count)[places].astype(float)
+        pairs = w.sum() ** 2 - np.square(w).sum()
+        if pairs == 0:  # one row, drawn every time
+            continue
+        a, b, between = (w @ k @ w for k in kernels)
+        a, b = (x - np.square(w) @ np.diagonal(k) for x, k in ((a, kernels[0]), (b, kernels[1])))
+        values.append((a + b) / pairs - 2 * between / w.sum() ** 2)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _checked(first, second) -> tuple[np.ndarray, np.ndarray]:

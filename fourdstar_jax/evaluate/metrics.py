@@ -1,7 +1,7 @@
 """PSNR, and confidence intervals by bootstrap over clips."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from fourdstar_jax.types import Array
 
@@ -22,13 +22,26 @@ def psnr(
 
 
 def bootstrap_interval(
-    values: Float[Array, " n"], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: Float[Array, " n"],
+    *,
+    groups: Shaped[np.ndarray, " n"] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Mean of one value a clip and its percentile bootstrap interval: (mean, low, high)."""
+    """Mean of one value a clip and its percentile bootstrap interval: (mean, low, high).
+
+    With `groups`, such as the clips' objects, whole groups are drawn: values of one group are not
+    independent. Raises ValueError for fewer than two clips or groups.
+    """
     values = np.asarray(values, np.float64)
-    if values.size < 2:
-        raise ValueError(f"values: an interval needs two clips or more, not {values.size}")
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(values.size, size=(resamples, values.size))].mean(axis=1)
+    if groups is None:
+        groups = np.arange(values.size)
+    names, places = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"values: an interval needs two clips or more, not {len(names)}")
+    sums, counts = np.bincount(places, values), np.bincount(places)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(values.mean()), float(low), float(high)

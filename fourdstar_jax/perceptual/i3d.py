@@ -21,6 +21,7 @@ DIGEST = "c29073697f973234194f3a4eb338a9c13e7ea2f0742d327557eb14ffcc02b83f"  # o
 EPS = 1e-3  # of the batch norms
 SIZE = 224  # pixels a side
 MIN_FRAMES = 9  # after three halvings two are left, which the last pooling takes
+POOL_FRAMES = 2  # of the last pooling, as on TF-Hub; PyTorch's copies of the network have 1 or 2
 # Layers in order; a pair is a maximum pooling, of this window and these strides.
 LAYERS = (
     "Conv3d_1a_7x7",
@@ -49,16 +50,20 @@ class I3D:
     convs: dict[str, Conv]
     dtype: Dtype = struct.field(pytree_node=False, default=jnp.float32)
 
-    def __call__(self, videos: Float[Array, "*b T h w 3"]) -> Float[Array, "*b 400"]:
+    def __call__(
+        self, videos: Float[Array, "*b T h w 3"], *, pool_frames: int = POOL_FRAMES
+    ) -> Float[Array, "*b 400"]:
         """Logits of videos in [0, 1], before the softmax, averaged over time.
 
-        Videos have 224x224 pixels and at least 9 frames. Raises ValueError for others.
+        Videos have 224x224 pixels and at least 9 frames (one, with pool_frames=1). Raises
+        ValueError for others.
         """
         frames, h, w, _ = videos.shape[-4:]
-        if (h, w) != (SIZE, SIZE) or frames < MIN_FRAMES:
+        least = MIN_FRAMES if pool_frames == POOL_FRAMES else 1
+        if (h, w) != (SIZE, SIZE) or frames < least:
             raise ValueError(
                 f"videos of {frames} frames of {w}x{h} pixels; I3D takes {SIZE}x{SIZE} and at "
-                f"least {MIN_FRAMES} frames"
+                f"least {least} frames"
             )
         x = jnp.asarray(2 * videos - 1).reshape(-1, *videos.shape[-4:]).astype(self.dtype)
         for layer in LAYERS:
@@ -68,7 +73,7 @@ class I3D:
                 x = self._mixed(layer, x)
             else:
                 x = nnx.relu(self.convs[layer](x, stride=2 if layer == LAYERS[0] else 1))
-        x = nnx.avg_pool(x, (2, 7, 7), (1, 1, 1), "VALID")
+        x = nnx.avg_pool(x, (pool_frames, 7, 7), (1, 1, 1), "VALID")
         logits = self.convs["Logits/Conv3d_0c_1x1"](x.astype(jnp.float32))
         return jnp.mean(logits, axis=(1, 2, 3)).reshape(*videos.shape[:-4], -1)
 

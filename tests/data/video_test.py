@@ -78,6 +78,20 @@ def test_object_fills_the_picture_as_in_training(tmp_path):
     assert abs((rows[0] + rows[-1] + 1) / 2 - 50) <= 1.5
 
 
+def test_every_frame_as_it_is(tmp_path):
+    write_mp4(tmp_path / "a.mp4", moving(5))
+    frames = video.read_frames(tmp_path / "a.mp4")
+    assert frames.shape == (5, 96, 96, 4) and frames[..., 3].min() == 255
+    (tmp_path / "folder").mkdir()
+    rgba = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 4)).astype(np.uint8)
+    for name, picture in zip(("10.png", "2.png"), rgba, strict=True):
+        Image.fromarray(picture).save(tmp_path / "folder" / name)
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "folder"), rgba[::-1])
+    Image.new("RGB", (1100, 20)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match="wide.png: frames of 1100x20 pixels would be resized"):
+        video.read_frames(tmp_path / "wide.png")
+
+
 def test_gif_durations(tmp_path):
     frames = [Image.fromarray(disc((30 + 20 * i, 48))) for i in range(3)]
     frames[0].save(

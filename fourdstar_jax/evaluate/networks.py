@@ -1,0 +1,132 @@
+"""The networks that protocols measure by, loaded when first needed from a folder of .npz files."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.perceptual import i3d, inception, lpips
+
+
+class Network(NamedTuple):
+    """Which files may hold it, and what reads them."""
+
+    files: str  # pattern of the name
+    load: Callable[..., Any]
+    about: str
+    digest: Callable[[Any], str]  # of a loaded one
+
+
+def _is(network: str) -> Callable[..., Any]:
+    def load(path):
+        found = lpips.load(path)
+        if found.network != network:
+            raise ValueError(f"{path}: holds LPIPS with {found.network}, not with {network}")
+        return found
+
+    return load
+
+
+NETWORKS = {
+    "lpips_vgg": Network(
+        "lpips_vgg*.npz",
+        _is("VGG16"),
+        "LPIPS 0.1 with VGG16",
+        lambda n: lpips.NETWORKS[n.network].digest,
+    ),
+    "lpips_alex": Network(
+        "lpips_alex*.npz",
+        _is("AlexNet"),
+        "LPIPS 0.1 with AlexNet",
+        lambda n: lpips.NETWORKS[n.network].digest,
+    ),
+    "i3d": Network("i3d*.npz", i3d.load, "I3D of Kinetics-400", lambda n: i3d.DIGEST),
+    "inception": Network(
+        "inception*.npz", inception.load, "Inception of 2015", lambda n: inception.DIGEST
+    ),
+}
+
+
+class Networks:
+    """The networks of a folder. `batch` frames go through one at once."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, *, batch: int = 8):
+        self.folder, self.batch = None if folder is None else Path(folder), batch
+        self._loaded: dict[str, Any] = {}
+        self._files: dict[str, str] = {}
+
+    def check(self, name: str) -> Path:
+        """The file of a network. Raises ValueError that says how to make it if it is missing."""
+        if name not in NETWORKS:
+            raise ValueError(f"the network {name} is not here yet: choose --metrics without it")
+        network = NETWORKS[name]
+        how = f"{network.about}: docs/WEIGHTS.md says how to make its {network.files}"
+        if self.folder is None:
+            raise ValueError(f"--weights DIR is needed for {how}; or choose --metrics")
+        found = sorted(self.folder.glob(network.files))
+        if not found:
+            raise ValueError(f"{self.folder} has no weights of {how}; or choose --metrics")
+        return found[0]
+
+    def get(self, name: str) -> Any:
+        """A network, loaded once."""
+        if name not in self._loaded:
+            path = self.check(name)
+            self._loaded[name] = NETWORKS[name].load(path)
+            self._files[name] = path.name
+        return self._loaded[name]
+
+    def about(self) -> dict[str, dict[str, str]]:
+        """File, digest of the arrays and name of all that were used."""
+        return {
+            name: {
+                "network": NETWORKS[name].about,
+                "file": self._files[name],
+                "digest": NETWORKS[name].digest(network),
+            }
+            for name, network in self._loaded.items()
+        }
+
+    def lpips(
+        self, name: str, first: Float[np.ndarray, "n h w 3"], second: Float[np.ndarray, "n h w 3"]
+    ) -> Float[np.ndarray, " n"]:
+        """LPIPS of pictures of 0 to 255, pair by pair."""
+        return self._run(name, _distance, first, second)
+
+    def logits(
+        self, video: Float[np.ndarray, "T 224 224 3"], *, pool_frames: int
+    ) -> Float[np.ndarray, " 400"]:
+        """I3D's logits of a clip of 0 to 255."""
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(_logits(self.get("i3d"), video, pool_frames=pool_frames))
+
+    def features(self, name: str, images: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
+        """A network's features of pictures of 0 to 255."""
+        return self._run(name, _features, images)
+
+    def _run(self, name: str, function: Callable, *arrays: np.ndarray) -> np.ndarray:
+        call = functools.partial(function, self.get(name))
+        with jax.default_matmul_precision("highest"):
+            return in_batches(call, arrays, self.batch)
+
+
+@jax.jit
+def _distance(network, first, second):
+    return network(first / 255, second / 255)
+
+
+@functools.partial(jax.jit, static_argnames="pool_frames")
+def _logits(network, video, *, pool_frames: int):
+    return network(jnp.asarray(video) / 255, pool_frames=pool_frames)
+
+
+@jax.jit
+def _features(network, images):
+    return network(images / 255)

@@ -1,0 +1,155 @@
+"""Results as tables (Markdown, LaTeX), and the comparison of two results on the same objects."""
+
+from typing import Any
+
+import numpy as np
+
+from fourdstar_jax.evaluate.metrics import bootstrap_interval
+from fourdstar_jax.evaluate.protocols import Metric, find
+from fourdstar_jax.outside import Fields
+
+ARROWS = {"higher": "↑", "lower": "↓"}
+TEX_ARROWS = {"higher": r"$\uparrow$", "lower": r"$\downarrow$"}
+
+
+def compare(result: dict[str, Any], other: Fields) -> dict[str, Any]:
+    """Mean differences (result less other) over the same objects, with paired 95 % intervals.
+
+    `better` is the share of objects on which the result is better. Raises ValueError if the other
+    file's protocol or objects are not the same.
+    """
+    told, ours = other.part("protocol"), result["protocol"]
+    found = told.text("name"), told.integer("version", 0, 10**6)
+    if found != (ours["name"], ours["version"]):
+        raise ValueError(
+            f"{other.where}: scored by {found[0]} version {found[1]}, not by {ours['name']} "
+            f"version {ours['version']}: their numbers do not compare"
+        )
+    theirs = {}
+    for row in other.parts("objects"):
+        metrics = row.part("metrics")
+        theirs[row.text("object")] = {m: metrics.number(m, -1e12, 1e12) for m in metrics}
+    names = [row["object"] for row in result["objects"]]
+    if unlike := sorted(set(names) ^ set(theirs)):
+        raise ValueError(f"{other.where}: object {unlike[0]} is in one of the two results only")
+    out: dict[str, Any] = {"path": other.where, "metrics": {}}
+    protocol = find(ours["name"])
+    groups = np.array([row["group"] for row in result["objects"]])
+    for name in result["objects"][0]["metrics"]:
+        if any(name not in metrics for metrics in theirs.values()):
+            continue
+        pairs = [(row["metrics"][name], theirs[row["object"]][name]) for row in result["objects"]]
+        differences = np.array([a - b for a, b in pairs])
+        sign = 1 if protocol.metric(name).better == "higher" else -1
+        interval = None
+        if len(set(groups)) > 1:
+            interval = list(bootstrap_interval(differences, groups=groups)[1:])
+        out["metrics"][name] = {
+            "difference": float(differences.mean()),
+            "interval_95": interval,
+            "better": float(np.mean(sign * differences > 0)),
+        }
+    return out
+
+
+def _columns(result: dict[str, Any]) -> list[Metric]:
+    protocol = find(result["protocol"]["name"])
+    return [m for m in protocol.metrics if m.name in result["summary"]]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a result, each object a row, with the protocol below."""
+    columns = _columns(result)
+    head = ["object", *(f"{m.label} {ARROWS[m.better]}" for m in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in result["objects"]:
+        cells = [f"{row['metrics'][m.name]:.{m.digits}f}" if m.name in row["metrics"] else ""
+                 for m in columns]  # fmt: skip
+        lines.append("| " + " | ".join([row["object"].replace("|", r"\|"), *cells]) + " |")
+    cells = []
+    for m in columns:
+        figure = result["summary"][m.name]
+        text = f"**{figure['value']:.{m.digits}f}**"
+        if figure["interval_95"] is not None:
+            low, high = figure["interval_95"]
+            text += f" [{low:.{m.digits}f}, {high:.{m.digits}f}]"
+        cells.append(text)
+    lines.append("| " + " | ".join([f"all {result['num_objects']}", *cells]) + " |")
+    if "against" in result:
+        lines += ["", *_against(result, columns)]
+    lines += ["", *(f"- {line}" for line in notes(result))]
+    return "\n".join(lines) + "\n"
+
+
+def _against(result: dict[str, Any], columns: list[Metric]) -> list[str]:
+    against = result["against"]
+    lines = [
+        f"Less those of {against['path']}, object by object:",
+        "",
+        "| metric | difference | 95 % | better on |",
+        "| --- | --- | --- | --- |",
+    ]
+    for m in columns:
+        if m.name not in against["metrics"]:
+            continue
+        found = against["metrics"][m.name]
+        interval = found["interval_95"]
+        shown = "" if interval is None else "[{:+.{d}f}, {:+.{d}f}]".format(*interval, d=m.digits)
+        lines.append(
+            f"| {m.label} {ARROWS[m.better]} | {found['difference']:+.{m.digits}f} | {shown} "
+            f"| {100 * found['better']:.0f} % of objects |"
+        )
+    return lines
+
+
+def latex(result: dict[str, Any]) -> str:
+    """One row of figures under its head, for a paper; needs booktabs."""
+    columns = _columns(result)
+    head = " & ".join(["", *(f"{m.label} {TEX_ARROWS[m.better]}" for m in columns)])
+    cells = []
+    for m in columns:
+        figure = result["summary"][m.name]
+        text = f"{figure['value']:.{m.digits}f}"
+        if figure["interval_95"] is not None:
+            low, high = figure["interval_95"]
+            text += rf" {{\scriptsize [{low:.{m.digits}f}, {high:.{m.digits}f}]}}"
+        cells.append(text)
+    p = result["protocol"]
+    comment = f"% protocol {p['name']}, version {p['version']}, {result['num_objects']} objects"
+    return "\n".join(
+        [
+            comment,
+            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            r"\toprule",
+            head + r" \\",
+            r"\midrule",
+            " & ".join(["ours", *cells]) + r" \\",
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What must stand beside the numbers: the protocol, weights, warnings, what is left out."""
+    lines = list(result["protocol"]["text"])
+    lines += [f"left out: {name}: {why}" for name, why in result["protocol"]["left_out"].items()]
+    for name, figure in result["summary"].items():
+        if "warning" in figure:
+            lines.append(f"warning: {name}: {figure['warning']}")
+        if "interval" in figure:
+            lines.append(f"the interval of {name} is {figure['interval']}")
+    for about in result["weights"].values():
+        lines.append(f"weights of {about['network']}: {about['file']}, digest {about['digest']}")
+    if seconds := [
+        r["generation"]["seconds"] for r in result["objects"] if r["generation"].get("seconds")
+    ]:
+        lines.append(
+            f"generation: {np.mean(seconds):.1f} s an object, of {len(seconds)} that say so"
+        )
+    if peaks := [r["generation"]["peak_memory_bytes"] for r in result["objects"]
+                 if r["generation"].get("peak_memory_bytes")]:  # fmt: skip
+        lines.append(f"generation: at most {max(peaks) / 2**30:.2f} GiB of device memory")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return [*lines, f"{versions}; {result['device']}; {result['seconds']:.0f} s"]

@@ -1,0 +1,406 @@
+"""`fourdstar evaluate --protocol`: predictions against truths, one JSON with a row for each object.
+
+Clips are read and resized ahead by a few threads, measured one after the other, and let go: memory
+holds some clips, and for distances of sets one row of features a clip (or frame).
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.evaluate import clips, distances
+from fourdstar_jax.evaluate.clips import Frames, Pair, Source
+from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
+from fourdstar_jax.evaluate.networks import Networks
+from fourdstar_jax.evaluate.protocols import SAME_PSNR, Metric, Protocol, Resize, described
+from fourdstar_jax.evaluate.resizing import resized
+from fourdstar_jax.perceptual import ssim
+
+STEADY = 0.1  # of the truth's own colour along its flow: above, the point was covered or lit anew
+WINDOW = 16  # frames that 3D-ResNet50 sees at once
+
+
+@dataclasses.dataclass
+class Clip:
+    """A pair that was read: its frames, and these at all sizes that the metrics take."""
+
+    pair: Pair
+    prediction: Frames
+    truth: Frames
+    at: dict[tuple[Resize, ...], tuple[np.ndarray, np.ndarray]]  # [T, h, w, 3], 0 to 255
+    features: dict[Any, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def both(self, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+        """Prediction and truth at a metric's size."""
+        return self.at[metric.resize]
+
+
+class NotHere(Exception):
+    """Why a metric has no value for these clips."""
+
+
+def score(
+    protocol: Protocol,
+    predictions: Source,
+    truths: Source,
+    networks: Networks,
+    *,
+    metrics: Sequence[str] = (),
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """All figures as a JSON-ready dict; of `metrics` alone where some are given.
+
+    Raises ValueError for clips that do not match, for weights that are missing, and where no metric
+    is left; nothing is measured before files of all weights are known to be there.
+    """
+    start = time.perf_counter()
+    chosen = tuple(protocol.metric(m) for m in metrics) if metrics else protocol.metrics
+    pairs = clips.pairs(predictions, truths, protocol)
+    for metric in chosen:
+        if metric.network is not None:
+            networks.check(metric.network)
+    left_out: dict[str, str] = {}
+    if len(pairs) < 2:
+        for metric in chosen:
+            if metric.per == "set":
+                left_out[metric.name] = "one video is no set: its distance is not called that"
+    sizes = tuple({m.resize for m in chosen})
+    values: dict[str, dict[str, dict[str, float]]] = {}  # object, view, metric
+    sets: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    shapes: dict[str, dict[str, Any]] = {}
+    begun = time.perf_counter()
+    for done, clip in enumerate(_ahead(pairs, functools.partial(_read, protocol, sizes))):
+        pair = clip.pair
+        found = values.setdefault(pair.object, {}).setdefault(pair.view, {})
+        count, height, width, _ = clip.truth.images.shape
+        shapes[pair.object] = {"frames": count, "size": [width, height]}
+        for metric in chosen:
+            if metric.name in left_out:
+                continue
+            try:
+                if metric.per == "set":
+                    for rows, new in zip(
+                        sets.setdefault(metric.name, ([], [])),
+                        SETS[metric.name](clip, metric, networks),
+                        strict=True,
+                    ):
+                        rows.append(new)
+                else:
+                    measured = VALUES[metric.name](clip, metric, networks)
+                    found[metric.name] = float(np.mean(measured))
+            except NotHere as why:
+                if done and any(metric.name in v for o in values.values() for v in o.values()):
+                    raise ValueError(f"{_where(pair)}: {metric.name}: {why}") from None
+                left_out[metric.name] = str(why)
+            except ValueError as error:
+                raise ValueError(f"{_where(pair)}: {metric.name}: {error}") from error
+        now = time.perf_counter()
+        if done == 0:
+            log(f"{len(pairs)} clips of {len(truths.entries)} objects")
+        elif done == 1 and len(pairs) > 2:  # the first one has compiled
+            log(f"about {(now - begun) * (len(pairs) - 2) / 60:.1f} minutes to go")
+        begun = now
+    kept = tuple(m for m in chosen if m.name not in left_out)
+    if not kept:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
+    rows = _rows(values, shapes, predictions, truths)
+    summary = {m.name: _mean(m, rows) for m in kept if m.per != "set"}
+    summary |= {m.name: _distance(m, sets[m.name], pairs) for m in kept if m.per == "set"}
+    return {
+        "schema": "fourdstar_jax evaluation",
+        "schema_version": 1,
+        "protocol": {
+            "name": protocol.name,
+            "version": protocol.version,
+            "background": protocol.background,
+            "text": described(protocol, kept),
+            "left_out": left_out
+            | {m.name: "not chosen" for m in protocol.metrics if m not in chosen},
+        },
+        "predictions": {"path": predictions.path, "kind": predictions.kind, **predictions.about},
+        "truths": {"path": truths.path, "kind": truths.kind, **truths.about},
+        "azimuths_deg": truths.azimuths or predictions.azimuths,
+        "num_objects": len(rows),
+        "num_clips": len(pairs),
+        "summary": summary,
+        "objects": rows,
+        "weights": networks.about(),
+        "versions": _versions(),
+        "device": str(jax.devices()[0].device_kind),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _where(pair: Pair) -> str:
+    return f"object {pair.object}, view {pair.view}"
+
+
+def _ahead(pairs: Sequence[Pair], read: Callable[[Pair], Clip]) -> Iterator[Clip]:
+    """Clips in order, a few of them read ahead."""
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        todo = iter(pairs)
+        try:
+            for pair in todo:
+                waiting.append(pool.submit(read, pair))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _read(protocol: Protocol, sizes: tuple[tuple[Resize, ...], ...], pair: Pair) -> Clip:
+    prediction, truth = clips.load(pair, protocol)
+    at = {}
+    for steps in sizes:
+        at[steps] = tuple(resized(x.images, steps) for x in (prediction, truth))
+    return Clip(pair, prediction, truth, at)
+
+
+# What clips are measured by: [T] values of a clip, or one
+
+
+def _psnr(clip: Clip, metric: Metric, networks: Networks) -> list[float]:
+    return [_decibels(psnr(p / 255, t / 255)) for p, t in zip(*clip.both(metric), strict=True)]
+
+
+def _psnr_in_mask(clip: Clip, metric: Metric, networks: Networks) -> list[float]:
+    masks = _alphas(clip.truth, "truth")[..., None] / 255
+    found = []
+    for p, t, mask in zip(*clip.both(metric), masks, strict=True):
+        if mask.any():  # else the object is not in the picture
+            found.append(_decibels(psnr(p / 255, t / 255, mask)))
+    if not found:
+        raise ValueError("the truth's mask is empty in every frame")
+    return found
+
+
+def _psnr_own_range(clip: Clip, metric: Metric, networks: Networks) -> list[float]:
+    found = []
+    for p, t in zip(*clip.both(metric), strict=True):
+        span = float(np.ptp(t)) or 1.0
+        found.append(_decibels(psnr(p / span, t / span)))
+    return found
+
+
+def _decibels(value: float) -> float:
+    return min(value, SAME_PSNR)
+
+
+def _alpha_iou(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    sides = ((clip.prediction, "prediction"), (clip.truth, "truth"))
+    p, t = (_alphas(frames, side) > 127 for frames, side in sides)
+    both, either = (p & t).sum(axis=(1, 2)), (p | t).sum(axis=(1, 2))
+    return np.where(either, both / np.maximum(either, 1), 1.0)
+
+
+def _alphas(frames: Frames, side: str) -> np.ndarray:
+    if frames.alphas is None:
+        raise NotHere(f"the {side} has no alpha channel")
+    return frames.alphas
+
+
+def _ssim(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    p, t = clip.both(metric)
+    return in_batches(_similarity, (p / 255, t / 255), networks.batch)
+
+
+def _ssim_own_range(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    p, t = clip.both(metric)
+    span = np.maximum(*(np.ptp(x, axis=(1, 2, 3), keepdims=True) for x in (p, t)))
+    span = np.where(span == 0, 1, span)
+    return in_batches(_similarity, (p / span, t / span), networks.batch)
+
+
+@jax.jit
+def _similarity(first, second):
+    return ssim.ssim(first, second)
+
+
+def _lpips(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    assert metric.network is not None
+    return networks.lpips(metric.network, *clip.both(metric))
+
+
+def _temporal_lpips(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    assert metric.network is not None
+    if len(clip.truth.images) < 2:
+        raise ValueError("a single frame has no change in time")
+    p, t = (networks.lpips(metric.network, x[:-1], x[1:]) for x in clip.both(metric))
+    return np.abs(p - t)
+
+
+def _warping_error(clip: Clip, metric: Metric, networks: Networks) -> float:
+    flow = clip.truth.flow
+    if flow is None:
+        raise NotHere("the truth has no flow: `fourdstar prepare` makes data sets that do")
+    p, t = (x / 255 for x in clip.both(metric))
+    return warping_error(p, t, _alphas(clip.truth, "truth") > 127, np.asarray(flow, np.float32))
+
+
+def warping_error(
+    images: np.ndarray, truth: np.ndarray, masks: np.ndarray, flow: np.ndarray
+) -> float:
+    """Mean |p(t) - p(t+1) at x + flow| over the object's pixels that stay to be seen.
+
+    `images` and `truth` are `[T, h, w, 3]` in [0, 1], `masks` `[T, h, w]`, `flow` `[T, h, w, 2]` in
+    pixels to the next frame. A pixel counts if its target lies inside the next frame's mask and the
+    truth's own colour changes by less than STEADY along the way. Raises ValueError if none does.
+    """
+    height, width = masks.shape[1:]
+    y, x = np.mgrid[0:height, 0:width]
+    total, count = 0.0, 0
+    for f in range(len(images) - 1):
+        places = np.stack([y + flow[f, ..., 1], x + flow[f, ..., 0]])
+        within = masks[f] & (np.abs(_at(masks[f + 1].astype(np.float32), places)) > 0.99)
+        own = np.abs(truth[f] - _at(truth[f + 1], places)).max(axis=-1)
+        seen = within & (own < STEADY)
+        error = np.abs(images[f] - _at(images[f + 1], places)).mean(axis=-1)
+        total, count = total + float(error[seen].sum()), count + int(seen.sum())
+    if not count:
+        raise ValueError("no pixel of the object can be followed by the flow")
+    return total / count
+
+
+def _at(picture: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Bilinear values at (row, column) places; 0 outside."""
+    low = np.floor(places).astype(np.int64)
+    share = places - low
+    out = 0.0
+    for dy in (0, 1):
+        for dx in (0, 1):
+            rows, columns = low[0] + dy, low[1] + dx
+            inside = (rows >= 0) & (rows < picture.shape[0])
+            inside &= (columns >= 0) & (columns < picture.shape[1])
+            weight = (share[0] if dy else 1 - share[0]) * (share[1] if dx else 1 - share[1])
+            weight = np.where(inside, weight, 0)
+            value = picture[
+                rows.clip(0, picture.shape[0] - 1), columns.clip(0, picture.shape[1] - 1)
+            ]
+            out = out + (weight[..., None] if picture.ndim == 3 else weight) * value
+    return np.asarray(out)
+
+
+def _one_video(clip: Clip, metric: Metric, networks: Networks) -> float:
+    return distances.one_video_distance(*_logits(clip, metric, networks, pool_frames=1))
+
+
+def _fid_vid(clip: Clip, metric: Metric, networks: Networks) -> float:
+    return distances.frechet_distance(*_inception(clip, metric, networks))
+
+
+VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
+    "psnr": _psnr,
+    "psnr_in_mask": _psnr_in_mask,
+    "psnr_own_range": _psnr_own_range,
+    "alpha_iou": _alpha_iou,
+    "ssim": _ssim,
+    "ssim_own_range": _ssim_own_range,
+    "lpips_vgg": _lpips,
+    "lpips_alex": _lpips,
+    "temporal_lpips": _temporal_lpips,
+    "warping_error": _warping_error,
+    "i3d_one_video": _one_video,
+    "fid_vid": _fid_vid,
+}
+
+
+# What sets are made of: [rows, features] of a clip, for both sides
+
+
+def _logits(clip: Clip, metric: Metric, networks: Networks, *, pool_frames: int):
+    key = ("i3d", metric.resize, pool_frames)
+    if key not in clip.features:
+        first, second = (networks.logits(x, pool_frames=pool_frames) for x in clip.both(metric))
+        clip.features[key] = first, second
+    return clip.features[key]
+
+
+def _inception(clip: Clip, metric: Metric, networks: Networks):
+    key = ("inception", metric.resize)
+    if key not in clip.features:
+        first, second = (networks.features("inception", x) for x in clip.both(metric))
+        clip.features[key] = first, second
+    return clip.features[key]
+
+
+def _clip_logits(clip: Clip, metric: Metric, networks: Networks):
+    return [x[None] for x in _logits(clip, metric, networks, pool_frames=2)]
+
+
+SETS: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
+    "fvd": _clip_logits,
+    "mmd": _clip_logits,
+    "fid": _inception,
+}
+
+
+# From values to rows and figures
+
+
+def _rows(values, shapes, predictions: Source, truths: Source) -> list[dict[str, Any]]:
+    rows = []
+    for name, views in values.items():
+        found = list(views.values())
+        metrics = {m: float(np.mean([v[m] for v in found])) for m in found[0]}
+        rows.append(
+            {
+                "object": name,
+                "group": truths.entries[name].group,
+                **shapes[name],
+                "metrics": metrics,
+                "views": views,
+                "generation": predictions.entries[name].about,
+            }
+        )
+    return rows
+
+
+def _mean(metric: Metric, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    values = np.array([row["metrics"][metric.name] for row in rows])
+    groups = np.array([row["group"] for row in rows])
+    interval = None
+    if len(set(groups)) > 1:
+        interval = list(bootstrap_interval(values, groups=groups)[1:])
+    return {"value": float(values.mean()), "interval_95": interval, "objects": len(rows)}
+
+
+def _distance(metric: Metric, sets, pairs: Sequence[Pair]) -> dict[str, Any]:
+    first, second = (np.concatenate(rows) for rows in sets)
+    groups = np.array([p.group for p in pairs])
+    several = len(set(groups)) > 1
+    out: dict[str, Any] = {"rows": len(first), "features": first.shape[1], "interval_95": None}
+    if metric.name == "mmd":
+        out["value"] = distances.kernel_distance(first, second)
+        if several:
+            out["interval_95"] = list(distances.kernel_interval(first, second, groups))
+        return out
+    out["value"] = distances.frechet_distance(first, second)
+    if len(first) <= first.shape[1]:
+        out["warning"] = (
+            f"{len(first)} rows of {first.shape[1]} features: the covariances have rank "
+            f"{len(first) - 1} at most, and the distance depends on the number of rows"
+        )
+    if several and len(first) == len(groups):  # of frames it would take hours
+        out["interval_95"] = list(distances.frechet_interval(first, second, groups))
+        out["interval"] = "drawn with replacement, which raises the distance: read its width"
+    return out
+
+
+def _versions() -> dict[str, str]:
+    names = ("fourdstar-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "scipy", "av")
+    return {name: importlib.metadata.version(name) for name in names}

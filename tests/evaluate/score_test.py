@@ -1,0 +1,259 @@
+"""Scoring: what is read and matched, refused, averaged and compared."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fourdstar_jax import cli, outside
+from fourdstar_jax.data import untrusted, video
+from fourdstar_jax.evaluate import clips, protocols, report, score, self_check
+from fourdstar_jax.evaluate.networks import Networks
+from fourdstar_jax.evaluate.resizing import resized
+from fourdstar_jax.export import read_splats, write_splats
+from fourdstar_jax.geometry import Rig
+from fourdstar_jax.types import Gaussians
+
+OPEN = protocols.find("fourdstar-open-v2")
+PLAIN = ("psnr", "ssim")
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    """Pictures are decoded here: a process for each folder is what `data/video_test.py` tests."""
+
+    class Refused(BaseException):
+        """Not an Exception, as little as the end of a process is one."""
+
+    def refuse(message):
+        raise Refused(message)
+
+    def decode(path, **request):
+        try:
+            return untrusted.read(path, request | {"min_side": video.MIN_SIDE})
+        except Refused as refused:
+            raise ValueError(str(refused)) from None
+
+    monkeypatch.setattr(untrusted, "refuse", refuse)
+    monkeypatch.setattr(video, "_decode", decode)
+
+
+def write(folder, frames):
+    folder.mkdir(parents=True)
+    for t, frame in enumerate(frames):
+        Image.fromarray(np.asarray(frame, np.uint8)).save(folder / f"{t}.png")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three objects of two views and three frames; predictions are off by 3, 6 and 9 levels."""
+    for number in range(3):
+        for view in "ab":
+            truth = RNG.integers(0, 200, (3, 16, 18, 3))
+            write(tmp_path / "gt" / f"o{number}" / view, truth)
+            write(tmp_path / "pred" / f"o{number}" / view, truth + 3 * (number + 1))
+    return tmp_path
+
+
+def scored(folder, protocol=OPEN, metrics=PLAIN, pred="pred", gt="gt", **kw):
+    sources = (
+        clips.open_source(folder / side, protocol, read_splats=read_splats, **kw)
+        for side in (pred, gt)
+    )
+    return score.score(protocol, *sources, Networks(None, batch=5), metrics=metrics)
+
+
+def test_rows_summary_and_tables(folders):
+    result = scored(folders)
+    known = [20 * np.log10(255 / (3 * n)) for n in (1, 2, 3)]
+    found = [row["metrics"]["psnr"] for row in result["objects"]]
+    np.testing.assert_allclose(found, known, rtol=1e-6)
+    figure = result["summary"]["psnr"]
+    assert figure["value"] == pytest.approx(np.mean(known))
+    assert figure["interval_95"] == pytest.approx([min(known), max(known)])  # 1 of 27 draws each
+    assert (result["num_objects"], result["num_clips"]) == (3, 6)
+    assert result["objects"][1]["frames"] == 3 and result["objects"][1]["size"] == [18, 16]
+    assert result["protocol"]["left_out"]["fvd"] == "not chosen"
+    table = report.markdown(result)
+    assert f"| o1 | {known[1]:.2f} |" in table and "version 2" in table
+    assert rf"{np.mean(known):.2f} {{\scriptsize [" in report.latex(result)
+    json.dumps(result, allow_nan=False)
+
+
+def test_two_results_are_compared_object_by_object(folders):
+    once = scored(folders)
+    (folders / "once.json").write_text(json.dumps(once))
+    other = outside.read(folders / "once.json")
+    for view in "ab":
+        for t in range(3):
+            path = folders / "pred" / "o1" / view / f"{t}.png"
+            path.write_bytes((folders / "gt" / "o1" / view / f"{t}.png").read_bytes())
+    found = report.compare(scored(folders), other)["metrics"]["psnr"]
+    gain = protocols.SAME_PSNR - once["objects"][1]["metrics"]["psnr"]
+    assert found["difference"] == pytest.approx(gain / 3) and found["better"] == pytest.approx(
+        1 / 3
+    )
+    assert found["interval_95"] == pytest.approx([0, gain])
+    once["protocol"]["version"] = 1
+    with pytest.raises(ValueError, match="version 1, not by .* version 2: .* do not compare"):
+        report.compare(scored(folders), outside.Fields(once, "x.json"))
+    with pytest.raises(ValueError, match="object o2 is in one of the two"):
+        report.compare(once, outside.Fields(once | {"objects": once["objects"][:2]}, "x.json"))
+
+
+def test_what_does_not_match_is_named(folders):
+    (folders / "pred/o1/b/2.png").unlink()
+    with pytest.raises(ValueError, match="object o1, view b: frame 2 is missing in the prediction"):
+        scored(folders)
+    Image.new("RGB", (17, 16)).save(folders / "pred/o1/b/2.png")
+    with pytest.raises(ValueError, match="o1, view b: .*2.png is 17x16 pixels"):
+        scored(folders)
+    (folders / "pred/o1/b").rename(folders / "pred/o1/c")
+    with pytest.raises(ValueError, match="object o1: view b is missing in .*pred"):
+        scored(folders)
+    (folders / "pred/o1").rename(folders / "o1")
+    with pytest.raises(ValueError, match="object o1 of .*gt: not in .*pred"):
+        scored(folders)
+    with pytest.raises(ValueError, match="object o0: 2 views in .*a, b.*; 4dstar-re.* has 4"):
+        scored(folders, protocols.find("4dstar-reconstruction"), (), pred="gt")
+    with pytest.raises(ValueError, match="--weights DIR is needed for LPIPS .*VGG"):
+        scored(folders, metrics=("lpips_vgg",), pred="gt")
+    with pytest.raises(ValueError, match="no metric 'fdv', only psnr, "):
+        scored(folders, metrics=("fdv",), pred="gt")
+
+
+def test_sizes_that_differ(tmp_path):
+    write(tmp_path / "gt/o/0", np.zeros((2, 16, 16, 3)))
+    write(tmp_path / "pred/o/0", np.zeros((2, 32, 32, 3)))
+    with pytest.raises(ValueError, match="view 0: the prediction has frames of 32x32 .* 16x16"):
+        scored(tmp_path)
+
+
+def test_transparency_needs_a_background(tmp_path):
+    frames = np.full((2, 16, 16, 4), 255)
+    frames[1, :8, :8] = [0, 0, 0, 51]
+    write(tmp_path / "gt/o/0", frames)
+    white = np.full((2, 16, 16, 3), 255)
+    white[1, :8, :8] = 204
+    write(tmp_path / "pred/o/0", white)
+    assert scored(tmp_path)["summary"]["psnr"]["value"] == protocols.SAME_PSNR
+    strict = dataclasses.replace(OPEN, background=None)
+    with pytest.raises(ValueError, match="view 0: the truth is transparent in frame 1, .*white"):
+        scored(tmp_path, strict)
+    result = scored(tmp_path, metrics=(*PLAIN, "alpha_iou"))
+    assert result["protocol"]["left_out"]["alpha_iou"] == "the prediction has no alpha channel"
+
+
+def test_one_video_has_no_fvd(tmp_path, released_weights):
+    write(tmp_path / "gt/o/0", np.zeros((2, 16, 16, 3)))
+    options = dict(read_splats=read_splats)
+    protocol = protocols.find("set-fvd")
+    source = clips.open_source(tmp_path / "gt", protocol, **options)
+    networks = Networks(released_weights("i3d").parent)
+    with pytest.raises(ValueError, match="fvd: one video is no set"):
+        score.score(protocol, source, source, networks, metrics=("fvd",))
+
+
+def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
+    """A large dark Gaussian, and nothing, at the data set's own views."""
+    source = clips.open_source(dataset_dir, OPEN, read_splats=read_splats, split="train")
+    assert len(source.entries) == 3 and source.azimuths == (0.0, 120.0, 240.0)
+    rig = Rig.around(5, fps=8.0)  # of the model: not the data set's
+    for number, (name, entry) in enumerate(source.entries.items()):
+        folder = tmp_path / "pred" / name
+        folder.mkdir(parents=True)
+        count = len(entry.views[0].load(None).images)
+        shape = (count, 1)
+        gaussians = Gaussians(
+            means=np.zeros((*shape, 3), np.float32),
+            quats=np.tile(np.float32([1, 0, 0, 0]), (*shape, 1)),
+            scales=np.full((*shape, 3), 0.2, np.float32),
+            opacities=np.full(shape, 0.9 if number else 0.0, np.float32),
+            colors=np.zeros((*shape, 3), np.float32),
+        )
+        write_splats(folder / "splats.safetensors", gaussians, fps=8.0)
+        manifest = {"timesteps": count, "gaussians": 1, "files": {}, "rig": rig.to_dict()}
+        manifest["generation"] = {"seconds": 2.5, "peak_memory_bytes": 2**31}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    names = ("psnr", "psnr_in_mask", "alpha_iou", "ssim", "warping_error")
+    pred = clips.open_source(
+        tmp_path / "pred", OPEN, read_splats=read_splats, azimuths=source.azimuths
+    )
+    result = score.score(OPEN, pred, source, Networks(None), metrics=names)
+    rows = result["objects"]
+    assert [list(row["views"]) for row in rows] == [["azimuth 0", "azimuth 120", "azimuth 240"]] * 3
+    assert rows[0]["metrics"]["alpha_iou"] == 0 and rows[0]["metrics"]["warping_error"] < 1e-6
+    assert all(row["metrics"]["alpha_iou"] > 0.1 for row in rows[1:])
+    assert result["summary"]["psnr"]["interval_95"] is not None  # two objects, three clips
+    assert "generation: 2.5 s an object" in report.markdown(result)
+    assert (
+        result["truths"]["sha256"]
+        == json.loads((dataset_dir / "manifest.json").read_text())["sha256"]
+    )
+    with pytest.raises(ValueError, match="views at 0, 120, 240 degrees; those at 0, 90, 180, 270"):
+        clips.open_source(
+            dataset_dir, protocols.find("4dstar-reconstruction"), read_splats=read_splats,
+            split="train",
+        )  # fmt: skip
+
+
+def test_warping_error_by_hand():
+    """A square that moves by two pixels, on which the prediction flickers by 0.25."""
+    truth = np.ones((3, 12, 12, 3), np.float32)
+    masks = np.zeros((3, 12, 12), bool)
+    flow = np.zeros((3, 12, 12, 2), np.float32)
+    for t in range(3):
+        truth[t, 4:8, 2 * t : 2 * t + 4] = 0.5
+        masks[t, 4:8, 2 * t : 2 * t + 4] = True
+        flow[t, ..., 0] = 2
+    images = truth.copy()
+    assert score.warping_error(images, truth, masks, flow) == 0
+    images[1][masks[1]] += 0.25
+    assert score.warping_error(images, truth, masks, flow) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="no pixel"):
+        score.warping_error(images, truth, masks, flow + 100)
+
+
+def test_tensorflows_bilinear_by_hand():
+    """Place 4 i / 8 between the pixels; beyond the last one its own value."""
+    row = np.array([0, 40, 80, 200], np.uint8)
+    frames = np.broadcast_to(row[None, None, :, None], (1, 4, 4, 3)).copy()
+    step = protocols.Resize(8, "TensorFlow 1", "bilinear")
+    found = resized(frames, (step,))
+    np.testing.assert_allclose(found[0, 3, :, 1], [0, 20, 40, 60, 80, 140, 200, 200])
+
+
+def test_self_check():
+    found = list(self_check.cases())
+    assert len(found) >= 7 and all(case.right for case in found)
+    assert not self_check.Case("", float("nan"), 0, 1).right
+
+
+def test_the_command(folders, capsys):
+    command = ["evaluate", "--protocol", "fourdstar-open-v2", "--metrics", *PLAIN]
+    command += ["--pred", str(folders / "pred"), "--gt", str(folders / "gt")]
+    out = folders / "out" / "x.json"
+    assert cli.main([*command, "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "minutes to go" in told.err and "PSNR" in told.out
+    assert (out.with_suffix(".md")).read_text() == told.out
+    assert cli.main([*command, "--against", str(out)]) == 0
+    assert "| PSNR ↑ | +0.00 | [+0.00, +0.00] | 0 % of objects |" in capsys.readouterr().out
+    assert cli.main(["evaluate", "--pred", "x", "--data", "y"]) == 2
+    assert "--pred needs --protocol" in capsys.readouterr().err
+    assert cli.main(["evaluate"]) == 2
+    assert "give --protocol" in capsys.readouterr().err
+
+
+def test_protocols_are_told_whole():
+    for protocol in protocols.PROTOCOLS.values():
+        text = "\n".join(protocols.described(protocol))
+        assert f"version {protocol.version}" in text
+        for metric in protocol.metrics:
+            assert metric.name in text
+    from fourdstar_jax.cli.evaluate import PROTOCOLS
+
+    assert list(PROTOCOLS) == list(protocols.PROTOCOLS)
