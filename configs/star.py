@@ -180,6 +180,7 @@ def model(scale: str, tokenizer: str = "") -> ConfigDict:
                     container_place=0.25,
                     dropout=0.1,
                     remat=True,
+                    remat_saves="products",  # less memory: "attention", then "nothing"
                     dtype="bfloat16",
                 )
             )

@@ -79,19 +79,37 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
-def map_batch(function: Callable[..., Any], *arrays: Any) -> Any:
+def parts(axis: str) -> int:
+    """Among how many devices a logical axis is split; 1 outside any mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = spec(axis)[0]
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(mesh.shape[name] for name in names if name is not None and not mesh.empty)
+
+
+def map_batch(function: Callable[..., Any], *arrays: Any, heads: bool = False) -> Any:
     """`function(*arrays)` by each device on its part of the batch, with `jax.shard_map`.
 
     For kernels, which the compiler cannot split. The batch is the leading axis of every array and
-    of every result; where the mesh does not divide it, all devices do the whole.
+    of every result, and with `heads` the last axis but one is that of the attention's heads. Where
+    the mesh does not divide them, all devices do the whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    batch = spec("batch")
-    axes = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
-    parts = math.prod(mesh.shape[axis] for axis in axes if axis is not None and not mesh.empty)
-    if parts == 1 or any(x.shape[0] % parts for x in jax.tree.leaves(arrays)):
+    number = {0: parts("batch")} | ({-2: parts("heads")} if heads else {})
+    leaves = jax.tree.leaves(arrays)
+    if math.prod(number.values()) == 1 or any(
+        x.shape[axis] % n for x in leaves for axis, n in number.items()
+    ):
         return function(*arrays)
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
+
+    def place(x):
+        return spec("batch", *(None,) * (x.ndim - 3), "heads", None)
+
+    specs: Any = (spec("batch"),) * 2
+    if heads:
+        specs = tuple(jax.tree.map(place, x) for x in (arrays, jax.eval_shape(function, *arrays)))
+    mesh = jax.sharding.get_abstract_mesh()
+    placed, out = specs
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=placed, out_specs=out, check_vma=False)
     return mapped(*arrays)
 
 

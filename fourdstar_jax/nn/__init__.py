@@ -1,16 +1,19 @@
 """Layers that two models or more use. What every model needs stands here; the rest by module."""
 
 from fourdstar_jax.nn.attention import Attention, attend
+from fourdstar_jax.nn.group_attention import attend_groups
 from fourdstar_jax.nn.linear import (
     Common,
     CommonInit,
     Dtype,
     Mlp,
+    Saves,
     SwiGLU,
     build,
     cast_weights,
     count_parameters,
     host_weights,
+    joined,
     linear,
     named_arrays,
     recomputed,
@@ -23,12 +26,15 @@ __all__ = [
     "CommonInit",
     "Dtype",
     "Mlp",
+    "Saves",
     "SwiGLU",
     "attend",
+    "attend_groups",
     "build",
     "cast_weights",
     "count_parameters",
     "host_weights",
+    "joined",
     "linear",
     "named_arrays",
     "recomputed",

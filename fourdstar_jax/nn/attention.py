@@ -6,11 +6,17 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.nn.linear import linear
 
 MOST_SCORES = 2**28  # of queries and keys at once, where they lie in memory: 1 GB as float32
+
+
+def fits_cudnn(q: Float[Array, "*b H E"]) -> bool:
+    """Whether cuDNN's attention takes such queries: on a GPU, in half precision, E of 8 to 128."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and jax.default_backend() == "gpu"
 
 
 def attend(
@@ -19,24 +25,33 @@ def attend(
     v: Float[Array, "b S Hk E"],
     *,
     mask: Bool[Array, "b2 H2 L2 S"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    causal: bool = False,
     scale: float | None = None,
 ) -> Float[Array, "b L H E"]:
     """Softmax attention; True in the mask is seen, and its axes may be 1.
 
-    Without a mask, in half precision on a GPU, it is cuDNN's; elsewhere queries come in parts where
-    the scores of all would not fit (`MOST_SCORES`). `scale` of the scores is 1 / sqrt(E) unless
-    given; several heads of queries may share those of keys (H a multiple of Hk).
+    Of the keys the first `lengths` are seen, at least one. Without a mask, where cuDNN takes it
+    (`fits_cudnn`), it is cuDNN's; elsewhere queries come in parts where the scores of all would not
+    fit (`MOST_SCORES`), if all see the same. `scale` of the scores is 1 / sqrt(E) unless given;
+    several heads of queries may share those of keys (H a multiple of Hk).
     """
-    half = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
-    fused = half and mask is None and jax.default_backend() == "gpu"
+    fused = mask is None and fits_cudnn(q)
 
     def call(q):
         return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else None
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=scale,
+            is_causal=causal,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn" if fused else None,
         )
 
     least = math.ceil(math.prod(q.shape[:3]) * k.shape[1] / MOST_SCORES)
-    if fused or mask is not None or least <= 1:
+    if fused or mask is not None or causal or least <= 1:
         return call(q)
     length = q.shape[1]
     size = max(

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from fourdstar_jax import sharding
+
 Dtype = jnp.dtype | type
+SAVED = "attention"  # the name that `attend_groups` gives its results, for remat policies
 
 
 class Common(TypedDict):
@@ -89,15 +92,51 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, rngs: nnx.
     return jax.tree.map(annotate, layers, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+Saves = Literal["nothing", "attention", "products"]
+
+
 def recomputed(
-    function: Callable[..., Any], remat: bool, *, in_scan: bool = False
+    function: Callable[..., Any], remat: bool, *, in_scan: bool = False, saves: Saves = "nothing"
 ) -> Callable[..., Any]:
     """`function`; if `remat`, the backward pass makes what lies between its ends again.
 
-    Less memory for a third more arithmetic. `in_scan` is for what runs in the body of a scan, where
+    Less memory for a third more arithmetic, or less more where it `saves` something in between: the
+    results of attention (`attend_groups` and cuDNN's), or these and all products with weights, so
+    that only what is cheap is made again. `in_scan` is for what runs in the body of a scan, where
     the compiler needs no barrier to keep from undoing it.
     """
-    return jax.checkpoint(function, prevent_cse=not in_scan) if remat else function
+    if not remat:
+        return function
+    policies = jax.checkpoint_policies
+    policy = None
+    if saves != "nothing":
+
+        def cudnn(primitive, *args, **params):
+            return primitive.name.startswith("dot_product_attention_fwd")
+
+        named = policies.save_only_these_names(SAVED)
+        policy = policies.save_from_both_policies(cudnn, named)
+    if saves == "products":
+        policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
+    return jax.checkpoint(function, prevent_cse=not in_scan, policy=policy)
+
+
+def joined(x: Float[Array, "*b Din"], *layers: nnx.Linear) -> list[Float[Array, "*b Dout"]]:
+    """Linear maps of one input, without biases, as one product.
+
+    Where their weights outweigh the input, as in decoding, to join them costs more than it saves,
+    and where several devices share a weight's outputs it would move them: then one by one.
+    """
+    widths = [layer.out_features for layer in layers]
+    few = math.prod(x.shape[:-1]) < sum(widths)
+    if few or any(layer.bias is not None for layer in layers):
+        return [layer(x) for layer in layers]
+    if sharding.parts("heads") > 1 or sharding.parts("mlp") > 1:
+        return [layer(x) for layer in layers]
+    dtype = layers[0].dtype
+    kernel = jnp.concatenate([layer.kernel[...].astype(dtype) for layer in layers], axis=-1)
+    y = jnp.matmul(x.astype(dtype), kernel)
+    return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)
 
 
 def host_weights(model: Any, seed: int = 0) -> Any:
@@ -119,7 +158,7 @@ def host_weights(model: Any, seed: int = 0) -> Any:
 
 
 def cast_weights(model: Any) -> Any:
-    """The copy of a model whose bfloat16 layers hold bfloat16 weights, for inference.
+    """The copy of a model whose bfloat16 layers hold bfloat16 weights, for inference or a step.
 
     Half the memory and no conversion at each call, with the same numbers: `nnx.Linear` and
     `nnx.Conv` of `dtype` bfloat16 round their kernels and biases at every use anyway. (A layer that
@@ -151,7 +190,8 @@ class SwiGLU(nnx.Module):
         self.down = make(hidden_dim, dim, ("mlp", "embed"), init=out_init or init)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+        gate, up = joined(x, self.gate, self.up)
+        return self.down(nnx.silu(gate) * up)
 
 
 class Mlp(nnx.Module):

@@ -123,6 +123,7 @@ class STAR(nnx.Module):
         dropout: float = 0.0,
         init_std: float | None = None,
         remat: bool = False,
+        remat_saves: nn.Saves = "nothing",
         codebooks: Float[Array, "K vocab C"] | None = None,
         dtype: nn.Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -139,8 +140,8 @@ class STAR(nnx.Module):
 
         `inject` says how the container's state reaches a group: as tokens, by place, in both ways,
         or not at all. For `container_*` and `blank_code` see `Container`. `history` is what else
-         a group sees of those before: nothing (`container`), the tokens of the w before it
-        (`window:w`) or of all (`full`).
+        a group sees of those before: nothing (`container`), the tokens of the w before it
+        (`window:w`) or of all (`full`). For `remat` of the layers see `nn.recomputed`.
         """
         if rope not in ("none", "axial"):
             raise ValueError(f"{rope=} must be 'none' or 'axial'")
@@ -190,7 +191,7 @@ class STAR(nnx.Module):
         self.trunk = Transformer(
             dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
             causal_prefix=prefix == "causal", dropout=dropout, remat=remat,
-            **initializers(dim, num_layers, init_std), **kw,
+            remat_saves=remat_saves, **initializers(dim, num_layers, init_std), **kw,
         )  # fmt: skip
         self.head = DepthHead(
             dim, head_dim=head_dim, num_layers=head_layers, num_heads=head_heads,

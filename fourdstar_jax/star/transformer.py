@@ -1,7 +1,7 @@
 """STAR's transformer: Llama blocks over two streams, the shared prefix and the groups.
 
-Group t sees {prefix, container t, its own past} and no other group, so groups are a batch axis and
-one static mask serves them all. The prefix runs once; every layer hands its keys and values of the
+Group t sees {prefix, container t, its own past} and no other group, so groups are an axis of the
+batch (`nn.attend_groups`). The prefix runs once; every layer hands its keys and values of the
 prefix to all groups. Decoding runs the same layers with the prefix and the group cached.
 
 For comparison a group may also see the token slots of a window of groups before it. That takes a
@@ -163,8 +163,8 @@ class Layer(nnx.Module):
                 y.reshape(*x.shape[:2], number, self.head_dim), "batch", None, "heads", None
             )
 
-        q, k = heads(self.q(x), self.num_heads), heads(self.k(x), self.num_kv_heads)
-        v = heads(self.v(x), self.num_kv_heads)
+        q, k, v = nn.joined(x, self.q, self.k, self.v)
+        q, k, v = heads(q, self.num_heads), heads(k, self.num_kv_heads), heads(v, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
@@ -183,12 +183,13 @@ class Layer(nnx.Module):
         before: KV | Callable[[KV], KV] | None = None,
         *,
         mask: Bool[np.ndarray | Array, "*R Q S"] | None = None,
+        causal: bool = False,
         rotary: Rotary | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B Q D"], KV]:
         """x over {before, x}; also returns the keys and values of x, which `before` may depend on.
 
-        A mask may have an axis of the batch.
+        A mask may have an axis of the batch; `causal` is for nothing before x.
         """
         q, own = self.qkv(x, rotary)
         before = before(own) if callable(before) else before
@@ -196,8 +197,24 @@ class Layer(nnx.Module):
         if mask is not None:
             mask = jnp.asarray(mask)[..., None, :, :]  # of every head
             mask = mask[None] if mask.ndim == 3 else mask
-        y = nn.attend(q, kv.k, kv.v, mask=mask)
+        y = nn.attend(q, kv.k, kv.v, mask=mask, causal=causal)
         return self.finish(x, y, key), own
+
+    def groups(
+        self,
+        x: Float[Array, "B G Q D"],
+        shared: KV,
+        num_open: int,
+        rotary: Rotary | None,
+        key: jax.Array | None,
+    ) -> Float[Array, "B G Q D"]:
+        """Groups over what they share and their own; see `nn.attend_groups`."""
+        flat = x.reshape(-1, *x.shape[2:])
+        q, own = jax.tree.map(
+            lambda y: y.reshape(*x.shape[:2], *y.shape[1:]), self.qkv(flat, rotary)
+        )
+        y = nn.attend_groups(q, (shared.k, shared.v), (own.k, own.v), num_open)
+        return self.finish(flat, y, key).reshape(x.shape)
 
     def step(
         self,
@@ -249,6 +266,7 @@ class Transformer(nnx.Module):
         causal_prefix: bool,
         dropout: float,
         remat: bool,
+        remat_saves: nn.Saves,
         init,
         out_init,
         dtype,
@@ -264,10 +282,9 @@ class Transformer(nnx.Module):
         )  # fmt: skip
         self.norm = nnx.RMSNorm(dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.num_layers = num_layers
-        self.causal_prefix, self.remat = causal_prefix, remat
-
-    def prefix_mask(self, length: int) -> Bool[np.ndarray, "P P"] | None:
-        return np.tri(length, dtype=bool) if self.causal_prefix else None
+        self.causal_prefix = causal_prefix
+        self.remat: bool = remat
+        self.remat_saves: nn.Saves = remat_saves
 
     def __call__(
         self,
@@ -291,9 +308,9 @@ class Transformer(nnx.Module):
         if rotary is not None:
             rotary = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), rotary)
         length = prefix.shape[1]
-        prefix_mask, tokens = self.prefix_mask(length), slots - num_container
-        mask = group_mask(length, num_container, tokens)
+        tokens, mask = slots - num_container, None
         if window:
+            mask = group_mask(length, num_container, tokens)
             earlier = earlier_mask(size, window, slots - tokens, tokens)
             rows = np.broadcast_to(mask, (size, *mask.shape))
             parts = [rows[..., :length], earlier, rows[..., length:]]
@@ -303,10 +320,13 @@ class Transformer(nnx.Module):
             prefix, groups = carry
             layer, key = layer_and_key
             keys = (None, None) if key is None else jax.random.split(key)
-            prefix, kv = layer(prefix, mask=prefix_mask, rotary=prefix_rotary, key=keys[0])
-            shared = jax.tree.map(lambda y: jnp.repeat(y, size, axis=0), kv)
+            causal = self.causal_prefix
+            prefix, kv = layer(prefix, causal=causal, rotary=prefix_rotary, key=keys[0])
+            prefix = constrain(prefix, "batch", None, None)
 
             def before(own: KV) -> KV:
+                shared = jax.tree.map(lambda y: jnp.repeat(y, size, axis=0), kv)
+
                 def of_group_before(y, w):
                     late = y[:, num_container:].reshape(batch, size, tokens, *y.shape[2:])
                     return jnp.roll(late, w, axis=1).reshape(-1, *late.shape[2:])
@@ -314,16 +334,17 @@ class Transformer(nnx.Module):
                 earlier = [KV(*(of_group_before(y, w) for y in own)) for w in range(window, 0, -1)]
                 return concatenate(shared, *earlier)
 
-            flat = groups.reshape(-1, *groups.shape[2:])
-            flat, _ = layer(
-                flat, before if window else shared, mask=mask, rotary=rotary, key=keys[1]
-            )
-            prefix = constrain(prefix, "batch", None, None)
-            groups = constrain(flat.reshape(groups.shape), "batch", None, None, None)
+            if window:
+                flat = groups.reshape(-1, *groups.shape[2:])
+                flat, _ = layer(flat, before, mask=mask, rotary=rotary, key=keys[1])
+                groups = flat.reshape(groups.shape)
+            else:
+                groups = layer.groups(groups, kv, num_container, rotary, keys[1])
+            groups = constrain(groups, "batch", None, None, None)
             return (prefix, groups), None
 
         keys = None if key is None else jax.random.split(key, self.num_layers)
-        body = jax.checkpoint(one) if self.remat else one
+        body = nn.recomputed(one, self.remat, in_scan=True, saves=self.remat_saves)
         for part, more in zip(self.parts(len(aligned)), aligned or [None], strict=True):
             if more is not None:
                 groups = groups.at[:, :, num_container:].add(more)
@@ -348,9 +369,9 @@ class Transformer(nnx.Module):
 
     def prefill(self, prefix: Float[Array, "B P D"], rotary: Rotary | None) -> KV:
         """Keys and values of the prefix; the layers are the first axis."""
-        mask = self.prefix_mask(prefix.shape[1])
+        causal = self.causal_prefix
         return jax.lax.scan(
-            lambda x, layer: layer(x, mask=mask, rotary=rotary), prefix, self.layers
+            lambda x, layer: layer(x, causal=causal, rotary=rotary), prefix, self.layers
         )[1]
 
     def block(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fourdstar_jax import bundle, sharding
+from fourdstar_jax import bundle, nn, sharding
 from fourdstar_jax.data import tokens
 from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.star import warm_start
@@ -48,7 +48,7 @@ def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config, 
     """
 
     def loss_fn(params):
-        model = nnx.merge(graphdef, params, state.rest)
+        model = nn.cast_weights(nnx.merge(graphdef, params, state.rest))  # once a step
         tokens = all_views(batch)
         wrong_key, forcing_key = jax.random.split(jax.random.fold_in(key, state.step))
         wrong = None if near is None else quantize.corrupt(wrong_key, tokens, near, 1.0)

@@ -271,7 +271,7 @@ def test_training_starts_at_the_entropy_of_the_vocabulary(data, make_model):
         pytest.param(dict(prefix="causal"), marks=pytest.mark.slow),
         pytest.param(dict(num_kv_heads=1, rope="none", spe_octaves=0), marks=pytest.mark.slow),
         pytest.param(dict(qk_norm=True), marks=pytest.mark.slow),
-        dict(remat=True, dropout=0.1, dtype=jnp.bfloat16),
+        dict(remat=True, remat_saves="products", dropout=0.1, dtype=jnp.bfloat16),
     ],
 )
 def test_options_train(data, make_model, changes):
