@@ -1,5 +1,6 @@
 """README's commands, one after the other, in a fresh checkout without an environment."""
 
+import base64
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fourdstar_jax.export import page, read_splats
 from tests.helpers import glb
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +75,10 @@ def test_every_command_in_order(checkout):
     try_it, use_it, train_it = blocks("bash")
     run(checkout, try_it)
     assert {path.name for path in (checkout / "out").iterdir()} == {"demo", "yours"}
+    gaussians, _ = read_splats(checkout / "out" / "demo" / "splats.safetensors")
+    (shown,) = page.objects_in(checkout / "out" / "demo" / "viewer.html")
+    # at least 8 times smaller than the 32 bytes of a .splat file's Gaussian
+    assert len(base64.b64decode(shown["data"])) * 8 <= 32 * gaussians.opacities.size
     run(checkout, use_it)
     assert (checkout / "out" / "fox" / "splats.safetensors").is_file()
     (checkout / "readme.py").write_text(blocks("python")[0])

@@ -142,3 +142,14 @@ def say_input(path: Path, info: dict[str, Any], *, fit: str) -> None:
             print(f"warning: {path}: {line.removeprefix('warning: ')}", file=sys.stderr)
         else:
             print(f"{path}: {line}")
+
+
+def say_viewer(folder: Path) -> None:
+    """Says which file of an output plays it."""
+    from fourdstar_jax.export import page
+
+    path = folder / page.NAME
+    if path.is_file():
+        print(f"open in a browser: {path.resolve()}")
+    else:
+        print(f"{page.NAME} would be over {page.MAX_BYTES >> 20} MB: fourdstar view {folder}")

@@ -12,6 +12,7 @@ from fourdstar_jax.cli.common import (
     real,
     say_device,
     say_input,
+    say_viewer,
     whole,
 )
 from fourdstar_jax.outside import MAX_SEED
@@ -104,6 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         export.write(object4d, folder, size=arguments.size, progress=True)
     print(f"{len(object4d.gaussians.means)} timesteps of 3D Gaussians: {arguments.out}")
+    say_viewer(arguments.out)
 
 
 def _see(model: "Model", source: Path, arguments: argparse.Namespace) -> "Clip":

@@ -12,6 +12,7 @@ from fourdstar_jax.cli.common import (
     real,
     say_device,
     say_input,
+    say_viewer,
     whole,
 )
 from fourdstar_jax.tokenizer import FAMILIES
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         export.write(object4d, folder, size=arguments.size, truth=images, progress=True)
     line = f"PSNR {psnr['whole']:.2f} dB, inside the mask {psnr['inside']:.2f} dB"
     print(f"{line}: {arguments.out}")
+    say_viewer(arguments.out)
 
 
 def _pictures(arguments: argparse.Namespace) -> None:

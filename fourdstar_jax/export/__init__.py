@@ -1,4 +1,4 @@
-"""Writes what generation made: Gaussians as safetensors and PLY, videos, and a manifest."""
+"""Writes what generation made: Gaussians, a page that plays them, videos, and a manifest."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from fourdstar_jax.export import ply, video
+from fourdstar_jax.export import page, ply, video
 from fourdstar_jax.export.ply import read_ply, write_ply
 from fourdstar_jax.export.splats import read_splats, write_splats
 from fourdstar_jax.folders import OBJECT, file_sha256, output_folder
@@ -23,7 +23,8 @@ AXES = {
 }
 UNITS = "an object of training is about 0.8 high over its clip; cameras stand at `radius`"
 README = """\
-Watch input_and_orbit.webp (what the model saw, and the object from all around), orbit.mp4 and
+Open viewer.html in a browser: it needs no network. Drag to turn, space to play.
+Or watch input_and_orbit.webp (what the model saw, and the object from all around), orbit.mp4 and
 fixed_*.mp4 (azimuth in degrees).
 ply/ is a sequence of 3D Gaussian PLY files: drop the folder into a splat viewer that plays
 sequences, such as SuperSplat. As usual for such files y points down in them, and viewers stand
@@ -63,6 +64,10 @@ def write(
         frame = type(gaussians)(*(x[t] for x in gaussians))
         write_ply(folder / "ply" / f"frame_{t:04d}.ply", frame)
 
+    seen = object4d.frames if truth is None else truth[:, 0]
+    shown = page.describe(_name(object4d), gaussians, rig, frames=seen)
+    page.write_page(folder / page.NAME, [shown])
+
     render = video.Renderer(gaussians, size=size, radius=rig.radius, fov_deg=rig.fov_deg)
     with steps(video.ORBIT_FRAMES, desc="orbit", unit="frame", disable=not progress) as step:
         turn = video.orbit(render, fps=object4d.fps, on_frame=step)
@@ -79,6 +84,12 @@ def write(
         video.write_video(folder / f"fixed_{azimuth:03.0f}.mp4", images, fps=object4d.fps)
     (folder / "README.txt").write_text(README)
     (folder / OBJECT.manifest).write_text(json.dumps(manifest(object4d, folder), indent=2) + "\n")
+
+
+def _name(object4d: Object4D) -> str:
+    """Of the input, for people."""
+    about = object4d.meta.get("input", {})
+    return Path(str(about.get("name") or about.get("clip") or "object")).stem
 
 
 def manifest(object4d: Object4D, folder: Path) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_save_writes_everything_and_again_the_same(object4d, tmp_path):
     names = {p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.*")}
     assert names == {
         *("manifest.json", "README.txt", "splats.safetensors", "orbit.mp4", "input_and_orbit.webp"),
-        *("fixed_000.mp4", "fixed_180.mp4"),
+        *("fixed_000.mp4", "fixed_180.mp4", "viewer.html"),
         *(f"ply/frame_000{t}.ply" for t in range(3)),
     }
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
