@@ -23,6 +23,7 @@ from fourdstar_jax.cli import (
     reconstruct,
     tokenize,
     train,
+    view,
 )
 from fourdstar_jax.cli.common import EXIT_BAD_INPUT, TRAINING_PACKAGES, Parser, add_command
 
@@ -32,6 +33,7 @@ MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM, errno.
 COMMANDS = (
     generate,
     reconstruct,
+    view,
     train,
     prepare,
     tokenize,

@@ -16,8 +16,10 @@ from jaxtyping import Float
 from PIL import Image
 
 from fourdstar_jax.export import compact
+from fourdstar_jax.export.splats import read_splats
+from fourdstar_jax.folders import OBJECT, is_of_kind
 from fourdstar_jax.geometry import Rig
-from fourdstar_jax.outside import Fields, parse
+from fourdstar_jax.outside import Fields, parse, read
 from fourdstar_jax.types import Gaussians
 
 SOURCE = Path(__file__).parent / "viewer"
@@ -84,6 +86,25 @@ def objects_in(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not all(x.startswith("data:image/") for x in each.texts("input")):
             each.refuse("input", "a list of data:image/...")
     return [each.values for each in found]
+
+
+def object_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object of an output folder, named as that: from its page, or from its Gaussians alone.
+
+    Raises ValueError if the folder is no such output.
+    """
+    folder = Path(folder)
+    if not is_of_kind(folder, OBJECT):
+        raise ValueError(f"{folder} is no output of `fourdstar generate` or `reconstruct`")
+    if (folder / NAME).is_file():
+        found = objects_in(folder / NAME)
+        if len(found) != 1:
+            raise ValueError(f"{folder / NAME} holds {len(found)} objects, not 1")
+        return found[0] | {"name": folder.resolve().name}
+    gaussians, _ = read_splats(folder / "splats.safetensors")
+    where = folder / OBJECT.manifest
+    rig = Rig.from_dict(read(where).part("rig").values, f"{where}: rig")
+    return describe(folder.resolve().name, gaussians, rig)
 
 
 def _webp(image: Float[np.ndarray, "h w 3"]) -> str:

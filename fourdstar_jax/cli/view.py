@@ -1,0 +1,30 @@
+"""`fourdstar view`: objects in a browser, side by side."""
+
+import argparse
+from pathlib import Path
+
+from fourdstar_jax.cli.common import whole
+
+SUMMARY = "show objects in a browser, side by side"
+DESCRIPTION = """Serve a page that plays the objects of output folders of `generate` or
+`reconstruct`, side by side, until it is interrupted. Only this machine can reach it, unless --host
+says otherwise. One object needs no server: open the viewer.html in its folder."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve; 0.0.0.0 is open to the whole network"
+    )
+    parser.add_argument("--port", type=whole(0, 65535), default=8484, help="0 takes a free one")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from fourdstar_jax.export import page, serve
+
+    objects = [page.object_of(folder) for folder in arguments.folders]
+    text = page.page(objects).encode()
+    with serve.Server(text, host=arguments.host, port=arguments.port) as server:
+        names = ", ".join(each["name"] for each in objects)
+        print(f"{names}: {server.url} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
