@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fourdstar_jax.cli import encode_text, tokenize
 from fourdstar_jax.cli.common import FPS, bundle_folder, real, whole
-from fourdstar_jax.data.settings import Settings
+from fourdstar_jax.data.settings import MAX_POINTS, Settings
 
 SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
 
@@ -22,6 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ("extra_views", whole(0, 63), "random views, for losses"),
         ("max_frames", whole(1, 1024), "of a clip; the rest is cut"),
         ("fps", FPS, "sampling of the animations"),
+        ("points", whole(0, MAX_POINTS), "tracked points of the surface, for evaluation"),
         ("rigs", whole(1, 64), "times a clip of training is seen, from another side each"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)

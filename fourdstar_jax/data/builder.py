@@ -19,10 +19,12 @@ with frame 0.
 | `rig_viewmats`, `rig_Ks` | world to camera (OpenCV); pixels | float32 [V, 4, 4], [V, 3, 3] |
 | `rig_flow` (optional) | (x, y) pixels to the next frame, 0 where empty | float16 [F, V, h, w, 2] |
 | `rig_depth` (optional) | camera z in scene units, 0 where empty | float16 [F, V, h, w] |
+| `points` (optional) | N of the surface, tracked: world frame, scene units | float32 [F, N, 3] |
+| `point_normals` (with `points`) | of their triangles, unit length or 0 | float16 [F, N, 3] |
 | `extra_rgba` | as `rig_rgba`, of the extra views (when E > 0, and so the next two) | [F*E] |
 | `extra_viewmats`, `extra_Ks` | as those of the rig | float32 [E, 4, 4], [E, 3, 3] |
 
-Flow and depth are compressed by zlib; the flow of the last frame leads to frame 0.
+Flow, depth and points are compressed by zlib; the flow of the last frame leads to frame 0.
 
 World frame: x right, y up, z towards the camera of azimuth 0; the object is in the middle, as large
 as docs/DATASET.md says. Rig cameras: radius 1.5, fov 49.1 degrees, elevation 0,
@@ -49,6 +51,7 @@ class FourdstarConfig(tfds.core.BuilderConfig):
     extra_views: int
     flow: bool
     depth: bool
+    points: int
     splits: tuple[str, ...] = ("train",)
     records: Callable[[str], Iterable[tuple[str, dict[str, Any]]]] | None = None
 
@@ -60,8 +63,8 @@ def features_of(settings: Mapping[str, Any]) -> tfds.features.FeaturesDict:
         tfds.features.Image(shape=(h, h, 4), dtype=np.uint8, encoding_format="png")
     )
 
-    def packed(*shape):
-        return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="zlib")
+    def packed(*shape, dtype: type = np.float16):
+        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="zlib")
 
     def floats(*shape):
         return tfds.features.Tensor(shape=shape, dtype=np.float32)
@@ -81,6 +84,9 @@ def features_of(settings: Mapping[str, Any]) -> tfds.features.FeaturesDict:
         features["rig_flow"] = packed(None, V, h, h, 2)
     if settings["depth"]:
         features["rig_depth"] = packed(None, V, h, h)
+    if points := settings.get("points", 0):  # datasets of before have no such setting
+        features["points"] = packed(None, points, 3, dtype=np.float32)
+        features["point_normals"] = packed(None, points, 3)
     if E:
         features |= {
             "extra_rgba": images,

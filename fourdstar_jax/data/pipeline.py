@@ -28,6 +28,7 @@ import numpy as np
 from fourdstar_jax import folders, outside
 from fourdstar_jax.data import splits, transforms
 from fourdstar_jax.data.quarantine import CorruptRecord, Quarantine, Readable
+from fourdstar_jax.data.settings import MAX_POINTS
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.text.words import WordTokenizer
@@ -35,6 +36,7 @@ from fourdstar_jax.text.words import WordTokenizer
 # a caption to ids [L] and features [L, C], such as `features.TextFeatures`
 Features = Callable[[str], tuple[np.ndarray, np.ndarray]]
 Form = Literal["float", "uint8", "index"]
+POINTS = ["points", "point_normals"]  # where the dataset has them
 MAPS = ("flow", "depth")  # what the rig's views may have besides colours
 # the most of each of a dataset's settings
 SETTINGS = {"image_size": 1024, "views": 64, "extra_views": 64, "max_frames": 1024}
@@ -56,6 +58,7 @@ def read_manifest(data_dir: str | Path) -> dict:
     settings.number("fps", 1e-3, 1000)
     for name in ("flow", "depth"):
         settings.flag(name)
+    settings.integer("points", 0, MAX_POINTS, default=0)
     if "clips" in manifest:
         for clip in manifest.parts("clips"):
             clip.text("clip_id")
@@ -177,7 +180,7 @@ class ClipSource:
 
     A grain random-access source. Every record's own split is compared with the one asked for, and
     with the committed split file, so that no unseen clip can reach training by a wrong file name.
-    Of MAPS only `maps` are read.
+    Of MAPS only `maps` are read, and tracked points only with `points`.
     """
 
     def __init__(
@@ -187,10 +190,12 @@ class ClipSource:
         *,
         cache_bytes: int = 2 << 30,
         maps: Sequence[str] = MAPS,
+        points: bool = False,
     ):
         self.data_dir, self.split = str(data_dir), split
         self.manifest = read_manifest(data_dir)
         self._without = [f"rig_{name}" for name in MAPS if name not in maps]
+        self._without += [] if points else POINTS
         self._source = Records(data_dir, split, without=self._without)
         self.quarantine = self._source.quarantine
         self._room, self._cache = cache_bytes, {}
@@ -230,7 +235,7 @@ class ClipSource:
             out[f"{name}_rgba"] = rgba.reshape(F, views, *rgba.shape[1:])
             out[f"{name}_viewmats"] = record[f"{name}_viewmats"]
             out[f"{name}_Ks"] = record[f"{name}_Ks"]
-        for key in ("rig_flow", "rig_depth"):
+        for key in ("rig_flow", "rig_depth", *POINTS):
             if key in record:
                 out[key] = np.asarray(record[key])
         for key, value in out.items():

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 
 from fourdstar_jax.data.gltf import Asset, Clip, MalformedAsset
 from fourdstar_jax.geometry import FOV_DEG, OCCUPANCY, RADIUS, apparent_size
@@ -21,6 +21,45 @@ class Sequence(NamedTuple):
     normals: Float32[np.ndarray, "F P 3"]
     motion: float  # largest over the frames: mean distance of the vertices from frame 0
     room: float  # how many times as large it could be and still be whole in its rig's pictures
+
+
+class Tracked(NamedTuple):
+    """Points that stay at their place on their triangle."""
+
+    points: Float32[np.ndarray, "F N 3"]
+    normals: Float32[np.ndarray, "F N 3"]  # of the triangles, unit length; 0 of those without area
+
+
+def track(
+    positions: Float32[np.ndarray, "F P 3"],
+    triangles: Int32[np.ndarray, "M 3"],
+    count: int,
+    rng: np.random.Generator,
+) -> Tracked:
+    """`count` points of the surface, drawn evenly over its area at the first frame.
+
+    All triangles count, those inside the object as well. Raises `MalformedAsset` for a surface
+    without area.
+    """
+    areas = np.linalg.norm(_crosses(positions[0], triangles), axis=-1)
+    if not areas.sum() > 0:
+        raise MalformedAsset("its triangles have no area at the first frame")
+    chosen = triangles[rng.choice(len(triangles), count, p=areas / areas.sum())]
+    root, share = np.sqrt(rng.random(count)), rng.random(count)
+    places = np.stack([1 - root, root * (1 - share), root * share], axis=-1)  # barycentric
+    points = np.einsum("fnvc,nv->fnc", positions[:, chosen], places)
+    normals = np.stack([_crosses(frame, chosen) for frame in positions])
+    lengths = np.linalg.norm(normals, axis=-1, keepdims=True)
+    normals = np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)
+    return Tracked(points.astype(np.float32), normals.astype(np.float32))
+
+
+def _crosses(
+    positions: Float32[np.ndarray, "P 3"], triangles: Int32[np.ndarray, "M 3"]
+) -> Float[np.ndarray, "M 3"]:
+    """Normals as long as twice the triangles' areas."""
+    a, b, c = np.moveaxis(positions[triangles].astype(np.float64), 1, 0)
+    return np.cross(b - a, c - a)
 
 
 def num_frames(clip: Clip, fps: float, max_frames: int) -> int:

@@ -266,6 +266,10 @@ def _render_clip(asset, clip, split: str, rig: int, renderer, job: _Job, path: P
     zoom = min(rng.uniform(*s.zoom), sequence.room) if split == "train" else 1.0
     sequence = sequence._replace(positions=sequence.positions * np.float32(zoom))
     record, areas = _record(asset, clip, sequence, renderer, job, rng)
+    if s.points:
+        draws = np.random.default_rng(np.frombuffer(seed, "<u4")[::-1])  # `rng` has its own uses
+        tracked = posing.track(sequence.positions, asset.triangles, s.points, draws)
+        record |= {"points": tracked.points, "point_normals": tracked.normals.astype(np.float16)}
     seen = areas.max(axis=1).min() / zoom**2  # from where most of it is seen: it may be flat
     if seen < posing.MIN_AREA:
         return f"covers {seen:.2%} of each picture of a frame, less than {posing.MIN_AREA:.0%}"
@@ -375,6 +379,7 @@ def _build(folder: Path, clips: list[dict], s: Settings) -> None:
         extra_views=s.extra_views,
         flow=s.flow,
         depth=s.depth,
+        points=s.points,
         splits=tuple(x for x in splits.SPLITS if any(c["split"] == x for c in clips)),
         records=records,
     )
@@ -446,7 +451,8 @@ def _manifest(clips: list[dict], s: Settings) -> dict:
     """What a reader must know, with a hash over settings, records and split."""
     identity = {
         "schema": 1,
-        "settings": s._asdict(),
+        # without points, as datasets of before had them: the hash stays the same
+        "settings": {k: v for k, v in s._asdict().items() if k != "points" or v},
         "split_sha256": splits.SHA256,
         "records": [[c["clip_id"], c["sha256"]] for c in clips],
     }

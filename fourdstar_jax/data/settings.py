@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+MAX_POINTS = 1 << 17
+
 
 class Settings(NamedTuple):
     """Sizes of a dataset and what is rendered for it."""
@@ -16,6 +18,7 @@ class Settings(NamedTuple):
     depth: bool = False
     zoom: tuple[float, float] = (0.6, 1.1)  # of clips of training: drawn between the two
     rigs: int = 1  # that see a clip of training, each from its own side and with its own zoom
+    points: int = 0  # of the surface, tracked through the clip: geometry is measured by them
 
     def check(self) -> "Settings":
         """Itself; ValueError names what is out of range."""
@@ -24,6 +27,8 @@ class Settings(NamedTuple):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.extra_views < 0:
             raise ValueError(f"extra_views={self.extra_views} must not be negative")
+        if not 0 <= self.points <= MAX_POINTS:
+            raise ValueError(f"points={self.points} must be from 0 to {MAX_POINTS}")
         views = self.views + self.extra_views
         if self.image_size > 1024 or views > 64 or self.max_frames > 1024 or self.rigs > 64:
             raise ValueError(

@@ -5,6 +5,7 @@
     DIR/OBJECT/manifest.json       an object of `fourdstar generate` or `reconstruct`, rendered
     DIR/OBJECT/0.png ...           an object with one view
     DIR/manifest.json              a prepared data set: the clips of one split are the objects
+    DIR/OBJECT/surfaces.npy        beside the views: ActionBench's tracked points [T, N, 6]
 
 Views of folders go by name and must be the same on both sides; rendered ones and those of a data
 set are the protocol's azimuths, in order.
@@ -63,6 +64,8 @@ class Entry:
     views: tuple[View, ...]
     named: bool  # views go by name, not by place
     about: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its making
+    gaussians: Callable[[], Gaussians] | None = None  # [T, G, ...], of what was made here
+    points: Callable[[], Float[np.ndarray, "T N 3"]] | None = None  # tracked, of a truth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,22 @@ def _entry(
     names = [view.name for view in views]
     if len(set(names)) < len(names):
         raise ValueError(f"{folder}: two views of one name among {', '.join(names)}")
-    return Entry(folder.name, folder.name, tuple(views), named=True, about=_making(folder))
+    surface = folder / "surfaces.npy"
+    points = functools.partial(_surface, surface) if surface.is_file() else None
+    return Entry(
+        folder.name, folder.name, tuple(views), named=True, about=_making(folder), points=points
+    )
+
+
+def _surface(path: Path) -> Float[np.ndarray, "T N 3"]:
+    """The positions of ActionBench's file, which holds normals as well."""
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: no array: {error}") from error
+    if stored.ndim != 3 or stored.shape[-1] not in (3, 6) or stored.dtype.kind != "f":
+        raise ValueError(f"{path}: {stored.dtype} {stored.shape}, not floats [T, N, 3 or 6]")
+    return np.array(stored[..., :3], np.float32)
 
 
 def _making(folder: Path) -> dict[str, Any]:
@@ -214,7 +232,7 @@ def _rendered(
     if isinstance(told, dict) and isinstance(told.get("clip"), str):
         name = file_name(told["clip"])  # of `fourdstar reconstruct --data`
     views = tuple(view(a) for a in azimuths)
-    return Entry(name, name, views, named=False, about=_making(folder))
+    return Entry(name, name, views, named=False, about=_making(folder), gaussians=gaussians)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "height"))
@@ -237,7 +255,8 @@ def _dataset(
         wanted = " or ".join(", ".join(f"{a:g}" for a in w) for w in allowed)
         raise ValueError(f"{path} has views at {has} degrees; those at {wanted} are scored")
     names = pipeline.Records(path, split, only=("clip_id", "object_id"))
-    clips = pipeline.ClipSource(path, split, cache_bytes=0, maps=("flow",))
+    tracked = bool(manifest["settings"].get("points"))
+    clips = pipeline.ClipSource(path, split, cache_bytes=0, maps=("flow",), points=tracked)
     read = functools.lru_cache(maxsize=4)(clips.__getitem__)  # one clip has several views
 
     def entry(index: int) -> Entry:
@@ -255,7 +274,8 @@ def _dataset(
             return View(f"azimuth {azimuth:g}", load)
 
         views = tuple(view(p, a) for p, a in zip(places, azimuths, strict=True))
-        return Entry(file_name(clip_id), object_id, views, named=False)
+        points = (lambda: read(index)["points"]) if tracked else None
+        return Entry(file_name(clip_id), object_id, views, named=False, points=points)
 
     entries = {e.name: e for e in map(entry, range(len(names)))}
     about = {"split": split, "sha256": manifest["sha256"]}

@@ -44,7 +44,7 @@ class Metric:
     name: str
     label: str
     better: Literal["higher", "lower"]
-    per: Literal["frame", "clip", "set"]  # what has a value; frames and clips are averaged
+    per: Literal["frame", "clip", "object", "set"]  # what has a value; all but sets are averaged
     text: str  # range, formula and source
     network: str | None = None  # of `networks.NETWORKS`
     resize: tuple[Resize, ...] = ()  # one after the other
@@ -208,6 +208,40 @@ FID_VID_RESNET = Metric(
     2,
 )
 
+_GEOMETRY = "opaque Gaussian centres (above 0.5) and the truth's tracked points, scene units, "
+CD_3D = Metric(
+    "cd_3d",
+    "CD-3D",
+    "lower",
+    "object",
+    _GEOMETRY + "Chamfer distance, both ways added up, each frame aligned by itself",
+    digits=4,
+)
+CD_4D = Metric(
+    "cd_4d",
+    "CD-4D",
+    "lower",
+    "object",
+    _GEOMETRY + "as CD-3D, all frames aligned as the first one",
+    digits=4,
+)
+CD_M = Metric(
+    "cd_m",
+    "CD-M",
+    "lower",
+    "object",
+    _GEOMETRY + "pairs are the nearest at the first frame, aligned; their mean distance over time, "
+    "both ways added up. ActionBench's three, but for points, alignment (docs/EVALUATION.md)",
+    digits=4,
+)
+F_SCORE = Metric(
+    "f_score",
+    "F-score",
+    "higher",
+    "object",
+    _GEOMETRY + "harmonic mean of the shares within 0.02 of the other, aligned as CD-4D",
+)
+
 _LEGACY = tuple(
     dataclasses.replace(metric, resize=(TO_512, *metric.resize)) for metric in (CLIP_B32, LPIPS_VGG)
 )
@@ -280,7 +314,7 @@ PROTOCOLS = {
             (
                 *(PSNR, PSNR_IN_MASK, ALPHA_IOU, SSIM, LPIPS_VGG, LPIPS_ALEX),
                 *(CLIP_B32, CLIP_L14, TEMPORAL_LPIPS, WARPING_ERROR, FVD, MMD, FID, FID_VID),
-                FID_VID_RESNET,
+                *(FID_VID_RESNET, CD_3D, CD_4D, CD_M, F_SCORE),
             ),
             background="white",
         ),

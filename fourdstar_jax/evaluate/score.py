@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from fourdstar_jax.data.batching import in_batches
-from fourdstar_jax.evaluate import clips, distances
+from fourdstar_jax.evaluate import clips, distances, geometry
 from fourdstar_jax.evaluate.clips import Frames, Pair, Source
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
 from fourdstar_jax.evaluate.networks import Networks
@@ -85,7 +85,7 @@ def score(
         count, height, width, _ = clip.truth.images.shape
         shapes[pair.object] = {"frames": count, "size": [width, height]}
         for metric in chosen:
-            if metric.name in left_out:
+            if metric.name in left_out or metric.per == "object":
                 continue
             try:
                 if metric.per == "set":
@@ -110,10 +110,12 @@ def score(
         elif done == 1 and len(pairs) > 2:  # the first one has compiled
             log(f"about {(now - begun) * (len(pairs) - 2) / 60:.1f} minutes to go")
         begun = now
+    shaped = [m.name for m in chosen if m.per == "object"]
+    geometries = _geometries(predictions, truths, shaped, left_out)
     kept = tuple(m for m in chosen if m.name not in left_out)
     if not kept:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
-    rows = _rows(values, shapes, predictions, truths)
+    rows = _rows(values, shapes, geometries, predictions, truths)
     summary = {m.name: _mean(m, rows) for m in kept if m.per != "set"}
     summary |= {m.name: _distance(m, sets[m.name], pairs) for m in kept if m.per == "set"}
     return {
@@ -349,14 +351,42 @@ SETS: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
 }
 
 
+def _geometries(
+    predictions: Source, truths: Source, names: Sequence[str], left_out: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """Figures of geometry of each object; what lacks points is left out, and why."""
+    found: dict[str, dict[str, float]] = {}
+    for name, truth in truths.entries.items() if names else ():
+        prediction, why = predictions.entries[name], None
+        if prediction.gaussians is None:
+            why = "predictions are not Gaussians, as objects made here are"
+        if truth.points is None:
+            why = "the truth has no tracked points: `fourdstar prepare --points` makes data sets"
+        if prediction.gaussians is None or truth.points is None:
+            if found:
+                raise ValueError(f"object {name}: {names[0]}: {why}")
+            left_out |= dict.fromkeys(names, str(why))
+            return {}
+        gaussians = prediction.gaussians()
+        try:
+            measured = geometry.measure(
+                np.asarray(gaussians.means), np.asarray(gaussians.opacities), truth.points()
+            )
+        except ValueError as error:
+            raise ValueError(f"object {name}: {names[0]}: {error}") from error
+        found[name] = {metric: measured[metric] for metric in names}
+    return found
+
+
 # From values to rows and figures
 
 
-def _rows(values, shapes, predictions: Source, truths: Source) -> list[dict[str, Any]]:
+def _rows(values, shapes, geometries, predictions: Source, truths: Source) -> list[dict[str, Any]]:
     rows = []
     for name, views in values.items():
         found = list(views.values())
         metrics = {m: float(np.mean([v[m] for v in found])) for m in found[0]}
+        metrics |= geometries.get(name, {})
         rows.append(
             {
                 "object": name,

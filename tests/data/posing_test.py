@@ -159,3 +159,22 @@ def test_a_video_of_a_training_view_is_fitted_to_the_size_of_training(distance):
     np.testing.assert_allclose(after / before, 1, atol=0.12)  # the other views have their share
     middles = [np.argwhere(m[..., 3]).mean(0) for m in seen]
     np.testing.assert_allclose(np.mean(middles, 0), 47.5, atol=2)
+
+
+def test_points_stay_on_their_triangles():
+    """Of two triangles the larger has its share of the points; they move as their corners do."""
+    first = np.float32([[0, 0, 0], [3, 0, 0], [0, 1, 0], [0, 0, 5], [1, 0, 5], [0, 1, 5]])
+    triangles = np.int32([[0, 1, 2], [3, 4, 5]])
+    turn = np.float32([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
+    frames = np.stack([first, first @ turn.T + 2])
+    found = posing.track(frames, triangles, 2000, np.random.default_rng(0))
+    near = found.points[0][:, 2] == 0
+    assert near.mean() == pytest.approx(3 / 4, abs=0.04)
+    x, y, _ = found.points[0][near].T
+    assert (x / 3 + y <= 1 + 1e-6).all() and x.mean() == pytest.approx(1, abs=0.06)
+    np.testing.assert_allclose(found.points[1], found.points[0] @ turn.T + 2, atol=1e-5)
+    np.testing.assert_allclose(found.normals[0], np.tile([0, 0, 1], (2000, 1)), atol=1e-6)
+    np.testing.assert_allclose(found.normals[1], np.tile([1, 0, 0], (2000, 1)), atol=1e-6)
+    flat = np.zeros_like(frames)
+    with pytest.raises(gltf.MalformedAsset, match="no area"):
+        posing.track(flat, triangles, 3, np.random.default_rng(0))

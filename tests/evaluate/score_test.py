@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fourdstar_jax import cli, outside
-from fourdstar_jax.data import untrusted, video
+from fourdstar_jax.data import pipeline, prepare, untrusted, video
 from fourdstar_jax.evaluate import clips, protocols, report, score, self_check
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.evaluate.resizing import resized
@@ -178,7 +178,7 @@ def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
         manifest = {"timesteps": count, "gaussians": 1, "files": {}, "rig": rig.to_dict()}
         manifest["generation"] = {"seconds": 2.5, "peak_memory_bytes": 2**31}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    names = ("psnr", "psnr_in_mask", "alpha_iou", "ssim", "warping_error")
+    names = ("psnr", "psnr_in_mask", "alpha_iou", "ssim", "warping_error", "cd_m")
     pred = clips.open_source(
         tmp_path / "pred", OPEN, read_splats=read_splats, azimuths=source.azimuths
     )
@@ -193,11 +193,39 @@ def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
         result["truths"]["sha256"]
         == json.loads((dataset_dir / "manifest.json").read_text())["sha256"]
     )
+    assert "prepare --points" in result["protocol"]["left_out"]["cd_m"]
     with pytest.raises(ValueError, match="views at 0, 120, 240 degrees; those at 0, 90, 180, 270"):
         clips.open_source(
             dataset_dir, protocols.find("4dstar-reconstruction"), read_splats=read_splats,
             split="train",
         )  # fmt: skip
+
+
+def test_tracked_points_against_gaussians(objects_dir, tmp_path):
+    """Gaussians at the true points: nothing is amiss, and the hash without points stays."""
+    options = dict(image_size=16, views=1, extra_views=0, max_frames=2, workers=0, limit=1)
+    prepare.prepare(objects_dir / "pack", tmp_path / "set", **options, points=50, log=str)
+    source = clips.open_source(tmp_path / "set", OPEN, read_splats=read_splats, split="train")
+    assert pipeline.read_manifest(tmp_path / "set")["settings"]["points"] == 50
+    clip = pipeline.ClipSource(tmp_path / "set", "train", points=True)[0]
+    lengths = np.linalg.norm(np.asarray(clip["point_normals"], np.float32), axis=-1)
+    np.testing.assert_allclose(lengths, 1, atol=2e-3)
+    assert "points" not in pipeline.ClipSource(tmp_path / "set", "train")[0]
+    gaussians = {}
+    for name, entry in source.entries.items():
+        points = entry.points()
+        assert points.shape[1:] == (50, 3) and np.ptp(points, axis=0).max() > 0.01  # it moves
+        opacities = np.ones(points.shape[:2], np.float32)
+        gaussians[name] = Gaussians(points, None, None, opacities, None)
+    entries = {
+        name: dataclasses.replace(entry, gaussians=lambda name=name: gaussians[name])
+        for name, entry in source.entries.items()
+    }
+    pred = dataclasses.replace(source, entries=entries)
+    names = ("cd_3d", "cd_4d", "cd_m", "f_score")
+    result = score.score(OPEN, pred, source, Networks(None), metrics=names)
+    found = {name: figure["value"] for name, figure in result["summary"].items()}
+    assert found == pytest.approx({"cd_3d": 0, "cd_4d": 0, "cd_m": 0, "f_score": 1}, abs=1e-5)
 
 
 def test_warping_error_by_hand():
