@@ -82,6 +82,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     # learning are (beginning of parameters' names, factor), such as (("static/blocks", 0.1),)
 
     config.log_every = 100
+    # a step that takes so many times as long as is usual, and 5 minutes, ends the run; 0: none does
+    config.watchdog = 30.0
     config.eval_every = 5000
     config.picture_every = 1000  # of unseen clips, into WORKDIR/pictures
     config.checkpoint_every = 5000

@@ -116,6 +116,7 @@ def joined(place: Place | None, *, timeout_s: float = JOIN_S) -> Iterator[None]:
         list(place.devices) if place.devices is not None else None,
         initialization_timeout=int(timeout_s),
     )
+    signals.take_back()
     try:
         yield
     except signals.Stopped:  # all of them, after a last save

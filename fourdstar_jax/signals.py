@@ -53,6 +53,11 @@ def answered() -> Iterator[Request]:
         _request = None
 
 
+def requested() -> int | None:
+    """The number of the signal that has come within `answered`, if one has."""
+    return _request.number if _request is not None else None
+
+
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
     """Signals end the process while the block runs: exit codes 130, 143 and 129, one line.
@@ -81,6 +86,14 @@ def ending() -> Iterator[None]:
         os.close(writing)
         watch.join()
         os.close(reading)
+
+
+def take_back() -> None:
+    """Installs Python's handlers anew: `jax.distributed` takes SIGTERM for itself."""
+    if threading.current_thread() is threading.main_thread():
+        for number in WORDS:
+            if callable(handler := signal.getsignal(number)):
+                signal.signal(number, handler)
 
 
 def _stop(number: int, frame: object) -> None:

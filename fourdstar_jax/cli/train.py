@@ -15,6 +15,7 @@ Train one stage. Any value of the config can be overridden: --config=configs/sta
 
 The same command on every machine of a TPU pod, and under Slurm's srun, mpirun or Kubernetes, is one
 run; elsewhere JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID make it one.
+SIGTERM or SIGINT saves after the step that runs and ends; a second one ends at once.
 """
 # Numbers of a config by the end of their name; those of `model` are checked by its constructor.
 COUNT = (1, 1e9)
@@ -57,6 +58,7 @@ RANGES = {
     "r1_every": COUNT,
     "r1_weight": (0, 1e6),
     "near": (1, 1 << 20),
+    "watchdog": (0, 1e6),
 }
 
 
@@ -81,14 +83,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     if config.get("stage") not in ("tokenizer", "vqvae", "star"):
         raise ValueError(f"config.stage {config.get('stage')!r} is not tokenizer, vqvae or star")
-    from fourdstar_jax import processes
+    from fourdstar_jax import processes, signals
 
     place = processes.find()
     with processes.joined(place):
         if place is not None:
             print(_described(place), flush=True)
         trainer = importlib.import_module(f"fourdstar_jax.train.{config.stage}")
-        trainer.train(config, arguments.workdir)
+        with signals.answered():
+            trainer.train(config, arguments.workdir)
 
 
 def _described(place: Any) -> str:

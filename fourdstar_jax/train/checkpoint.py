@@ -10,14 +10,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from fourdstar_jax import folders, outside
+from fourdstar_jax import folders, outside, signals
 from fourdstar_jax.train.state import TrainState
 
 HASHES = "sha256.json"  # in the folder of a step: the SHA-256 of every other file in it
@@ -83,6 +83,16 @@ class Checkpoints:
                 target=self._write_hashes, args=(step, self._failed), daemon=True
             )
             self._hashing.start()
+
+    def save_and_stop(
+        self, number: int, step: int, state: TrainState, iterator: grain.DatasetIterator
+    ) -> NoReturn:
+        """Saves what there is, waits for it, and raises the signal `number` that asked for it."""
+        self.save(step, state, iterator, force=True)
+        self.close()
+        multihost_utils.sync_global_devices("saved")
+        print(f"saved step {step} in {self._path}", file=sys.stderr, flush=True)
+        raise signals.Stopped(number)
 
     def restore(
         self, state: TrainState, iterator: grain.DatasetIterator

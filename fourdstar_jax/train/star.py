@@ -20,6 +20,7 @@ from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.train import optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
+from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.metrics import Mean, MetricWriter
 from fourdstar_jax.types import Cameras
 
@@ -189,7 +190,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
         mean = Mean()
+        ending = Ending(mesh, times=config.watchdog)
         for step in range(first, config.steps):
+            ending.begin()
             batch = shortened(
                 next(batches), config.seed, step, still=config.data.still, half=config.data.half
             )
@@ -200,6 +203,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             if done % config.log_every == 0 or done == config.steps:
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
+            if number := ending.asked():
+                checkpoints.save_and_stop(number, done, state, batches)
             if held_out and (done % config.eval_every == 0 or done == config.steps):
                 held, average = Mean(), train_state.averaged(state)
                 for batch in held_out:

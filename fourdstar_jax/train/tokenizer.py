@@ -18,6 +18,7 @@ from fourdstar_jax.tokenizer.measures import code_counts, code_use, steadiness, 
 from fourdstar_jax.train import adversarial, inputs, optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
+from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 
 
@@ -169,7 +170,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
         watch = Watch()
+        ending = Ending(mesh, times=config.watchdog)
         for step in range(first, config.steps):
+            ending.begin()
             with writer.waiting():
                 read = next(batches)
             done = step + 1
@@ -186,6 +189,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             watch.add(done, read["clip"], metrics)
             if done % config.log_every == 0 or done == config.steps:
                 writer.write(done, {**watch.mean(), "learning_rate": schedule(step)})
+            if number := ending.asked():
+                watch.check()
+                checkpoints.save_and_stop(number, done, state, batches)
             if held_out and (done % config.eval_every == 0 or done == config.steps):
                 held, counts, codes = Mean(), Mean(), jnp.zeros(())
                 average = train_state.averaged(state)

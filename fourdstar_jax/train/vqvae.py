@@ -22,6 +22,7 @@ from fourdstar_jax.tokenizer.measures import code_counts, code_use
 from fourdstar_jax.train import adversarial, inputs, optim, pictures
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
+from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import measures, warm_start
@@ -265,7 +266,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         # By the timesteps of a batch, which decide how many pictures are rendered.
         capacities: dict[int, int | None] = {}
         timesteps = config.data.timesteps
+        ending = Ending(mesh, times=config.watchdog)
         for step in range(first, config.steps):
+            ending.begin()
             before = timesteps
             timesteps = inputs.timesteps_of(
                 step, config.seed, config.data.buckets, config.data.timesteps
@@ -287,6 +290,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                     raise RuntimeError(
                         f"the Gaussians overflow the rasterizer: raise {config.loss.capacity=}"
                     )
+            if number := ending.asked():
+                watch.check()
+                checkpoints.save_and_stop(number, done, state, batches)
             capacity = capacities.get(config.data.timesteps)
             if done % config.picture_every == 0 and jax.process_count() == 1:
                 drawn = next(iter(held_out), read)

@@ -29,6 +29,6 @@ export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}  # NVLink multicast hangs where i
 code=0
 srun --kill-on-bad-exit=1 .venv/bin/fourdstar train --config="$CONFIG" --workdir="$WORKDIR" "$@" || code=$?
 case $code in
-  75|143) echo "slurm: exit code $code: back into the queue" >&2; scontrol requeue "$SLURM_JOB_ID" ;;
+  70|75|143) echo "slurm: exit code $code: back into the queue" >&2; scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 exit "$code"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from fourdstar_jax import bundle, processes
 from fourdstar_jax.data import prepare
+from fourdstar_jax.train import ending
 
 CONFIG = "tests/helpers/small_tokenizer.py"
 STEPS = 12
@@ -161,3 +163,46 @@ def test_two_processes_are_as_one_and_another_number_goes_on(then, data_dir, und
     assert sorted(found) == sorted(wanted)
     for step, row in wanted.items():
         np.testing.assert_allclose(found[step]["train/loss"], row["train/loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_signal_saves_and_the_run_goes_on(count, data_dir, tmp_path):
+    """To one of the processes; all of them save the same step."""
+    config = ("--config.checkpoint_every=1000", "--config.steps=150")
+    with started(data_dir, tmp_path, count=count, config=config) as run:
+        reaches(run, tmp_path, 3)
+        run[-1].send_signal(signal.SIGTERM)
+        codes, errors = ended(run)
+    assert codes == [143] * count
+    assert "terminated: saves, then ends" in errors[-1]
+    saved = [int(re.search(r"^saved step (\d+) in ", text, re.M)[1]) for text in errors]
+    assert len(set(saved)) == 1 and saved[0] == max(rows(tmp_path))
+    with started(data_dir, tmp_path, config=(config[0], f"--config.steps={saved[0] + 2}")) as run:
+        assert ended(run)[0] == [0]
+    assert sorted(rows(tmp_path)) == list(range(1, saved[0] + 3))
+
+
+HANGS = """
+import time, jax
+from fourdstar_jax import sharding
+from fourdstar_jax.train import ending
+ending.LEAST_S = 1
+with sharding.use_mesh(devices=jax.devices()[:1]) as mesh:
+    watched = ending.Ending(mesh, times=10)
+    for step in range(12):
+        watched.begin()
+        time.sleep(1.5 if step == 0 else 0.01)  # the first one compiles
+        assert watched.asked() == 0
+    time.sleep(2)  # an evaluation
+    watched.begin()
+    def stands_still():
+        time.sleep(60)
+    stands_still()
+"""
+
+
+def test_a_step_that_hangs_ends_the_run_with_its_stacks():
+    result = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True)
+    assert result.returncode == ending.EXIT_HUNG
+    assert re.search(r"a step has taken \d s, where 0.01\d* s is usual", result.stderr)
+    assert "in stands_still" in result.stderr
