@@ -65,6 +65,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.log_every = 100
     # a step that takes so many times as long as is usual, and 5 minutes, ends the run; 0: none does
     config.watchdog = 30.0
+    # so many steps may have a loss or gradients that are not finite, and teach nothing
+    config.nonfinite_steps = 0
     config.eval_every = 5000
     config.checkpoint_every = 5000
     config.storage = "float16"  # of the bundle's weights

@@ -59,6 +59,7 @@ RANGES = {
     "r1_weight": (0, 1e6),
     "near": (1, 1 << 20),
     "watchdog": (0, 1e6),
+    "nonfinite_steps": (0, 1e9),
 }
 
 

@@ -26,12 +26,10 @@ class MetricWriter:
         self._total, self._last_step = total_steps, first_step
         self._last_time = time.perf_counter()
         self._waited = 0.0
+        self._workdir, self._events = Path(workdir), None
         if self._active:
-            from tensorboardX import SummaryWriter
-
-            Path(workdir).mkdir(parents=True, exist_ok=True)
-            self._jsonl = (Path(workdir) / "metrics.jsonl").open("a")
-            self._events = SummaryWriter(str(workdir))
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._jsonl = (self._workdir / "metrics.jsonl").open("a")
 
     def write(self, step: int, metrics: dict, *, prefix: str = "train") -> dict[str, float]:
         """Records metrics (scalars on device or host); returns them as floats.
@@ -49,6 +47,10 @@ class MetricWriter:
             record = {"step": step, **{f"{prefix}/{k}": v for k, v in values.items()}}
             self._jsonl.write(json.dumps(record) + "\n")
             self._jsonl.flush()
+            if self._events is None:  # one that is never written to cannot be closed at exit
+                from tensorboardX import SummaryWriter
+
+                self._events = SummaryWriter(str(self._workdir))
             for name, value in values.items():
                 self._events.add_scalar(f"{prefix}/{name}", value, step)
             shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -75,17 +77,20 @@ class MetricWriter:
     def close(self) -> None:
         if self._active:
             self._jsonl.close()
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
 
 
 class Watch:
     """Looks at the metrics of every step one step later, when reading them keeps no device waiting.
 
-    A trainer adds each step's, takes their means where it writes, and checks before it saves.
+    A trainer adds each step's, takes their means where it writes, and checks before it saves. Up to
+    `limit` steps of a run may have metrics that are not finite: they are named and left out.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int = 0):
         self._waiting, self._values, self._mean = None, None, Mean()
+        self._limit, self._broken = limit, 0
 
     def add(self, step: int, clips: np.ndarray, metrics: dict) -> dict[str, float] | None:
         """Checks the step before and returns its metrics, on the host; None for the first.
@@ -101,21 +106,24 @@ class Watch:
     def check(self) -> dict[str, float] | None:
         """The metrics of the last step that was added.
 
-        Raises FloatingPointError, with the step, its clips and the terms, where one is not finite.
+        Raises FloatingPointError, with the step, its clips and the terms, where one is not finite
+        and `limit` steps have been so before.
         """
         if self._waiting is None:
             return self._values
         step, clips, metrics = self._waiting
         self._waiting = None
         values = self._values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        self._mean.add(values)
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         if wrong:
             first = [name for name in wrong if name not in ("loss", "grad_norm")] or wrong
             terms = ", ".join(f"{name} is {values[name]}" for name in first)
-            raise FloatingPointError(
-                f"step {step}: {terms}; clips {', '.join(str(i) for i in clips)} of the dataset"
-            )
+            words = f"step {step}: {terms}; clips {', '.join(str(i) for i in clips)} of the dataset"
+            self._broken += 1
+            if self._broken > self._limit:
+                raise FloatingPointError(words)
+            print(f"learnt nothing ({self._broken} of {self._limit}): {words}", file=sys.stderr)
+        self._mean.add({name: x for name, x in values.items() if math.isfinite(x)})
         return values
 
     def mean(self) -> dict[str, float]:

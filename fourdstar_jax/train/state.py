@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -40,7 +41,7 @@ def create(
     def init(key):
         model = nn.build(make, key, **kwargs)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, rest, tx.init(params))
+        state = TrainState(jnp.zeros((), jax.numpy.int32), params, rest, tx.init(params))
         return graphdef, state
 
     graphdefs = []
@@ -119,9 +120,13 @@ def warm_info(workdir: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def apply_gradients(state: TrainState, grads: nnx.State, tx) -> TrainState:
-    """One optimizer step."""
+    """One optimizer step. Gradients that are not finite change nothing but its number."""
+    finite = jnp.isfinite(norm(grads))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    learnt = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), learnt, (state.params, state.opt_state)
+    )
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
 
 

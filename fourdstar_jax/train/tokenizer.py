@@ -169,7 +169,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         eval_fn = jax.jit(functools.partial(eval_step, graphdef, loss_config=loss_config))
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
-        watch = Watch()
+        watch = Watch(config.nonfinite_steps)
         ending = Ending(mesh, times=config.watchdog)
         for step in range(first, config.steps):
             ending.begin()

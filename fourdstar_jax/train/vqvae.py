@@ -262,7 +262,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         )
         first = int(state.step)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
-        watch = Watch()
+        watch = Watch(config.nonfinite_steps)
         # By the timesteps of a batch, which decide how many pictures are rendered.
         capacities: dict[int, int | None] = {}
         timesteps = config.data.timesteps

@@ -183,6 +183,20 @@ def test_a_save_that_fails_is_told_and_those_before_it_stay(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_gradients_that_are_not_finite_change_nothing(mesh, bad):
+    graphdef, state = train_state.create(nn.SwiGLU, MODEL, make_tx(), jax.random.key(1), mesh)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    state = train_state.apply_gradients(state, grads, make_tx())
+    leaves, structure = jax.tree.flatten(grads)
+    leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(bad)
+    broken = jax.tree.unflatten(structure, leaves)
+    after = train_state.apply_gradients(state, broken, make_tx())
+    assert int(after.step) == int(state.step) + 1 == 2
+    for a, b in zip(jax.tree.leaves(after[1:]), jax.tree.leaves(state[1:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def small_state(step):
     params: Any = {"w": jnp.full((64, 64), step, jnp.float32)}
     return train_state.TrainState(jnp.int32(step), params, {}, {"m": jnp.ones(3)})  # pyright: ignore

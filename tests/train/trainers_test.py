@@ -281,6 +281,21 @@ def test_a_term_that_is_not_finite_is_named_with_step_and_clips():
     assert watch.check()["grad_norm"] == np.inf
 
 
+def test_some_steps_may_be_broken_and_are_left_out(capsys):
+    watch, good = Watch(limit=2), {"loss": jnp.float32(1.0), "flow": jnp.float32(3.0)}
+    for step in range(3):
+        watch.add(step, np.array([step]), good | ({"loss": jnp.float32(np.nan)} if step else {}))
+    assert watch.mean() == {"loss": 1.0, "flow": 3.0}
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "learnt nothing (1 of 2): step 1: loss is nan; clips 1 of the dataset",
+        "learnt nothing (2 of 2): step 2: loss is nan; clips 2 of the dataset",
+    ]
+    watch.add(3, np.array([3]), good | {"flow": jnp.float32(np.inf)})
+    with pytest.raises(FloatingPointError, match="step 3: flow is inf"):
+        watch.check()
+
+
 def test_a_broken_step_ends_the_command_in_one_line(data_dir, tmp_path, one_device, capsys):
     """Nothing of it is saved, and the exit code is that of other errors."""
 
