@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from fourdstar_jax.export.ply import unit_quats
 from fourdstar_jax.outside import Fields, parse
 from fourdstar_jax.types import Array, Gaussians
 
@@ -213,9 +214,7 @@ def _small_rotations(
 ) -> tuple[Float[np.ndarray, "G 3"], Float[np.ndarray, "G 3"]]:
     """The same ellipsoids with their axes renamed: vector parts of quaternions, and scales."""
     quats, scales = (np.asarray(x, np.float64) for x in (quats, scales))
-    norms = np.linalg.norm(quats, axis=-1, keepdims=True)
-    quats = np.where(norms > 1e-12, quats / np.maximum(norms, 1e-12), [1.0, 0.0, 0.0, 0.0])
-    scales = np.abs(scales)
+    quats, scales = unit_quats(quats), np.abs(scales)
     # The real part of q c is the product with c's conjugate: the one nearest to no rotation wins.
     conjugates = CUBE_ROTATIONS * [1, -1, -1, -1]
     best = np.abs(quats @ conjugates.T).argmax(axis=-1)

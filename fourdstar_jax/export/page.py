@@ -16,10 +16,9 @@ from jaxtyping import Float
 from PIL import Image
 
 from fourdstar_jax.export import compact
-from fourdstar_jax.export.splats import read_splats
-from fourdstar_jax.folders import OBJECT, is_of_kind
+from fourdstar_jax.export.splats import read_output
 from fourdstar_jax.geometry import Rig
-from fourdstar_jax.outside import Fields, parse, read
+from fourdstar_jax.outside import Fields, parse
 from fourdstar_jax.types import Gaussians
 
 SOURCE = Path(__file__).parent / "viewer"
@@ -94,17 +93,14 @@ def object_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises ValueError if the folder is no such output.
     """
     folder = Path(folder)
-    if not is_of_kind(folder, OBJECT):
-        raise ValueError(f"{folder} is no output of `fourdstar generate` or `reconstruct`")
-    if (folder / NAME).is_file():
-        found = objects_in(folder / NAME)
-        if len(found) != 1:
-            raise ValueError(f"{folder / NAME} holds {len(found)} objects, not 1")
-        return found[0] | {"name": folder.resolve().name}
-    gaussians, _ = read_splats(folder / "splats.safetensors")
-    where = folder / OBJECT.manifest
-    rig = Rig.from_dict(read(where).part("rig").values, f"{where}: rig")
-    return describe(folder.resolve().name, gaussians, rig)
+    name = folder.resolve().name
+    gaussians, rig = read_output(folder)
+    if not (folder / NAME).is_file():
+        return describe(name, gaussians, rig)
+    found = objects_in(folder / NAME)
+    if len(found) != 1:
+        raise ValueError(f"{folder / NAME} holds {len(found)} objects, not 1")
+    return found[0] | {"name": name}
 
 
 def _webp(image: Float[np.ndarray, "h w 3"]) -> str:

@@ -41,10 +41,18 @@ def files(source: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def write_sheet(path: str | os.PathLike[str], images: Float[np.ndarray, "T h w 3"]) -> None:
-    """Frames in rows from left to right, pixel for pixel, with grey seams between them."""
+def write_sheet(
+    path: str | os.PathLike[str],
+    images: Float[np.ndarray, "T h w 3"],
+    *,
+    columns: int | None = None,
+) -> None:
+    """Frames in rows from left to right, pixel for pixel, with grey seams between them.
+
+    By default there are about as many rows as columns.
+    """
     count, height, width, _ = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     cell = np.array([height + SEAM, width + SEAM])
     rows = math.ceil(count / columns)
     sheet = np.full((*(cell * [rows, columns] + SEAM), 3), 160, np.uint8)

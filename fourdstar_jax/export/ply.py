@@ -32,12 +32,18 @@ AXES = (
 )
 
 
-def _half_turn(
+def half_turn(
     means: Float[np.ndarray, "G 3"], quats: Float[np.ndarray, "G 4"]
 ) -> tuple[Float[np.ndarray, "G 3"], Float[np.ndarray, "G 4"]]:
     """Turns by 180 degrees about z: (0, 0, 0, 1) times quats. Twice negates the quaternions."""
     signs = np.array([-1, -1, 1, 1], np.float32)
     return means * signs[:3], quats[:, [3, 2, 1, 0]] * signs
+
+
+def unit_quats(quats: Float[np.ndarray, "*b 4"]) -> Float[np.ndarray, "*b 4"]:
+    """Quaternions of length 1; the identity for those of length 0."""
+    norms = np.linalg.norm(quats, axis=-1, keepdims=True)
+    return np.where(norms > 1e-12, quats / np.maximum(norms, 1e-12), [1.0, 0.0, 0.0, 0.0])
 
 
 def write_ply(path: str | os.PathLike[str], gaussians: Gaussians) -> None:
@@ -48,9 +54,7 @@ def write_ply(path: str | os.PathLike[str], gaussians: Gaussians) -> None:
     means, quats, scales, opacities, colors = (np.asarray(x, np.float32) for x in gaussians)
     if means.ndim != 2:
         raise ValueError(f"{means.shape=} must be [G, 3]: one file holds one timestep")
-    norms = np.linalg.norm(quats, axis=-1, keepdims=True)
-    quats = np.where(norms > 1e-12, quats / np.maximum(norms, 1e-12), [1.0, 0.0, 0.0, 0.0])
-    means, quats = _half_turn(means, quats)
+    means, quats = half_turn(means, unit_quats(quats))
     opacities = np.clip(opacities.astype(np.float64), OPACITY_MARGIN, 1 - OPACITY_MARGIN)
     columns = [
         means,
@@ -94,7 +98,7 @@ def read_ply(path: str | os.PathLike[str]) -> Gaussians:
     def take(*wanted: str) -> Float[np.ndarray, "G n"]:
         return np.stack([column[name] for name in wanted], axis=-1)
 
-    means, quats = _half_turn(take("x", "y", "z"), take("rot_0", "rot_1", "rot_2", "rot_3"))
+    means, quats = half_turn(take("x", "y", "z"), take("rot_0", "rot_1", "rot_2", "rot_3"))
     return Gaussians(
         means=means,
         quats=-quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12),

@@ -8,7 +8,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax.outside import Fields, parse
+from fourdstar_jax.folders import OBJECT, is_of_kind
+from fourdstar_jax.geometry import Rig
+from fourdstar_jax.outside import Fields, parse, read
 from fourdstar_jax.types import Gaussians
 
 MAX_HEADER = 1 << 20  # bytes
@@ -51,3 +53,16 @@ def read_splats(path: str | os.PathLike[str]) -> tuple[Gaussians, float]:
         if value.shape != (*lead, *tails[name]):
             raise ValueError(f"{path}: {name} has shape {value.shape}, means {lead}")
     return gaussians, fps
+
+
+def read_output(folder: str | os.PathLike[str]) -> tuple[Gaussians, Rig]:
+    """The Gaussians `[T, G, ...]` and the rig of an output of `generate` or `reconstruct`.
+
+    Raises ValueError if the folder is no such output.
+    """
+    folder = Path(folder)
+    if not is_of_kind(folder, OBJECT):
+        raise ValueError(f"{folder} is no output of `fourdstar generate` or `reconstruct`")
+    gaussians, _ = read_splats(folder / "splats.safetensors")
+    where = folder / OBJECT.manifest
+    return gaussians, Rig.from_dict(read(where).part("rig").values, f"{where}: rig")

@@ -112,8 +112,18 @@ def write_beside(
     left = np.stack([resized(frame, size) for frame in frames])
     shown = range(0, len(turn), 2)
     times = [int(i * fps / ORBIT_FPS) % len(left) for i in shown]
-    both = np.concatenate([left[times], turn[::2]], axis=2)
-    first, *rest = (Image.fromarray(np.rint(255 * np.clip(x, 0, 1)).astype(np.uint8)) for x in both)
+    _write_endless(path, np.concatenate([left[times], turn[::2]], axis=2))
+
+
+def write_animation(path: str | os.PathLike[str], turn: Float[np.ndarray, "frames s s 3"]) -> None:
+    """An endless WebP or GIF, by the path's end, of every second frame of `orbit`."""
+    _write_endless(path, turn[::2])
+
+
+def _write_endless(path: str | os.PathLike[str], images: Float[np.ndarray, "frames h w 3"]) -> None:
+    first, *rest = (
+        Image.fromarray(np.rint(255 * np.clip(x, 0, 1)).astype(np.uint8)) for x in images
+    )
     milliseconds = round(2000 / ORBIT_FPS)
     first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0, quality=80)
 
