@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fourdstar_jax.cli.common import whole
 
+MAX_OBJECTS = 16  # browsers draw no more pictures by WebGL at a time
 SUMMARY = "show objects in a browser, side by side"
 DESCRIPTION = """Serve a page that plays the objects of output folders of `generate` or
 `reconstruct`, side by side, until it is interrupted. Only this machine can reach it, unless --host
@@ -22,6 +23,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from fourdstar_jax.export import page, serve
 
+    if len(arguments.folders) > MAX_OBJECTS:
+        raise ValueError(f"{len(arguments.folders)} folders: a page shows at most {MAX_OBJECTS}")
     objects = [page.object_of(folder) for folder in arguments.folders]
     text = page.page(objects).encode()
     with serve.Server(text, host=arguments.host, port=arguments.port) as server:

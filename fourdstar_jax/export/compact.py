@@ -32,6 +32,7 @@ MAX_NUMBERS = 1 << 30  # of T * G * ROWS: what a file of this kind may ask for
 MAX_HEADER = 1 << 16  # bytes
 BOUND = 1 / 512  # of the extent: no position is farther off along an axis, at any precision
 WANTED_RATIO = 8.0  # to .splat frames, of 32 bytes for each timestep and Gaussian
+SAMPLE = 8192  # Gaussians
 LEAST_SCALE = 2.0**-10  # of the extent
 
 
@@ -67,10 +68,17 @@ def encode(gaussians: Gaussians, *, fps: float) -> bytes:
         raise ValueError("gaussians hold values that are not finite")
     rotations = [_small_rotations(*x) for x in zip(gaussians.quats, gaussians.scales, strict=True)]
     vectors, scales = map(np.stack, zip(*rotations, strict=True))
+    stride = 1 + means.shape[1] // SAMPLE  # a part tells first what does not come into question
+    parts = [slice(None, None, stride), slice(None)] if stride > 1 else [slice(None)]
     data = b""
     for precision in PRECISIONS:
-        data = _encode(gaussians, vectors, scales, precision, fps=fps)
-        if len(data) * WANTED_RATIO <= 32 * means.shape[0] * means.shape[1]:
+        for part in parts:
+            some = Gaussians(*(np.asarray(x)[:, part] for x in gaussians))
+            data = _encode(some, vectors[:, part], scales[:, part], precision, fps=fps)
+            small = len(data) * WANTED_RATIO <= 32 * some.opacities.size
+            if not small and precision != PRECISIONS[-1]:
+                break
+        else:
             break
     return data
 

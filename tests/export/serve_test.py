@@ -85,5 +85,7 @@ def test_objects_of_folders_come_with_and_without_their_page(tmp_path, monkeypat
     page.write_page(tmp_path / "a" / "viewer.html", [shown, shown])
     assert cli.main(["view", folders[0]]) == 2
     assert "holds 2 objects" in capsys.readouterr().err
+    assert cli.main(["view", *17 * folders[1:]]) == 2
+    assert "17 folders: a page shows at most 16" in capsys.readouterr().err
     assert cli.main(["view", str(tmp_path)]) == 2
     assert "is no output of" in capsys.readouterr().err

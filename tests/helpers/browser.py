@@ -86,13 +86,21 @@ class Page:
         end = time.monotonic() + timeout_s
         while not self.eval(code):
             if time.monotonic() > end:
-                raise TimeoutError(f"{code}; the page said {self.said()}")
+                raise TimeoutError(f"{code}; errors: {self.errors()}")
             time.sleep(0.05)
 
-    def said(self):
-        """Errors and what was logged."""
-        kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        return [event["params"] for event in self.events if event.get("method") in kinds]
+    def errors(self):
+        """Exceptions of the page, and what it or the browser has logged as an error."""
+        found = []
+        for event in self.events:
+            match event:
+                case {"method": "Runtime.exceptionThrown", "params": params}:
+                    found.append(params)
+                case {"method": "Runtime.consoleAPICalled", "params": {"type": "error"} as params}:
+                    found.append(params)
+                case {"method": "Log.entryAdded", "params": {"entry": {"level": "error"} as entry}}:
+                    found.append(entry)
+        return found
 
     def screenshot(self):
         """The page's pixels, [h, w, 3] in [0, 1]."""
