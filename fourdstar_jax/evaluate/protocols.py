@@ -202,7 +202,7 @@ FID_VID_RESNET = Metric(
     "lower",
     "set",
     "Frechet distance of all windows of 16 frames, one apart, 3D-ResNet50, 2,048 features, values "
-    "0 to 255 less the mean of Kinetics",
+    "0 to 255 less (114.7748, 107.7354, 99.475)",
     "resnet3d",
     (TO_RESNET,),
     2,

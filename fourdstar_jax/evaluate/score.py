@@ -302,7 +302,13 @@ def _one_video(clip: Clip, metric: Metric, networks: Networks) -> float:
 
 
 def _fid_vid(clip: Clip, metric: Metric, networks: Networks) -> float:
-    return distances.frechet_distance(*_inception(clip, metric, networks))
+    return distances.frechet_distance(*_features(clip, metric, networks))
+
+
+def _cosine(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    first, second = (x.astype(np.float64) for x in _features(clip, metric, networks))
+    lengths = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    return (first * second).sum(axis=-1) / lengths
 
 
 VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
@@ -318,6 +324,8 @@ VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
     "warping_error": _warping_error,
     "i3d_one_video": _one_video,
     "fid_vid": _fid_vid,
+    "clip_b32": _cosine,
+    "clip_l14": _cosine,
 }
 
 
@@ -332,12 +340,27 @@ def _logits(clip: Clip, metric: Metric, networks: Networks, *, pool_frames: int)
     return clip.features[key]
 
 
-def _inception(clip: Clip, metric: Metric, networks: Networks):
-    key = ("inception", metric.resize)
+def _features(clip: Clip, metric: Metric, networks: Networks):
+    assert metric.network is not None
+    key = (metric.network, metric.resize)
     if key not in clip.features:
-        first, second = (networks.features("inception", x) for x in clip.both(metric))
+        first, second = (networks.features(metric.network or "", x) for x in clip.both(metric))
         clip.features[key] = first, second
     return clip.features[key]
+
+
+def _windows(clip: Clip, metric: Metric, networks: Networks):
+    """3D-ResNet50's features of all windows of 16 frames."""
+    assert metric.network is not None
+    found = []
+    for frames in clip.both(metric):
+        count = len(frames) - WINDOW + 1
+        if count < 1:
+            raise ValueError(f"{len(frames)} frames; windows have {WINDOW}")
+        starts = range(count)
+        parts = [networks.features(metric.network, frames[None, i : i + WINDOW]) for i in starts]
+        found.append(np.concatenate(parts))
+    return found
 
 
 def _clip_logits(clip: Clip, metric: Metric, networks: Networks):
@@ -347,7 +370,8 @@ def _clip_logits(clip: Clip, metric: Metric, networks: Networks):
 SETS: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
     "fvd": _clip_logits,
     "mmd": _clip_logits,
-    "fid": _inception,
+    "fid": _features,
+    "fid_vid_resnet": _windows,
 }
 
 

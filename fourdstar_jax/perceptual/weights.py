@@ -4,7 +4,7 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +22,19 @@ class Conv(NamedTuple):
     kernel: Float[Array, "*window din dout"]
     bias: Float[Array, " dout"]
 
-    def __call__(self, x: Float[Array, "b *size din"], *, stride=1, padding="SAME") -> Array:
-        """The convolution with bias, channels last; `stride` is one for all axes."""
+    def __call__(
+        self,
+        x: Float[Array, "b *size din"],
+        *,
+        stride: int | tuple[int, ...] = 1,
+        padding: str | Sequence[tuple[int, int]] = "SAME",
+    ) -> Array:
+        """The convolution with bias, channels last; `stride` is for all axes or of each."""
         axes = {4: "HW", 5: "DHW"}[self.kernel.ndim]
         y = jax.lax.conv_general_dilated(
             jnp.asarray(x),
             jnp.asarray(self.kernel, x.dtype),
-            window_strides=(stride,) * len(axes),
+            window_strides=stride if isinstance(stride, tuple) else (stride,) * len(axes),
             padding=padding,
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         )
@@ -36,10 +42,16 @@ class Conv(NamedTuple):
 
 
 def fold_norm(
-    kernel: np.ndarray, beta: np.ndarray, mean: np.ndarray, var: np.ndarray, *, eps: float
+    kernel: np.ndarray,
+    beta: np.ndarray,
+    mean: np.ndarray,
+    var: np.ndarray,
+    *,
+    eps: float,
+    gamma: np.ndarray | float = 1.0,
 ) -> Conv:
-    """The convolution that equals one without bias followed by a batch norm without scale."""
-    size = 1 / np.sqrt(np.float64(var) + eps)
+    """The convolution that equals one without bias followed by a batch norm of scale `gamma`."""
+    size = np.float64(gamma) / np.sqrt(np.float64(var) + eps)
     shift = np.float64(beta) - mean * size
     folded = np.float64(kernel) * size
     return Conv(jnp.asarray(folded, jnp.float32), jnp.asarray(shift, jnp.float32))
@@ -63,15 +75,8 @@ def read(
     `made_by` tells a user how to make the file. Raises ValueError where the file is absent or
     holds anything else.
     """
-    path = Path(path)
     names = " or ".join(networks)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: the weights of {names} are made by {made_by}")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: no .npz of arrays: {error}") from error
+    arrays = read_arrays(path, names, made_by=made_by)
     found = digest(arrays)
     for name, wanted in networks.items():
         if found == wanted:
@@ -79,3 +84,15 @@ def read(
     raise ValueError(
         f"{path}: not the weights of {names}: digest {found}, not {' or '.join(networks.values())}"
     )
+
+
+def read_arrays(path: str | os.PathLike[str], names: str, *, made_by: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, whatever they are. Raises ValueError as `read` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: the weights of {names} are made by {made_by}")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: no .npz of arrays: {error}") from error

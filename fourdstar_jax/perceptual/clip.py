@@ -1,0 +1,166 @@
+"""CLIP's image embeddings (Radford et al. 2021, arXiv:2103.00020): ViT-B/32 and ViT-L/14.
+
+The network of github.com/openai/CLIP, whose names the weights have. Pictures of a table are
+compared by the cosine of their embeddings.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Float
+
+from fourdstar_jax.nn.attention import attend
+from fourdstar_jax.perceptual import weights
+from fourdstar_jax.types import Array
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pictures in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+EPS = 1e-5  # of the LayerNorms
+HEAD = 64  # channels of an attention head
+LAYER = "transformer.resblocks."
+# array of a layer: where it is in the weights
+PARTS = {
+    "norm1": "ln_1.weight",
+    "norm1_bias": "ln_1.bias",
+    "qkv": "attn.in_proj_weight",
+    "qkv_bias": "attn.in_proj_bias",
+    "out": "attn.out_proj.weight",
+    "out_bias": "attn.out_proj.bias",
+    "norm2": "ln_2.weight",
+    "norm2_bias": "ln_2.bias",
+    "up": "mlp.c_fc.weight",
+    "up_bias": "mlp.c_fc.bias",
+    "down": "mlp.c_proj.weight",
+    "down_bias": "mlp.c_proj.bias",
+}
+OUTER = (
+    *("conv1.weight", "class_embedding", "positional_embedding", "ln_pre.weight", "ln_pre.bias"),
+    *("ln_post.weight", "ln_post.bias", "proj"),
+)
+
+
+class Sizes(NamedTuple):
+    """Of one of the two networks: pixels of a patch, width, number of layers, embedding."""
+
+    patch: int
+    width: int
+    layers: int
+    dim: int
+    side: int = 224  # pixels of a picture
+
+
+NETWORKS = {"ViT-B/32": Sizes(32, 768, 12, 512), "ViT-L/14": Sizes(14, 1024, 24, 768)}
+
+
+@struct.dataclass
+class CLIP:
+    """The image tower; `layers` are stacked by name of PARTS, `outer` by the original's names."""
+
+    outer: dict[str, Any]
+    layers: dict[str, Any]
+    digest: str = struct.field(pytree_node=False, default="")  # of the arrays
+
+    @property
+    def patch(self) -> int:
+        """Pixels a side of a patch."""
+        return self.outer["conv1.weight"].shape[-1]
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of a picture."""
+        return self.patch * round((self.outer["positional_embedding"].shape[0] - 1) ** 0.5)
+
+    def __call__(self, images: Float[Array, "*b h w 3"]) -> Float[Array, "*b d"]:
+        """Embeddings of pictures in [0, 1], not of unit length. Raises ValueError for other sizes.
+
+        How pictures come to 224x224 pixels is a protocol's to say.
+        """
+        h, w = images.shape[-3:-1]
+        if (h, w) != (self.side, self.side):
+            raise ValueError(f"pictures of {w}x{h} pixels; CLIP takes {self.side}x{self.side}")
+        outer, patch = self.outer, self.patch
+        x = ((images - jnp.array(MEAN)) / jnp.array(STD)).reshape(-1, h, w, 3)
+        grid = h // patch
+        x = x.reshape(-1, grid, patch, grid, patch, 3)
+        x = jnp.einsum("byixjc,dcij->byxd", x, outer["conv1.weight"])
+        x = x.reshape(len(x), grid * grid, -1)
+        first = jnp.broadcast_to(outer["class_embedding"], (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1) + outer["positional_embedding"]
+        x = _norm(x, outer["ln_pre.weight"], outer["ln_pre.bias"])
+        x, _ = jax.lax.scan(_block, x, self.layers)
+        x = _norm(x[:, 0], outer["ln_post.weight"], outer["ln_post.bias"])
+        return (x @ outer["proj"]).reshape(*images.shape[:-3], -1)
+
+
+def _block(x, layer):
+    b, n, width = x.shape
+    y = _norm(x, layer["norm1"], layer["norm1_bias"]) @ layer["qkv"].T + layer["qkv_bias"]
+    q, k, v = (a.reshape(b, n, -1, HEAD) for a in jnp.split(y, 3, axis=-1))
+    x = x + attend(q, k, v).reshape(b, n, width) @ layer["out"].T + layer["out_bias"]
+    y = _norm(x, layer["norm2"], layer["norm2_bias"]) @ layer["up"].T + layer["up_bias"]
+    y = y * nnx.sigmoid(1.702 * y)  # CLIP's own quick GELU
+    return x + y @ layer["down"].T + layer["down_bias"], None
+
+
+def _norm(x, scale, bias):
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS) * scale + bias
+
+
+def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights."""
+    patch, width, layers, dim, side = sizes
+    found: dict[str, tuple[int, ...]] = {
+        "conv1.weight": (width, 3, patch, patch),
+        "class_embedding": (width,),
+        "positional_embedding": ((side // patch) ** 2 + 1, width),
+        "proj": (width, dim),
+    }
+    found |= {name: (width,) for name in OUTER if name not in found}
+    for i in range(layers):
+        for part in PARTS.values():
+            lead = {"in_proj": 3 * width, "c_fc": 4 * width}.get(part.split(".")[-2], width)
+            lead = 3 * width if "in_proj" in part else lead
+            tail = () if part.startswith("ln") or part.endswith("bias") else (width,)
+            if part == "mlp.c_proj.weight":
+                tail = (4 * width,)
+            found[f"{LAYER}{i}.{part}"] = (lead, *tail)
+    return found
+
+
+def build(arrays: dict[str, np.ndarray], digest: str = "") -> CLIP:
+    """The network of arrays with the original's names, in float32."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        count = sum(name.endswith(PARTS["norm1"]) for name in arrays)
+        outer = {name: jnp.asarray(arrays[name], jnp.float32) for name in OUTER}
+        layers = {
+            name: jnp.stack(
+                [jnp.asarray(arrays[f"{LAYER}{i}.{part}"], jnp.float32) for i in range(count)]
+            )
+            for name, part in PARTS.items()
+        }
+    return CLIP(outer, layers, digest)
+
+
+def load(path: str | os.PathLike[str], network: str) -> CLIP:
+    """One of NETWORKS with the weights that `fourdstar convert clip` wrote, on the CPU.
+
+    Raises ValueError where the file is absent or holds other names or shapes. Its digest is not
+    pinned: the result of a measurement tells it.
+    """
+    arrays = weights.read_arrays(
+        path, f"CLIP {network}", made_by=f"`fourdstar convert clip FILE {path}`"
+    )
+    wanted = shapes(NETWORKS[network])
+    found = {name: x.shape for name, x in arrays.items()}
+    if found != wanted:
+        names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        raise ValueError(
+            f"{path}: not the weights of CLIP {network}: {names[0]} is "
+            f"{found.get(names[0], 'missing')}, not {wanted.get(names[0], 'there')}"
+        )
+    return build(arrays, weights.digest(arrays))
