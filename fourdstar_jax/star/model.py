@@ -17,7 +17,7 @@ the ones it has to predict.
 
 import math
 import typing
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from fourdstar_jax.star.embed import Codebook
 from fourdstar_jax.star.forcing import AS_GIVEN, Forcing
 from fourdstar_jax.star.head import DepthHead
 from fourdstar_jax.star.losses import GroupLosses, group_losses, summarize
+from fourdstar_jax.star.pooling import Pooling
 from fourdstar_jax.star.transformer import (
     Rotary,
     Transformer,
@@ -118,6 +119,7 @@ class STAR(nnx.Module):
         container_place: float | None = None,
         container_density: Density = "group",
         container_update: Update = "all_history",
+        container_merge: Literal["clusters", "mean", "learned", "last"] = "clusters",
         blank_code: int | None = None,
         history: str = "container",
         dropout: float = 0.0,
@@ -139,9 +141,10 @@ class STAR(nnx.Module):
         `predict_input_view` the groups hold the other views only.
 
         `inject` says how the container's state reaches a group: as tokens, by place, in both ways,
-        or not at all. For `container_*` and `blank_code` see `Container`. `history` is what else
-        a group sees of those before: nothing (`container`), the tokens of the w before it
-        (`window:w`) or of all (`full`). For `remat` of the layers see `nn.recomputed`.
+        or not at all. For `container_*` and `blank_code` see `Container`; `container_merge` other
+        than "clusters" puts a `Pooling` in its place. `history` is what else a group sees of those
+        before: nothing (`container`), the tokens of the w before it (`window:w`) or of all
+        (`full`). For `remat` of the layers see `nn.recomputed`.
         """
         if rope not in ("none", "axial"):
             raise ValueError(f"{rope=} must be 'none' or 'axial'")
@@ -182,12 +185,18 @@ class STAR(nnx.Module):
         self.start = embed.vector(rngs.params(), dim)
         self.video_segment = embed.vector(rngs.params(), dim)
         self.null_video = embed.vector(rngs.params(), dim)
-        self.container = None if inject == "none" else Container(
-            dim, num_heads, num_slots=container_slots, neighbors=container_neighbors,
-            refine_blocks=refine_blocks, inject=inject, place=container_place,
-            blank_code=blank_code, density=container_density, update=container_update,
-            **initializers(dim, refine_blocks, init_std), **kw,
-        )  # fmt: skip
+        self.container: Any  # None, or a Container, which a Pooling is called like
+        if inject == "none":
+            self.container = None
+        elif container_merge != "clusters":
+            self.container = Pooling(dim, pool=container_merge, inject=inject, **kw)
+        else:
+            self.container = Container(
+                dim, num_heads, num_slots=container_slots, neighbors=container_neighbors,
+                refine_blocks=refine_blocks, inject=inject, place=container_place,
+                blank_code=blank_code, density=container_density, update=container_update,
+                **initializers(dim, refine_blocks, init_std), **kw,
+            )  # fmt: skip
         self.trunk = Transformer(
             dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
             causal_prefix=prefix == "causal", dropout=dropout, remat=remat,

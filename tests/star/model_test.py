@@ -95,7 +95,14 @@ def test_positional_encoding_is_that_of_the_next_token(model, data):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(inject="aligned"), dict(history="window:1", inject="none")]
+    "changes",
+    [
+        dict(inject="aligned"),
+        dict(history="window:1", inject="none"),
+        dict(container_merge="learned"),
+        pytest.param(dict(container_merge="mean"), marks=pytest.mark.slow),
+        pytest.param(dict(container_merge="last"), marks=pytest.mark.slow),
+    ],
 )
 def test_other_ways_of_the_past_are_causal(data, logits, make_model, changes):
     tokens, condition = data
@@ -104,6 +111,8 @@ def test_other_ways_of_the_past_are_causal(data, logits, make_model, changes):
     for t, j, k in ((0, 2, 1), (1, 7, 2), (2, 6, 0)):
         bumped = bump(tokens, (0, t, n + j, k))
         changed = differs(before, logits(model, bumped, condition, bumped))
+        of_the_past = differs(before, logits(model, tokens, condition, bumped))
+        assert not of_the_past[: t + 1].any()  # a group's state is of those before it
         assert not changed[:t].any()
         assert not changed[t, :j].any() and not changed[t, j, : k + 1].any()
         assert changed[t, j + 1 :].all()

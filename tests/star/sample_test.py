@@ -52,6 +52,9 @@ def test_cached_decoding_equals_teacher_forcing(model, data, logits):
         dict(history="full", inject="none"),
         dict(container_update="recursive", container_density="global"),
         dict(history="window:1", num_layers=4, blank_code=2),
+        dict(container_merge="mean"),
+        dict(container_merge="learned", inject="aligned"),
+        dict(container_merge="last"),
     ],
 )
 def test_it_does_so_with_other_options(data, logits, make_model, changes):
