@@ -13,25 +13,45 @@ bundle that has it as its stage `text`:
 
     fourdstar prepare --text_features --data data/base --bundle runs/vqvae/bundle \\
         --out data/base_text
+
+`small,baseline`, `small,average`, `small,merging` and `small,explicit` are the paper's ablations
+(Table 4): another way of the past, all else as it is (docs/PAPER.md). The baseline's groups see the
+tokens of all before them, which only the small sizes can bear.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from fourdstar_jax.star import sample
 from fourdstar_jax.tokenizer import LOCAL, RELEASED, choose
+
+# What else may carry the past (paper Table 4), for comparison: changes to `model`.
+ABLATIONS = {
+    "baseline": dict(inject="none", history="full"),  # all tokens of all groups before
+    "average": dict(container_merge="mean"),  # B: averaged over time
+    "merging": dict(container_merge="learned"),  # C: merged over time by an MLP
+    "explicit": dict(container_merge="last"),  # A, without L4GM: the tokens of the group before
+}
 
 
 def get_config(argument: str = "small") -> ConfigDict:
-    """`argument` is "scale" or "scale,tokenizer", what it builds on if not `tokenizer.choose`'s."""
-    scale, _, tokenizer = argument.partition(",")
+    """`argument` is a scale and perhaps, after commas, what it builds on if not
+    `tokenizer.choose`'s, and a name of `ABLATIONS`, which changes what carries the past and nothing
+    else.
+    """
+    scale, *more = argument.split(",")
+    ablation = more.pop() if more and more[-1] in ABLATIONS else None
+    tokenizer = ",".join(more)
     config = ConfigDict()
     config.stage = "star"
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 64  # objects
-    config.data = ConfigDict(dict(dir=f"data/{argument.replace(',', '_')}_tokens", timesteps=8))
+    name = "_".join([scale, *more])
+    config.data = ConfigDict(dict(dir=f"data/{name}_tokens", timesteps=8))
     # Shares of the steps whose clips have one timestep (a picture is a static object), and half.
     config.data.update(still=0.1, half=0.1)
+    config.data.shuffle_views = False  # whether novel views come in another order at each step
     config.data.text_features = placeholder(str)  # a folder, for text_encoder="t5"; None: words
     config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
     # a folder made by `fourdstar convert llamagen` or `mvar`, whose layers a new run starts from
@@ -54,7 +74,13 @@ def get_config(argument: str = "small") -> ConfigDict:
         dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, average=0.999)
     )  # `average` of the weights goes into evaluation and bundle; 0: none
 
-    config.top_k = 100  # generation's default: sample each code from the likeliest so many
+    # How the model is sampled, in training and where generation is not told otherwise.
+    config.sampling = ConfigDict({**sample.DEFAULTS, "top_k": placeholder(int)})
+    config.free = ConfigDict(dict(every=5000, clips=8))  # sampled of unseen clips: `train.free`
+    config.lpips = "weights/lpips_vgg16.npz"  # without it no LPIPS in `free`; docs/WEIGHTS.md
+    # The metric of the log that the bundle's weights are the best by. None: free/lpips where it is
+    # measured, else eval/nll; `train.star.METRICS` has the others.
+    config.best = placeholder(str)
     config.log_every = 100
     # a step that takes so many times as long as is usual, and 5 minutes, ends the run; 0: none does
     config.watchdog = 30.0
@@ -68,7 +94,6 @@ def get_config(argument: str = "small") -> ConfigDict:
 
     match scale:
         case "tiny":
-            config.top_k = 16
             config.forcing.near = 8
             config.data.timesteps = 4
             config.batch_size = 8
@@ -77,6 +102,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.optim.weight_decay = 0.01
             config.log_every = 50
             config.eval_every = 500
+            config.free.every = 500
             config.checkpoint_every = 500
         case "small":
             config.schedule.learning_rate = 5e-4
@@ -87,6 +113,10 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.data.timesteps = 24
             config.data.text_features = "data/paper_text"
             config.forcing.num_groups = 6
+    if ablation is not None:
+        config.model.update(ABLATIONS[ablation])
+    if ablation == "baseline":
+        config.forcing.num_groups = None  # a group sees those before it, so all are there
     return config
 
 

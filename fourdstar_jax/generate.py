@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -96,6 +97,18 @@ class Model:
         rig = {name: value for name, value in seen.values.items() if name != "max_timesteps"}
         self.rig = Rig.from_dict(rig, f"{seen.where}: {seen.path}")
         self.resolution = self.bundle.spec.resolution
+        if "star" in self.bundle.stages:
+            trained = self.bundle.info("star").part("trained", default={})  # older ones: nothing
+            self.max_timesteps = min(
+                self.max_timesteps,
+                trained.integer("timesteps", 1, 1 << 16, default=self.max_timesteps),
+            )
+            views = trained.integer("views", 1, 1 << 10, default=self.rig.num_views)
+            if views != self.rig.num_views:
+                raise ValueError(
+                    f"bundle {folder}: its star was trained on {views} views, its vqvae on "
+                    f"{self.rig.num_views}"
+                )
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -141,10 +154,22 @@ class Model:
             )
         return self.bundle.load("text")
 
+    @functools.cached_property
+    def sampling(self) -> dict[str, Any]:
+        """How STAR is sampled where `generate` is not told otherwise: the bundle's settings."""
+        kept = self.bundle.info("star").part("sampling", default=sample.DEFAULTS)
+        top_k = kept.values.get("top_k")
+        return {
+            "temperature": kept.number("temperature", 0, 1e6),
+            "top_k": None if top_k is None else kept.integer("top_k", 1, 1 << 20),
+            "cfg_scale": kept.number("cfg_scale", -1e6, 1e6),
+        }
+
     def encode_text(
         self, prompt: str
     ) -> tuple[Int[np.ndarray, " L"], Shaped[np.ndarray, "L C"] | None]:
         """Ids and, of a STAR with text_encoder="t5", features, rounded as in its training."""
+        self._check_length(prompt)
         if self.text_encoder == "words":
             return self.words([prompt])[0], None
         arguments = self.bundle.stage("star").model
@@ -161,6 +186,15 @@ class Model:
             features = stored(features, kept.text("dtype", choices=sorted(DTYPES)), [prompt])
         return ids[0], features[0]
 
+    def _check_length(self, prompt: str) -> None:
+        """Warns of a text that is cut."""
+        most = self.bundle.stage("star").model["text_length"]
+        count = len(pieces.ids(prompt)) + (self.text_encoder == "t5")  # its end mark
+        if count > most:
+            warnings.warn(
+                f"the text has {count} word pieces; the model reads the first {most}", stacklevel=3
+            )
+
     def generate(
         self,
         video: str | os.PathLike[str] | Shaped[np.ndarray, "T h w c"] | Clip,
@@ -169,9 +203,9 @@ class Model:
         key: jax.Array | None = None,
         seed: int | None = None,
         timesteps: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
-        cfg: float = 1.0,
+        cfg: float | None = None,
         fit: str = "object",
         start: float = 0.0,
         fps: float | None = None,
@@ -183,13 +217,17 @@ class Model:
 
         `video` is what `read` takes with the arguments of the same names, or what it gave. `text`
         says what is seen and how it moves; without it the paper's neutral prompt stands in. The
-        randomness is `key` or `jax.random.key(seed)` (0). The object's fps is the clip's.
+        randomness is `key` or `jax.random.key(seed)` (0). `temperature` (0 takes the likeliest
+        codes), `top_k` and `cfg` (guidance towards the video) are by default those of `sampling`.
+        The object's fps is the clip's. A text that is longer than the model reads gives a warning.
 
         Raises ValueError for input that cannot be used.
         """
         if key is not None and seed is not None:
             raise ValueError("give key or seed, not both")
-        sample.check_settings(temperature=temperature, top_k=top_k, cfg_scale=cfg)
+        told = {"temperature": temperature, "top_k": top_k, "cfg_scale": cfg}
+        settings = {k: self.sampling[k] if value is None else value for k, value in told.items()}
+        sample.check_settings(**settings)
         if not isinstance(video, Clip):
             video = self.read(
                 video, timesteps=timesteps, fit=fit, start=start, fps=fps, folder_fps=folder_fps,
@@ -214,9 +252,6 @@ class Model:
             cameras=Cameras(*(jnp.asarray(x)[None] for x in cameras)),
             text_features=None if text_features is None else jnp.asarray(text_features)[None],
         )
-        info_of_star = self.bundle.info("star")
-        if top_k is None and info_of_star.values.get("top_k") is not None:
-            top_k = info_of_star.integer("top_k", 1, 1 << 20)
         with steps(count, desc="timesteps", unit="step", disable=not progress) as step:
 
             def on_group(t: int, tokens: Array) -> None:
@@ -227,9 +262,7 @@ class Model:
                 star,
                 condition,
                 key,
-                temperature=temperature,
-                top_k=top_k,
-                cfg_scale=cfg,
+                **settings,
                 on_group=on_group,
             )[0]
         meta = {
@@ -238,7 +271,7 @@ class Model:
             "text": text,
             "prompt": prompt,
             "input": info,
-            "sampling": {"temperature": temperature, "top_k": top_k, "cfg": cfg},
+            "sampling": {"cfg" if k == "cfg_scale" else k: v for k, v in settings.items()},
             **self._provenance(
                 ("tokenizer", "vqvae", "star", *(["text"] if self.text_encoder == "t5" else []))
             ),
@@ -287,7 +320,8 @@ class Model:
         most = self.max_timesteps if timesteps is None else timesteps
         if not 1 <= most <= self.max_timesteps:
             raise ValueError(
-                f"{timesteps=} must be from 1 to {self.max_timesteps}, the model's most"
+                f"{timesteps=} must be from 1 to {self.max_timesteps}, the most that the model was "
+                "trained on"
             )
         fps = self.rig.fps if fps is None else fps
         if isinstance(video, str | os.PathLike):

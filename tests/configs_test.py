@@ -97,6 +97,16 @@ def test_stages_fit_together(scale):
     assert loss.shape == ()
 
 
+@pytest.mark.parametrize("name", ["baseline", "average", "merging", "explicit"])
+def test_ablations_change_what_carries_the_past_and_nothing_else(name):
+    ours, other = (config_of("star", x).to_dict() for x in ("small,local", f"small,local,{name}"))
+    changed = {key for key in other["model"] if other["model"][key] != ours["model"].get(key)}
+    assert changed and changed <= {"inject", "history", "container_merge"}
+    assert {**other, "model": ours["model"]} == ours
+    assert config_of("star", f"paper,vq16,{name}").data.dir == "data/paper_vq16_tokens"
+    assert 5 < nn.count_parameters(shapes("star", f"small,{name}")) / 1e6 < 20
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_unknown_scale_names_the_scales(stage):
     with pytest.raises(ValueError, match="tiny, small, base or paper"):

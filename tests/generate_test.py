@@ -1,6 +1,8 @@
 """From a video to an object, through all three stages with arbitrary weights."""
 
 import io
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -171,3 +173,34 @@ def test_an_incomplete_bundle_says_what_is_missing(tiny_bundle, tmp_path):
     bundle.copy(tiny_bundle, tmp_path / "less", stages=("tokenizer",))
     with pytest.raises(ValueError, match="not complete"):
         fs.load(tmp_path / "less")
+
+
+def test_a_text_that_is_cut_gives_a_warning(model):
+    with pytest.warns(UserWarning, match=r"has \d+ word pieces; the model reads the first \d+"):
+        model.encode_text("a red dog that jumps over a blue bull " * 20)
+
+
+def test_a_bundle_tells_how_star_was_trained_and_is_sampled(tiny_bundle, tmp_path):
+    def with_info(**info):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(tiny_bundle, folder)
+        content = json.loads((folder / "model.json").read_text())
+        content["stages"]["star"]["info"] |= info
+        (folder / "model.json").write_text(json.dumps(content))
+        return folder
+
+    model = generate.load(
+        with_info(
+            trained={"timesteps": 1, "views": 2},
+            sampling={"temperature": 0.25, "top_k": 3, "cfg_scale": 2.0},
+        )
+    )
+    assert model.sampling == {"temperature": 0.25, "top_k": 3, "cfg_scale": 2.0}
+    with pytest.raises(ValueError, match="timesteps=2 must be from 1 to 1, the most"):
+        model.read(frames(), timesteps=2)
+    assert len(model.read(frames()).images) == 1
+    with pytest.raises(ValueError, match="its star was trained on 3 views, its vqvae on 2"):
+        generate.load(with_info(trained={"timesteps": 1, "views": 3}))
+    hot = generate.load(with_info(sampling={"temperature": "hot", "cfg_scale": 1}))
+    with pytest.raises(ValueError, match="sampling.temperature must be a number"):
+        hot.generate(frames())

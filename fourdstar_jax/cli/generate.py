@@ -61,13 +61,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="cut the object out and scale it as in training, or only resize",
     )
     parser.add_argument(
-        "--temperature", type=real(0, 1000), default=1.0, help="0 takes the likeliest"
+        "--temperature", type=real(0, 1000), help="0 takes the likeliest; default the model's"
     )
     parser.add_argument(
         "--top_k", type=whole(1, 1 << 20), help="sample from the k likeliest; default the model's"
     )
     parser.add_argument(
-        "--cfg", type=real(-1000, 1000), default=1.0, help="classifier-free guidance scale"
+        "--cfg",
+        type=real(-1000, 1000),
+        help="classifier-free guidance scale; default the model's",
     )
     parser.add_argument(
         "--max_frames", type=whole(1, 10**7), default=10_000, help="longer inputs are refused"

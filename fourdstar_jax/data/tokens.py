@@ -12,6 +12,7 @@ Readers compare the tokenizer's spec: tokens of another tokenizer are numbers wi
 """
 
 import functools
+import itertools
 import json
 import struct
 from collections.abc import Callable
@@ -125,6 +126,16 @@ class TokenFolder:
     def splits(self) -> dict[str, int]:
         """Clips of each split."""
         return self.content["splits"]
+
+    @property
+    def num_views(self) -> int:
+        """Views of the dataset's rig."""
+        return (
+            outside.Fields(self.content, str(self.path / TOKENS.manifest))
+            .part("data")
+            .part("settings")
+            .integer("views", 1, 1 << 10)
+        )
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -260,6 +271,31 @@ def make_loader(
         repeat=random if repeat is None else repeat,
         worker_count=worker_count,
     )
+
+
+def first_windows(
+    folder: TokenFolder,
+    split: str,
+    count: int,
+    *,
+    timesteps: int,
+    words: WordTokenizer,
+    features: pipeline.Features | None = None,
+) -> dict[str, np.ndarray]:
+    """The first windows of up to `count` clips of a split as one batch, the same on every process.
+
+    Clips are taken from one object after the other, so that they are of as many as may be.
+    """
+    source = TokenSource(folder, split)
+    by_object: dict[str, list[dict]] = {}
+    for i in range(len(source)):
+        clip = source._read(i)
+        by_object.setdefault(clip["object_id"], []).append(clip)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_object.values()))
+    chosen = [clip for clip in turns if clip is not None][:count]
+    window = _TokenWindows(words, timesteps, False, False, 0.0, features)
+    examples = [window(clip, np.random.default_rng(0)) for clip in chosen]
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 class _TokenWindows(pipeline.Windows):

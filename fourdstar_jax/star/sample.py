@@ -15,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fourdstar_jax.star.container import Carry, State
+from fourdstar_jax.star.container import State
 from fourdstar_jax.star.head import filter_logits
 from fourdstar_jax.star.model import STAR, Condition, Places
 from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
+
+# Settings of `generate` where a bundle says nothing else. This temperature without a cut to the
+# likeliest codes flickers a third less than 1 with one, at equal PSNR (on the bundled model).
+DEFAULTS: dict[str, Any] = {"temperature": 0.5, "top_k": None, "cfg_scale": 1.0}
 
 
 class Sampling(NamedTuple):
@@ -32,7 +36,7 @@ class Sampling(NamedTuple):
 class Memory(NamedTuple):
     """What one group leaves to the next."""
 
-    container: Carry | None
+    container: Any  # a `container.Carry` or `pooling.Past`; None
     past: KV | None  # the slots of the window of groups before it, the latest last, of all layers
 
 

@@ -1,9 +1,10 @@
-"""A picture of some clips in training: truth | coarse | corrected | depth | flow."""
+"""Pictures of some clips in training: what the 4D VQ-VAE draws, and what STAR samples."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from fourdstar_jax.train import inputs
 from fourdstar_jax.types import Array, Cameras
 from fourdstar_jax.vqvae import losses
 
-ROWS = 6  # of a picture
+ROWS = 6  # of a picture; clips of one of samples
 DEPTHS = (RADIUS - 0.6, RADIUS + 0.6)  # black to white, scene units
 FASTEST = 0.05  # of the width of a picture from one timestep to the next: the strongest colour
 
@@ -65,7 +66,7 @@ def flow_colours(flow: Float[np.ndarray, "*b h w 2"]) -> Float[np.ndarray, "*b h
 
 
 def sheet(drawn: Mapping[str, Array]) -> Float[np.ndarray, "h w 3"]:
-    """The rows one below the other, of `render_step`, in [0, 1]."""
+    """Truth | coarse | corrected | depth | flow of `render_step`, in [0, 1], a view a row."""
     columns = []
     for name in ("truth", "coarse", "corrected", "depth", "flow"):
         if name not in drawn:
@@ -82,9 +83,22 @@ def sheet(drawn: Mapping[str, Array]) -> Float[np.ndarray, "h w 3"]:
     return rows.reshape(-1, *rows.shape[2:])
 
 
-def save(path: Path, drawn: Mapping[str, Array]) -> None:
-    """Writes the sheet as PNG."""
+def samples_sheet(
+    truth: Float[np.ndarray, "B T V h w 3"], samples: Float[np.ndarray, "B T V h w 3"]
+) -> Float[np.ndarray, "H W 3"]:
+    """Clip after clip a row of the truth and below it one of what was sampled, in [0, 1].
+
+    A row has all views at the first timestep, then at the middle and at the last one.
+    """
+    steps = sorted({0, truth.shape[1] // 2, truth.shape[1] - 1})
+    both = np.stack([truth[:ROWS, steps], samples[:ROWS, steps]], axis=1)
+    rows = einops.rearrange(both, "b two t v h w c -> (b two h) (t v w) c")
+    return np.clip(rows, 0, 1)
+
+
+def save(path: Path, picture: Float[np.ndarray, "h w 3"]) -> None:
+    """Writes a picture in [0, 1] as PNG."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.rint(255 * sheet(drawn)).astype(np.uint8)).save(path)
+    Image.fromarray(np.rint(255 * picture).astype(np.uint8)).save(path)

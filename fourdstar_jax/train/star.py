@@ -2,6 +2,8 @@
 
 import functools
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,28 +14,29 @@ from flax import nnx
 from fourdstar_jax import bundle, nn, sharding
 from fourdstar_jax.data import tokens
 from fourdstar_jax.data.features import TextFeatures
-from fourdstar_jax.star import warm_start
+from fourdstar_jax.perceptual import lpips as perceptual
+from fourdstar_jax.star import sample, warm_start
 from fourdstar_jax.star.forcing import corrupt
-from fourdstar_jax.star.model import STAR, Condition
+from fourdstar_jax.star.model import STAR
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.train import optim
+from fourdstar_jax.train import free, optim, pictures
 from fourdstar_jax.train import state as train_state
+from fourdstar_jax.train.best import Best
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
+from fourdstar_jax.train.free import condition_of
 from fourdstar_jax.train.metrics import Mean, MetricWriter
-from fourdstar_jax.types import Cameras
 
-
-def condition_of(batch: dict) -> Condition:
-    """The condition that a batch of tokens comes with: its own caption and input view."""
-    return Condition(
-        text_ids=batch["text_ids"],
-        video_tokens=batch["tokens"][:, :, 0],
-        times=batch["times"],
-        cameras=Cameras(batch["viewmats"], batch["Ks"]),
-        text_features=batch.get("text_features"),
-    )
+# Those that the best weights can be kept by, by their name in the log; whether more is better.
+METRICS = {
+    "eval/nll": False,
+    "eval/nll_novel": False,
+    "free/accuracy": True,
+    "free/propagation": True,
+    "free/psnr_in_mask": True,
+    "free/lpips": False,
+}
 
 
 def all_views(batch: dict) -> jax.Array:
@@ -75,6 +78,14 @@ def shortened(batch: dict, seed: int, step: int, *, still: float, half: float) -
     if chance < still + half:
         timesteps = 1 if chance < still else (timesteps + 1) // 2
     return batch | {name: batch[name][:, :timesteps] for name in ("tokens", "times")}
+
+
+def reordered(batch: dict, seed: int, step: int) -> dict:
+    """A batch with its novel views in another order, by seed and step; view 0 stays the first."""
+    views = batch["viewmats"].shape[1]
+    order = np.r_[0, 1 + np.random.default_rng((seed, step, 1)).permutation(views - 1)]
+    cameras = {name: batch[name][:, order] for name in ("viewmats", "Ks")}
+    return batch | cameras | {"tokens": batch["tokens"][:, :, order]}
 
 
 def text_features(config: Any, folder: tokens.TokenFolder) -> TextFeatures | None:
@@ -128,12 +139,74 @@ def start_warm(
     return train_state.start_warm(graphdef, state, load, workdir)
 
 
+def open_sampler(
+    config: Any, folder: tokens.TokenFolder, words: Any, features: Any, mesh: Any
+) -> free.Sampler | None:
+    """What samples unseen clips in training; None without any, and with `config.free.clips` 0.
+
+    Pictures are drawn where `config.bundle` has a 4D VQ-VAE, and compared by LPIPS where its
+    weights are at `config.lpips`.
+    """
+    settings = config.sampling.to_dict()
+    sample.check_settings(**settings)
+    if config.free.clips == 0 or "unseen_clip" not in folder.splits:
+        return None
+    batch = tokens.first_windows(
+        folder,
+        "unseen_clip",
+        config.free.clips,
+        timesteps=config.data.timesteps,
+        words=words,
+        features=features,
+    )
+    decoder, found = None, bundle.read(config.bundle)
+    if "vqvae" in found.stages:
+        lpips = None
+        if Path(config.lpips).is_file():
+            lpips = perceptual.load(config.lpips, dtype=jnp.dtype(config.model.dtype))
+        decoder = free.Decoder(found.load("tokenizer"), found.load("vqvae"), lpips)
+    return free.Sampler(
+        batch=batch,
+        condition=train_state.replicate(condition_of(batch), mesh),
+        key=jax.random.key(config.seed),
+        mesh=mesh,
+        decoder=None if decoder is None else train_state.replicate(decoder, mesh),
+        blank_code=config.model.get("blank_code"),
+        settings=settings,
+    )
+
+
+def best_metric(config: Any, sampler: free.Sampler | None, held_out: Any) -> str | None:
+    """The metric that the best weights are kept by; None without unseen clips.
+
+    By default LPIPS of free samples where it is measured, else the likelihood. Raises ValueError
+    for a metric of `config.best` that there is not, or that this run does not measure.
+    """
+    decoder = None if sampler is None else sampler.decoder
+    measured = [name for name in METRICS if name.startswith("eval/") and held_out]
+    if sampler is not None:
+        measured += ["free/accuracy"]
+        measured += ["free/propagation"] if config.data.timesteps > 1 else []
+    if decoder is not None:
+        measured += ["free/psnr_in_mask"] + (["free/lpips"] if decoder.lpips is not None else [])
+    if config.best is None:
+        return next((name for name in ("free/lpips", "eval/nll") if name in measured), None)
+    if config.best not in measured:
+        raise ValueError(
+            f"config.best={config.best!r}: this run measures {measured}; free/lpips needs LPIPS' "
+            f"weights at config.lpips={config.lpips!r} (docs/WEIGHTS.md)"
+        )
+    return config.best
+
+
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/star.py) and leaves `<workdir>/bundle`.
 
     The bundle takes over the stages of `config.bundle`, whose tokenizer must be the one that made
-    the tokens. Restarts from the newest checkpoint in `workdir`, with the batches it would have
-    seen. A run that starts at step 0 begins with the weights of `config.warm_start`, if given.
+    the tokens. Its weights are the best by `config.best`, which `<workdir>/best` keeps meanwhile;
+    the last ones where there are no unseen clips. Restarts from the newest checkpoint in `workdir`,
+    with the batches it would have seen. A run that starts at step 0 begins with the weights of
+    `config.warm_start`, if given.
     Raises FloatingPointError when the loss is not finite.
     """
     key = jax.random.key(config.seed)
@@ -153,6 +226,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         held_out = ()  # a dataset of one's own objects has no unseen clips
         if "unseen_clip" in folder.splits:
             held_out = loader(split="unseen_clip", batch_size=config.batch_size)
+        sampler = open_sampler(config, folder, words, features, mesh)
+        metric = best_metric(config, sampler, held_out)
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
@@ -188,6 +263,38 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         )
         eval_fn = jax.jit(functools.partial(eval_step, graphdef))
         first = int(state.step)
+
+        def write(target: Path, state: train_state.TrainState, **info: Any) -> None:
+            """The averaged weights as a bundle, by the first process."""
+            params = train_state.replicate(train_state.averaged(state).params, mesh)
+            rest = train_state.replicate(state.rest, mesh)
+            if jax.process_index() == 0:
+                bundle.copy(config.bundle, target, stages=stages)
+                model = nnx.merge(graphdef, params, rest)
+                bundle.save_stage(
+                    target,
+                    "star",
+                    model,
+                    {**config.to_dict(), "model": sizes},
+                    storage=config.storage,
+                    trained={"timesteps": config.data.timesteps, "views": folder.num_views},
+                    sampling=config.sampling.to_dict(),
+                    **info,
+                    **(
+                        {"words": words.to_dict()}
+                        if features is None
+                        else {"text": features.provenance}
+                    ),
+                    **(train_state.warm_info(workdir) if config.warm_start is not None else {}),
+                    **folder.hashes,
+                )
+
+        # A bundle without a 4D VQ-VAE does for training, and makes one that cannot generate yet.
+        wanted = ["tokenizer", "vqvae", *(["text"] if features is not None else [])]
+        stages = [name for name in wanted if name in bundle.read(config.bundle).stages]
+        best = None
+        if metric is not None:
+            best = Best(workdir, metric, write, higher=METRICS[metric], first_step=first)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
         mean = Mean()
         ending = Ending(mesh, times=config.watchdog)
@@ -196,42 +303,45 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             batch = shortened(
                 next(batches), config.seed, step, still=config.data.still, half=config.data.half
             )
+            if config.data.shuffle_views:
+                batch = reordered(batch, config.seed, step)
             batch = train_state.to_device(batch, mesh)
             state, metrics = step_fn(state, batch, key)
             mean.add(metrics)
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            last = done == config.steps
+            if done % config.log_every == 0 or last:
                 writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
                 mean = Mean()
             if number := ending.asked():
                 checkpoints.save_and_stop(number, done, state, batches)
-            if held_out and (done % config.eval_every == 0 or done == config.steps):
+            measured = {}
+            if held_out and (done % config.eval_every == 0 or last):
                 held, average = Mean(), train_state.averaged(state)
                 for batch in held_out:
                     held.add(eval_fn(average, train_state.to_device(batch, mesh)))
-                writer.write(done, held.result(), prefix="eval")
+                values = writer.write(done, held.result(), prefix="eval")
+                measured |= {f"eval/{name}": value for name, value in values.items()}
+            if sampler is not None and (done % config.free.every == 0 or last):
+                average = train_state.averaged(state).params
+                values, drawn = sampler(nnx.merge(graphdef, average, state.rest))
+                values = writer.write(done, values, prefix="free")
+                measured |= {f"free/{name}": value for name, value in values.items()}
+                if drawn and jax.process_index() == 0:
+                    sheet = pictures.samples_sheet(drawn["truth"], drawn["real"])
+                    pictures.save(Path(workdir) / f"pictures/step_{done:08d}.png", sheet)
+            if measured:
+                if best is not None:
+                    best.offer(done, measured, state)
                 writer.restart_clock()
-            checkpoints.save(done, state, batches, force=done == config.steps)
+            checkpoints.save(done, state, batches, force=last)
         checkpoints.close()
         writer.close()
-        model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
-    if jax.process_index() == 0:
-        stages = ["tokenizer", "vqvae"]
-        if features is not None and "text" in bundle.read(config.bundle).weights_sha256():
-            stages.append("text")
-        bundle.copy(config.bundle, f"{workdir}/bundle", stages=stages)
-        info: dict[str, Any] = {"words": words.to_dict()}
-        if features is not None:
-            info = {"text": features.provenance}
-        if config.warm_start is not None:
-            info |= train_state.warm_info(workdir)
-        bundle.save_stage(
-            f"{workdir}/bundle",
-            "star",
-            model,
-            {**config.to_dict(), "model": sizes},
-            storage=config.storage,
-            top_k=config.top_k,
-            **info,
-            **folder.hashes,
-        )
+        target, told = Path(workdir) / "bundle", ""
+        if best is None or best.value is None:
+            write(target, state)
+            told = f"the last weights, of step {int(state.step)}"
+        elif jax.process_index() == 0:
+            told = best.copy(target, [*stages, "star"])
+        if jax.process_index() == 0:
+            print(f"{target}: {told}", file=sys.stderr, flush=True)

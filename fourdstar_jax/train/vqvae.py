@@ -302,7 +302,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                     train_state.to_device(drawn, mesh),
                     capacity=capacity,
                 )
-                pictures.save(Path(workdir) / f"pictures/step_{done:08d}.png", drawn)
+                path = Path(workdir) / f"pictures/step_{done:08d}.png"
+                pictures.save(path, pictures.sheet(drawn))
                 writer.restart_clock()
             if held_out and (done % config.eval_every == 0 or done == config.steps):
                 held, codes, average = Mean(), jnp.zeros(()), train_state.averaged(state)

@@ -15,7 +15,7 @@ def test_columns_and_shades(tmp_path):
     drawn = {name: np.full((*shape, 3), i / 4) for i, name in enumerate(("truth", "coarse"))}
     drawn |= {"corrected": np.full((*shape, 3), 1.5), "depth": depth, "alpha": alpha}
     path = tmp_path / "some" / "step.png"
-    pictures.save(path, drawn)
+    pictures.save(path, pictures.sheet(drawn))
     with Image.open(path) as picture:
         found = np.asarray(picture)
     assert found.shape == (6 * 8, 4 * 8, 3)
@@ -24,6 +24,15 @@ def test_columns_and_shades(tmp_path):
     assert np.all(row[:4, 3] == 0) and np.all(row[4:, 3] == 255)  # near is black, nothing white
     drawn["flow"] = np.zeros((*shape, 2))
     assert pictures.sheet(drawn).shape == (6 * 8, 5 * 8, 3)
+
+
+def test_samples_stand_below_the_truth():
+    truth = np.broadcast_to(np.arange(5.0)[:, None, None, None, None] / 8, (2, 5, 3, 8, 8, 3))
+    found = pictures.samples_sheet(truth, truth + 0.5).reshape(2, 2, 8, 3, 3, 8, 3)
+    for side in (0, 1):
+        shades = found[:, side, :, :, :, 0, 0]  # of clips, rows, timesteps 1, 3 and 5, views
+        np.testing.assert_allclose(shades[0, 0].T[0] * 8, np.array([0, 2, 4]) + 4 * side)
+        assert (shades == shades[:1, :1, :, :1]).all()
 
 
 def test_flow_has_the_hue_of_its_direction():

@@ -19,6 +19,7 @@ from fourdstar_jax.tokenizer import make
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.train import encode, star, tokenizer, vqvae
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
+from fourdstar_jax.vqvae.model import VQVAE4D
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLOCKS = ("steps_per_s", "data_wait")  # what differs between two runs
@@ -183,6 +184,45 @@ def test_local_tokenizer_trains_and_tells_how_steady_it_is(
         assert 0 < row["eval/blank_share"] < 1 and 0 <= row["eval/unchanged_kept"] <= 1
     white = bundle.read(tmp_path / "t/bundle").load("tokenizer").encode(jnp.ones((1, 16, 16, 3)))
     np.testing.assert_array_equal(white, np.zeros((1, 16, 3)))
+
+
+def test_star_looks_at_what_it_makes(objects_dir, tmp_path, one_device, monkeypatch):
+    """Samples of an unseen clip are measured and drawn; the bundle has the best weights by them."""
+    plate = hashlib.sha256((objects_dir / "pack/wild_pack__Plate2.glb").read_bytes()).hexdigest()
+    table = {(plate, 0): "train", (plate, 1): "unseen_clip"}
+    monkeypatch.setattr(splits, "load", lambda: table)
+    prepare.prepare(
+        objects_dir, tmp_path / "d", image_size=16, views=2, extra_views=0, max_frames=2,
+        workers=0, **QUIET,
+    )  # fmt: skip
+    for name, module in (("tokenizer", make), ("vqvae", VQVAE4D)):
+        arguments = config_of(name, tmp_path / "d").model.to_dict()
+        model = nn.build(module, jax.random.key(0), **bundle.module_arguments(name, arguments))
+        bundle.save_stage(tmp_path / "v", name, model, {"model": arguments})
+    encode.prepare_tokens(tmp_path / "d", tmp_path / "v", tmp_path / "tokens")
+    with config_of("star", tmp_path / "tokens", tmp_path / "v").unlocked() as config:
+        config.update(batch_size=1, best="free/psnr_in_mask")
+        config.free.update(every=2, clips=3)
+        config.data.update(still=0.0, half=0.0)
+    star.train(config, tmp_path / "s")
+    rows = [json.loads(x) for x in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
+    free = [row for row in rows if "free/accuracy" in row]
+    assert [row["step"] for row in free] == [2, 4]
+    for row in free:
+        assert all(np.isfinite(value) for value in row.values())
+        assert {"free/over_copy_t2", "free/over_copy_view1", "free/psnr_in_mask"} <= row.keys()
+    with Image.open(tmp_path / "s/pictures/step_00000004.png") as picture:
+        assert picture.size == (2 * 2 * 16, 2 * 16)  # one clip: two timesteps, two views
+    values = [row["free/psnr_in_mask"] for row in free]
+    kept = bundle.read(tmp_path / "s/bundle")
+    assert kept.stage("star").info["best"] == {
+        "metric": "free/psnr_in_mask", "value": max(values), "step": 2 * (1 + np.argmax(values)),
+    }  # fmt: skip
+    assert kept.weights_sha256() == bundle.read(tmp_path / "s/best").weights_sha256()
+    assert kept.stage("star").info["trained"] == {"timesteps": 2, "views": 2}
+    with pytest.raises(ValueError, match="config.best='free/lpips': this run measures"):
+        config.best = "free/lpips"
+        star.train(config, tmp_path / "again")
 
 
 @pytest.mark.parametrize("stage", [tokenizer, vqvae])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import geometry, nn
-from fourdstar_jax.evaluate.propagation import history_following, kept, propagation
 from fourdstar_jax.star.model import STAR, Condition
+from fourdstar_jax.star.propagation import history_following, kept, propagation
 from fourdstar_jax.types import Cameras
 
 B, T, N, K, VOCAB = 3, 4, 50, 2, 8

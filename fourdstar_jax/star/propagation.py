@@ -6,6 +6,7 @@ another sample's, which conditions alone make, and with the truth's. Teacher-for
 hardly show this: there, a group's own past tells what the state would.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -26,9 +27,12 @@ class Propagation(NamedTuple):
 
     @property
     def share(self) -> float:
-        """0 where a sample is no more like its own past than like another's, 1 as the truth is."""
+        """0 where a sample is no more like its own past than like another's, 1 as the truth is.
+
+        NaN where the truth is no more like its past than samples are like each other's.
+        """
         own, other, truth = (float(np.nanmean(x)) for x in self)
-        return (own - other) / (truth - other)
+        return (own - other) / (truth - other) if truth > other else math.nan
 
 
 def kept(
