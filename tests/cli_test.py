@@ -504,6 +504,7 @@ NUMBERS = {
     "encode-text --data a --bundle b --out c": ["batch"],
     "bench tokenizer": ["batch", "repeats"],
     "bench rasterize": ["repeats"],
+    "bench sampling --data a": ["clips", "temperature", "top_k", "cfg"],
     "bench train vqvae": ["batch", "views", "repeats"],
 }
 

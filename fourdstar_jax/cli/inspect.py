@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder
+from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder, whole
 
 SUMMARY = "tell what a model bundle or a dataset holds"
 
@@ -16,6 +16,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE", help="write a picture of a dataset's objects"
     )
+    parser.add_argument(
+        "--clusters",
+        type=Path,
+        metavar="FILE",
+        help="write a picture of the container's clusters of a clip of --data (Figure 7)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset for --clusters")
+    parser.add_argument("--split", default="unseen_clip", help="of --data")
+    parser.add_argument("--clip", type=whole(0, 1 << 31), default=0, help="of the split")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,6 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if is_of_kind(arguments.bundle, DATASET):
         return _dataset(arguments.bundle, arguments.sheet)
+    if arguments.clusters is not None:
+        return _clusters(arguments)
     if arguments.sheet is not None:
         raise ValueError(f"{arguments.bundle} is not a dataset: --sheet needs one")
     found = bundle.read(arguments.bundle)
@@ -44,6 +55,25 @@ def run(arguments: argparse.Namespace) -> None:
         for key, value in sorted(stage.info.items()):
             print(f"    {_printable(key)}: {_short(value)}")
     print(f"  written by {_short(found.packages)}")
+
+
+def _clusters(arguments: argparse.Namespace) -> None:
+    if arguments.data is None:
+        raise ValueError("--clusters needs --data, a prepared dataset")
+    from fourdstar_jax.evaluate import clusters
+
+    found = clusters.write(
+        arguments.bundle,
+        arguments.data,
+        arguments.clusters,
+        split=arguments.split,
+        clip=arguments.clip,
+    )
+    sizes = sorted(found.occupancy.tolist(), reverse=True)
+    print(f"{arguments.clusters}: what the last timestep of clip {arguments.clip} is told")
+    told = f"{sum(sizes)} of {len(found.assignment)} tokens"
+    print(f"  {len(sizes)} clusters of {len(found.valid)}, {told}")
+    print(f"  tokens of each, most first: {' '.join(map(str, sizes))}")
 
 
 def _short(value: Any) -> str:

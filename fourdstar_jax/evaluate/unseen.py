@@ -1,19 +1,22 @@
 """Figures of a trained bundle on unseen clips: reconstruction, likelihood, use of its conditions.
 
 Reconstruction is compared with the mean training image of each view. STAR's likelihood of the novel
-views' tokens is compared with a count model, and with itself under another clip's video, another
-object's container and swapped captions. Every difference is a mean over clips with a 95 % bootstrap
-interval; clips are seen from their first frame.
+views' tokens is compared with a count model, and with itself under another object's video,
+container and captions. What it samples by itself is compared with the true tokens and what the 4D
+VQ-VAE makes of them. Figures are means over objects of the means over each one's clips, differences
+with a 95 % bootstrap interval over objects; clips are seen from their first frame.
 """
 
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.data.batching import filled_batches, in_batches
@@ -21,41 +24,51 @@ from fourdstar_jax.evaluate import counts
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
 from fourdstar_jax.generate import Model, encode_images
 from fourdstar_jax.kernels.rasterize import rasterize
+from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.star.forcing import Forcing
 from fourdstar_jax.star.model import Condition
+from fourdstar_jax.train import free
+from fourdstar_jax.train.free import condition_of
 from fourdstar_jax.types import Cameras
 
 BATCH = 8  # clips
+SAMPLED = 16  # clips that are sampled, of as many objects as may be
 
 
 def evaluate(
     bundle_dir: str | os.PathLike[str],
     data_dir: str | os.PathLike[str],
     split: str = "unseen_clip",
+    *,
+    lpips: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """All figures of a split as a JSON-ready dict; dB for PSNR, nats a code for likelihoods.
 
-    Raises ValueError if the dataset's rig is not the bundle's, or for an unknown split.
+    Samples are compared by LPIPS, too, where its weights are at `lpips`. Raises ValueError if the
+    dataset's rig is not the bundle's, for an unknown split, and for clips of one object only.
     """
     model, data_dir = Model(bundle_dir), Path(data_dir)
     rig = pipeline.rig(data_dir)
     if rig != model.rig:
         raise ValueError(f"the dataset's rig {rig} is not the bundle's {model.rig}")
-    clips = _load(model, data_dir, split)
-    train = _load(model, data_dir, "train")
+    clips = load(model, data_dir, split)
+    train = load(model, data_dir, "train")
     report: dict[str, Any] = {
         "split": split,
         "num_clips": len(clips["images"]),
+        "num_objects": len(set(clips["object"])),
         "timesteps": model.max_timesteps,
         **pipeline.provenance(data_dir),
     }
     report["reconstruction"] = _reconstruction(model, clips, train["images"])
     if "star" in model.bundle.stages:
         report["likelihood"] = _likelihood(model, clips, train)
+        network = None if lpips is None else perceptual.load(lpips)
+        report["samples"] = sampler(model, clips, SAMPLED, network)(model.star)[0]
     return report
 
 
-def _load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
+def load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
     """A split's first windows, one array an entry, with their tokens `[clips, T, V, n, K]`."""
     encoder = model.text_encoder if "star" in model.bundle.stages else None
 
@@ -77,6 +90,10 @@ def _load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
     wanted += ["text_features"] if encoder == "t5" else []
     parts = [{k: batch[k] for k in wanted} for batch in loader]
     clips = {k: np.concatenate([part[k] for part in parts]) for k in wanted}
+    manifest = pipeline.read_manifest(data_dir)["clips"]
+    clips["object"] = np.array([manifest[i]["clip_id"].partition("#")[0] for i in clips["clip"]])
+    if len(set(clips["object"])) < 2 and split != "train":
+        raise ValueError(f"{data_dir}: comparing objects needs two or more of them in {split=}")
     encode = functools.partial(encode_images, model.tokenizer)
     return clips | {"tokens": in_batches(encode, (clips["images"],), BATCH)}
 
@@ -113,12 +130,13 @@ def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
             for name, picture in pictures.items():
                 rows.setdefault(f"{name}_psnr", []).append(psnr(picture, truth))
                 rows.setdefault(f"{name}_psnr_in_mask", []).append(psnr(picture, truth, mask))
-    out: dict[str, Any] = {name: float(np.mean(values)) for name, values in rows.items()}
+    objects = clips["object"]
+    out: dict[str, Any] = {name: float(by_object(x, objects).mean()) for name, x in rows.items()}
     for where in ("psnr", "psnr_in_mask"):
         gain = np.subtract(rows[f"model_{where}"], rows[f"mean_image_{where}"])
-        out[f"gain_over_mean_image_{where}"] = bootstrap_interval(gain)
+        out[f"gain_over_mean_image_{where}"] = bootstrap_interval(by_object(gain, objects))
         offsets = np.subtract(rows[f"model_{where}"], rows[f"coarse_{where}"])
-        out[f"gain_of_offsets_{where}"] = bootstrap_interval(offsets)
+        out[f"gain_of_offsets_{where}"] = bootstrap_interval(by_object(offsets, objects))
     return out
 
 
@@ -134,12 +152,12 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
         )
         return star.nll(batch["tokens"], condition, Forcing(history_tokens=batch["history"]))
 
-    other = _another_object(clips)
+    other = another_object(clips["object"])
     count, timesteps, _, n, codes = clips["tokens"].shape
     groups = clips["tokens"].reshape(count, timesteps, -1, codes)
 
-    def novel(swap: str | None = None) -> np.ndarray:
-        """Mean over the novel views' codes of each clip, nats."""
+    def nlls(swap: str | None = None) -> np.ndarray:
+        """Of the novel views' codes [clips, T, V - 1, n, K], nats."""
         text, video, history = (
             other if swap == name else np.arange(count) for name in ("text", "video", "container")
         )
@@ -159,32 +177,63 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
             list(arrays.values()),
             BATCH,
         )
-        return values[:, :, model.star.num_known :].mean(axis=(1, 2, 3))
+        values = values[:, :, model.star.num_known :]
+        return values.reshape(count, timesteps, -1, n, codes)
 
-    right = novel()
-    row = int(round(n**0.5))
+    def mean(values: np.ndarray) -> np.ndarray:
+        """One value an object."""
+        return by_object(values.reshape(count, -1).mean(axis=1), clips["object"])
+
+    true = nlls()
+    right, row = mean(true), int(round(n**0.5))
     vocab = model.bundle.spec.vocab_size
     table = counts.fit_counts(train["tokens"], vocab_size=vocab, row_length=row)
-    baseline = counts.nll(table, clips["tokens"])[:, :, 1:].mean(axis=(1, 2, 3, 4))
+    baseline = mean(counts.nll(table, clips["tokens"])[:, :, 1:])
+    # A view's first tokens have least of their own view before them: there the past tells most.
+    first = [mean(true[:, t, :, :row]).mean() for t in range(timesteps)]
     out: dict[str, Any] = {
         "nll_novel": bootstrap_interval(right),
         "count_model_nll_novel": bootstrap_interval(baseline),
         "star_minus_count_model": bootstrap_interval(right - baseline),
+        "nll_first_row_by_timestep": [float(x) for x in first],
     }
     for swap in ("video", "container", "text"):
-        out[f"rise_with_another_{swap}"] = bootstrap_interval(novel(swap) - right)
+        out[f"rise_with_another_{swap}"] = bootstrap_interval(mean(nlls(swap)) - right)
     return out
 
 
-def _another_object(clips) -> np.ndarray:
-    """For every clip the number of another, the next one whose video has other tokens."""
-    videos = clips["tokens"][:, :, 0].reshape(len(clips["tokens"]), -1)
-    count = len(videos)
-    if count < 2:
-        raise ValueError("comparing conditions needs two clips or more")
-    other = np.empty(count, np.int64)
-    for i in range(count):
-        later = np.arange(i + 1, i + count) % count
-        differs = np.any(videos[later] != videos[i], axis=1)
-        other[i] = later[np.argmax(differs)]
-    return other
+def by_object(
+    values: Sequence[float] | Float[np.ndarray, " n"], objects: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, " m"]:
+    """The mean of each object's clips: clips of one object are not independent of each other."""
+    values = np.asarray(values, np.float64)
+    return np.array([values[objects == name].mean() for name in np.unique(objects)])
+
+
+def another_object(objects: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """For every clip the number of the next one that is of another object."""
+    count = len(objects)
+    if len(set(objects)) < 2:
+        raise ValueError("comparing conditions needs clips of two objects or more")
+    places = np.arange(count)
+    distance = np.where(objects[:, None] == objects, count, (places - places[:, None]) % count)
+    return np.argmin(distance, axis=1)
+
+
+def sampler(model: Model, clips: Mapping[str, Any], count: int, lpips: Any = None) -> free.Sampler:
+    """What samples `count` of the clips as the bundle says, of as many objects as may be."""
+    turn = np.zeros(len(clips["object"]), np.int64)  # how many of its object come before a clip
+    for name in np.unique(clips["object"]):
+        turn[clips["object"] == name] = np.arange(np.sum(clips["object"] == name))
+    chosen = np.sort(np.argsort(turn, kind="stable")[:count])
+    names = ("tokens", "viewmats", "Ks", "times", "text_ids", "text_features")
+    batch = {name: clips[name][chosen] for name in names if name in clips}
+    return free.Sampler(
+        batch=batch,
+        condition=jax.tree.map(jnp.asarray, condition_of(batch)),
+        key=jax.random.key(0),
+        mesh=None,
+        decoder=free.Decoder(model.tokenizer, model.vqvae, lpips),
+        blank_code=model.bundle.stage("star").model.get("blank_code"),
+        settings=model.sampling,
+    )

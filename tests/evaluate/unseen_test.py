@@ -7,22 +7,12 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import generate
-from fourdstar_jax.data import prepare
-from fourdstar_jax.evaluate import unseen
+from fourdstar_jax.evaluate import sampling, unseen
 
 
 @pytest.fixture(autouse=True)
 def mesh():
     """None, as for users."""
-
-
-@pytest.fixture(scope="module")
-def data_dir(objects_dir, tmp_path_factory):
-    """Three clips."""
-    out = tmp_path_factory.mktemp("evaluate") / "data"
-    options = dict(image_size=16, views=2, extra_views=0, max_frames=3, workers=0)
-    prepare.prepare(objects_dir, out, **options, log=lambda line: None)
-    return out
 
 
 def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
@@ -44,7 +34,30 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
         jax.monitoring.unregister_event_duration_listener(count)
     for name in ("encode_images", "render", "nll"):
         assert compiled[f"jit({name})"] == 1, name
+    assert {"accuracy", "propagation", "propagation_frozen", "psnr_in_mask"} <= whole[
+        "samples"
+    ].keys()
     for part in ("reconstruction", "likelihood"):
         assert whole[part].keys() == split[part].keys()
         for name, value in whole[part].items():
             np.testing.assert_allclose(split[part][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_clips_are_paired_and_averaged_by_object():
+    objects = np.array(["a", "a", "b", "a", "c", "c"])
+    np.testing.assert_array_equal(unseen.another_object(objects), [2, 2, 3, 4, 0, 0])
+    np.testing.assert_allclose(unseen.by_object([1, 2, 7, 6, 1, 2], objects), [3, 7, 1.5])
+    with pytest.raises(ValueError, match="two objects"):
+        unseen.another_object(objects[:2])
+
+
+def test_settings_of_the_sampler_are_compared(tiny_bundle, data_dir):
+    """At temperature 0 the two samples of a clip are one: nothing of them is the sample's own."""
+    lines = []
+    rows = sampling.sweep(
+        tiny_bundle, data_dir, "train", clips=2, temperatures=(0.0, 1.0), log=lines.append
+    )
+    assert [row["temperature"] for row in rows] == [0, 1] and len(lines) == 3
+    assert rows[0].get("propagation", 0) == 0 and np.isfinite(rows[1]["psnr_in_mask"])
+    with pytest.raises(ValueError, match="top_k=0"):
+        sampling.sweep(tiny_bundle, data_dir, top_ks=(0,))

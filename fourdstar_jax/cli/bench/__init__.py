@@ -2,11 +2,11 @@
 
 import argparse
 
-from fourdstar_jax.cli.bench import rasterize, tokenizer, train
+from fourdstar_jax.cli.bench import rasterize, sampling, tokenizer, train
 from fourdstar_jax.cli.common import add_command
 
-SUMMARY = "measure the speed of an operation"
-OPERATIONS = (rasterize, tokenizer, train)
+SUMMARY = "measure the speed of an operation, or what settings of the sampler give"
+OPERATIONS = (rasterize, sampling, tokenizer, train)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
