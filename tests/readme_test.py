@@ -81,6 +81,7 @@ def test_every_command_in_order(checkout):
     assert len(base64.b64decode(shown["data"])) * 8 <= 32 * gaussians.opacities.size
     run(checkout, use_it)
     assert (checkout / "out" / "fox" / "splats.safetensors").is_file()
+    assert (checkout / "out" / "files" / "spz" / "frame_0000.spz").is_file()
     (checkout / "readme.py").write_text(blocks("python")[0])
     run(checkout, ".venv/bin/python readme.py")
     assert (checkout / "out" / "clip" / "manifest.json").is_file()

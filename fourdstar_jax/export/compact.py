@@ -28,7 +28,7 @@ from fourdstar_jax.types import Array, Gaussians
 
 MAGIC = b"4DG1"
 ROWS = 13
-MAX_NUMBERS = 1 << 30  # of T * G * ROWS: what a file of this kind may ask for
+MAX_NUMBERS = 1 << 27  # of T * G * ROWS: what a file of this kind may ask for
 MAX_HEADER = 1 << 16  # bytes
 BOUND = 1 / 512  # of the extent: no position is farther off along an axis, at any precision
 WANTED_RATIO = 8.0  # to .splat frames, of 32 bytes for each timestep and Gaussian
@@ -64,6 +64,8 @@ def encode(gaussians: Gaussians, *, fps: float) -> bytes:
     means = np.asarray(gaussians.means)
     if means.ndim != 3:
         raise ValueError(f"{means.shape=} must be [T, G, 3]")
+    if means.size // 3 * ROWS > MAX_NUMBERS:
+        raise ValueError(f"{means.shape=}: there are more than {MAX_NUMBERS // ROWS} of them")
     if not all(np.isfinite(x).all() for x in gaussians):
         raise ValueError("gaussians hold values that are not finite")
     rotations = [_small_rotations(*x) for x in zip(gaussians.quats, gaussians.scales, strict=True)]
@@ -105,7 +107,7 @@ def decode(data: bytes, where: str = "data") -> tuple[Gaussians, float]:
         raise ValueError(f"{where} is damaged: its length is not that of its header")
     low, high = np.frombuffer(raw, np.uint8).reshape(2, ROWS, timesteps, count)
     folded = low.astype(np.int32) | high.astype(np.int32) << 8
-    rows = np.cumsum(folded >> 1 ^ -(folded & 1), axis=1)
+    rows = np.cumsum(folded >> 1 ^ -(folded & 1), axis=1, dtype=np.int32)
     table = np.moveaxis(rows, 0, -1).astype(np.float32)  # [T, G, 13]
     origin = np.array(about.numbers("origin", -1e30, 1e30, most=3), np.float32)
     if len(origin) != 3:

@@ -109,7 +109,7 @@ def damaged(change):
         (b"", "not a compact form"),
         (b"4DG1\xff\xff\xff\xff{}", "not a compact form"),
         (b"4DG1\x02\x00\x00\x00{}", "timesteps"),
-        (damaged(lambda about, raw: (about | {"gaussians": 1 << 23}, raw)), "damaged"),
+        (damaged(lambda about, raw: (about | {"gaussians": 1 << 21}, raw)), "damaged"),
         (damaged(lambda about, raw: (about | {"timesteps": 1 << 23}, raw)), "too many"),
         (damaged(lambda about, raw: (about, raw + bytes(1 << 20))), "damaged"),
         (damaged(lambda about, raw: (about, raw[:-1])), "damaged"),

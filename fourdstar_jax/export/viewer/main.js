@@ -32,6 +32,9 @@ class Pane {
     this.root.append(this.seen, stage);
     element("panes").append(this.root);
     this.drawing = new Drawing(this.canvas, gaussians.count);
+    this.canvas.addEventListener("webglcontextlost", () => {
+      element("message").textContent = "The browser has taken its pictures back: load the page again.";
+    });
     follow(this.canvas);
     new ResizeObserver(() => { stale = true; }).observe(stage);
   }
