@@ -43,6 +43,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.bundle = "runs/tokenizer/bundle"  # holds the frozen tokenizer
 
     config.model = model(scale, tokenizer)
+    config.model.offsets = True  # False: coarse Gaussians alone, as in the paper's Table 3
     config.warm_start = placeholder(str)  # bundle of a UniTok whose decoder it starts as; "": none
     # What is rendered of each object and step; the tokens of all timesteps and views go in.
     config.render = ConfigDict(dict(num_timesteps=4, rig_views=2, extra_views=4))
@@ -60,6 +61,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             own_opacity_weight=(0.1, 0.0, 0.6),
             flow_weight=0.05,
             warp_weight=0.05,
+            temporal_weight=0.0,
             capacity=placeholder(int),  # (Gaussian, tile) pairs of a render; None: see rasterize
         )
     )

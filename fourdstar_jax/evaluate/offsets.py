@@ -3,6 +3,11 @@
 Every clip is seen from its first frame, all its timesteps from all its views. Wrong codes are drawn
 as in training: each timestep's anew, near ones in place of the right ones, view 0's left as they
 are. The same errors go into both. Differences are paired over objects.
+
+Beside them stands an oracle, what averaging over time could win at best: of each timestep the mean
+of as many coarse pictures as there are timesteps, each with wrong codes drawn anew. So much would T
+timesteps tell if nothing moved, or every motion were known. More is won only by telling which codes
+are wrong: with all of them undone, what is left is the coarse row at a rate of 0.
 """
 
 import functools
@@ -27,33 +32,46 @@ from fourdstar_jax.vqvae import losses, measures
 
 
 def measure(
-    vqvae, tokenizer, lpips, near, batch, key, *, rate: float, capacity: int | None = None
+    vqvae, tokenizer, lpips, near, batch, key, rate, *, capacity: int | None = None
 ) -> dict[str, Any]:
-    """Measures of one clip, a batch of one, by their name and `coarse_` or `corrected_` before it.
+    """Measures of one clip, a batch of one: `coarse_`, `corrected_` and `oracle_` ones.
 
     A share `rate` of the codes is wrong. `pairs` and `overflow` are those of the rasterizer. Pure.
     """
     batch = inputs.prepare(batch)
     tokens = tokenizer.encode(batch["images"])
-    noisy = quantize.corrupt(key, tokens[:, :, 1:], near, rate)
-    codes = tokenizer.codes(jnp.concatenate([tokens[:, :, :1], noisy], axis=2))
-    decoded = vqvae(codes, Cameras(batch["viewmats"], batch["Ks"]), batch["times"])
-    whole = {
-        name: jnp.concatenate([batch[name], batch[f"extra_{name}"]], axis=axis)
-        if f"extra_{name}" in batch
-        else batch[name]
-        for name, axis in (("images", 2), ("masks", 2), ("viewmats", 1), ("Ks", 1))
-    }
-    images, masks = whole["images"], whole["masks"]
-    cameras = Cameras(whole["viewmats"], whole["Ks"])
+    rig_cameras = Cameras(batch["viewmats"], batch["Ks"])
+    images, masks, *cameras = (
+        losses.all_views(batch, name) for name in ("images", "masks", "viewmats", "Ks")
+    )
     size, rig = images.shape[-2], batch["images"].shape[2]
-    out: dict[str, Any] = {"pairs": 0, "overflow": False}
-    both = {"coarse": decoded.coarse, "corrected": decoded.gaussians}
-    for name, gaussians in both.items():
-        rendered = losses.render(gaussians, cameras, width=size, height=size, capacity=capacity)
-        renders = rendered.renders
+
+    def decode(key):
+        noisy = quantize.corrupt(key, tokens[:, :, 1:], near, rate)
+        codes = tokenizer.codes(jnp.concatenate([tokens[:, :, :1], noisy], axis=2))
+        return vqvae(codes, rig_cameras, batch["times"])
+
+    def render(gaussians):
+        to = Cameras(*cameras)
+        return losses.render(gaussians, to, width=size, height=size, capacity=capacity)
+
+    decoded = decode(key)
+    coarse, corrected = render(decoded.coarse), render(decoded.gaussians)
+    draws = jax.random.split(key, images.shape[1])
+    others = jax.lax.map(lambda key: render(decode(key).coarse), draws)
+    pairs = (jnp.max(x.num_intersections) for x in (coarse, corrected, others))
+    out: dict[str, Any] = {
+        "pairs": functools.reduce(jnp.maximum, pairs),
+        "overflow": coarse.overflow | corrected.overflow | jnp.any(others.overflow),
+    }
+    pictures = {
+        "coarse": coarse.renders,
+        "corrected": corrected.renders,
+        "oracle": jnp.mean(others.renders, axis=0),
+    }
+    for name, renders in pictures.items():
         found = {
-            "temporal_error": measures.temporal_error(renders, images, masks)[0],
+            "temporal_error": losses.temporal_error(renders, images, masks)[0],
             "psnr_in_mask": losses.psnr_in_mask(renders, images, masks),
         }
         if lpips is not None:
@@ -64,8 +82,6 @@ def measure(
             known = jnp.ones((1, rig))
             found["warping_error"] = losses.warp_loss(seen, true, inside, batch["flow"], known)
         out |= {f"{name}_{key}": value for key, value in found.items()}
-        out["pairs"] = jnp.maximum(out["pairs"], rendered.num_intersections)
-        out["overflow"] = out["overflow"] | rendered.overflow
     return out
 
 
@@ -83,8 +99,9 @@ def compare(
     """Measures of coarse and corrected Gaussians by share of wrong codes, as a JSON-ready dict.
 
     For each rate and measure: the means over objects of both, `gain`, the mean over objects of
-    coarse minus corrected with its 95 % interval, and `gain_share`, that of the coarse mean. Where
-    lower is better a positive gain is the offsets' worth.
+    coarse minus corrected with its 95 % interval, and `gain_share`, the same as a share of the
+    coarse mean. Where lower is better a positive gain is the offsets' worth. `oracle` and
+    `oracle_gain` (with its `_share`) are what averaging over time gives at best.
 
     Args:
       near: how many codes one may be taken for.
@@ -108,7 +125,7 @@ def compare(
         timesteps=timesteps or model.max_timesteps,
         train=False,
     )
-    step = jax.jit(measure, static_argnames=("rate", "capacity"))
+    step = jax.jit(measure, static_argnames="capacity")
     step = functools.partial(step, model.vqvae, tokenizer, network, codes)
     capacity = None
     rows: dict[float, dict[str, list[dict[str, float]]]] = {rate: {} for rate in rates}
@@ -117,10 +134,10 @@ def compare(
         key = jax.random.fold_in(jax.random.key(seed), clip)
         name = clips[clip]["clip_id"].partition("#")[0]
         for rate, objects in rows.items():
-            found = jax.device_get(step(batch, key, rate=rate, capacity=capacity))
+            found = jax.device_get(step(batch, key, rate, capacity=capacity))
             if found["overflow"]:
                 capacity = pick_capacity(int(found["pairs"]), capacity)
-                found = jax.device_get(step(batch, key, rate=rate, capacity=capacity))
+                found = jax.device_get(step(batch, key, rate, capacity=capacity))
             assert not found["overflow"], "the rasterizer overflowed"
             del found["overflow"], found["pairs"]
             objects.setdefault(name, []).append({k: float(v) for k, v in found.items()})
@@ -141,15 +158,17 @@ def _summary(objects: Sequence[Sequence[dict[str, float]]]) -> dict[str, Any]:
     out = {}
     names = [name.removeprefix("coarse_") for name in objects[0][0] if name.startswith("coarse_")]
     for name in names:
-        coarse, corrected = (
-            np.array([np.mean([clip[f"{which}_{name}"] for clip in clips]) for clips in objects])
-            for which in ("coarse", "corrected")
-        )
-        gain = coarse - corrected
-        out[name] = {
-            "coarse": float(coarse.mean()),
-            "corrected": float(corrected.mean()),
-            "gain": bootstrap_interval(gain) if len(gain) > 1 else (float(gain.mean()),) * 3,
-            "gain_share": float(gain.mean() / coarse.mean()),
-        }
+
+        def means(of, name=name):
+            return np.array([np.mean([clip[f"{of}_{name}"] for clip in c]) for c in objects])
+
+        coarse = means("coarse")
+        row: dict[str, Any] = {"coarse": float(coarse.mean())}
+        for of, gain in (("corrected", "gain"), ("oracle", "oracle_gain")):
+            other = means(of)
+            found = coarse - other
+            row[of] = float(other.mean())
+            row[gain] = bootstrap_interval(found) if len(found) > 1 else (float(found.mean()),) * 3
+            row[f"{gain}_share"] = tuple(x / row["coarse"] for x in row[gain])
+        out[name] = row
     return out

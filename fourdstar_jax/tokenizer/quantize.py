@@ -172,7 +172,10 @@ def near_codes(
 
 
 def corrupt(
-    key: Array, tokens: Int[Array, "*b n K"], near: Int[Array, "K vocab near"], rate: float
+    key: Array,
+    tokens: Int[Array, "*b n K"],
+    near: Int[Array, "K vocab near"],
+    rate: Float[Array, ""] | float,
 ) -> Int[Array, "*b n K"]:
     """Tokens of which each code is one of its near ones instead, with probability `rate`.
 

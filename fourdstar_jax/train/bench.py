@@ -327,7 +327,8 @@ def run(
             return measure(jax.jit(program), *args, repeats=repeats)[0]
 
         for name in parts:
-            if name == "discriminator" and setting.adversary is None:
+            missing = {"discriminator": setting.adversary, "offsets": model.offsets}
+            if missing.get(name, model) is None:
                 continue
             part = measured(name)
             part["share"] = part["ms"] / (1e3 * line["step_s"])

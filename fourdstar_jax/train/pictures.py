@@ -6,7 +6,6 @@ from typing import Any
 
 import einops
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -31,11 +30,8 @@ def render_step(graphdef, state, frozen, batch, *, capacity=None) -> dict[str, A
     # Views of the rig, then the extra ones.
     views = sorted({0, rig // 2}) + ([rig] if "extra_images" in batch else [])
 
-    def every(name, axis):
-        parts = [batch[f"{p}{name}"] for p in ("", "extra_") if f"{p}{name}" in batch]
-        return jnp.concatenate(parts, axis=axis)[(slice(None),) * axis + (np.array(views),)]
-
-    cameras = Cameras(every("viewmats", 1), every("Ks", 1))
+    chosen = np.array(views)
+    cameras = Cameras(*(losses.all_views(batch, name)[:, chosen] for name in ("viewmats", "Ks")))
     codes = frozen.tokenizer.codes(frozen.tokenizer.encode(batch["images"]))
     decoded = model(codes, Cameras(batch["viewmats"], batch["Ks"]), batch["times"])
     size = batch["images"].shape[-2]
@@ -44,7 +40,7 @@ def render_step(graphdef, state, frozen, batch, *, capacity=None) -> dict[str, A
     corrected = losses.render(first.gaussians, cameras, **options, with_depths=True)
     assert corrected.depths is not None
     out = {
-        "truth": every("images", 2)[:, 0],
+        "truth": losses.all_views(batch, "images")[:, 0, chosen],
         "coarse": losses.render(first.coarse, cameras, **options).renders[:, 0],
         "corrected": corrected.renders[:, 0],
         "depth": corrected.depths[:, 0],

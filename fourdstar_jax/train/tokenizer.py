@@ -20,6 +20,7 @@ from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
+from fourdstar_jax.vqvae.losses import all_views
 
 
 class Frozen(NamedTuple):
@@ -27,13 +28,6 @@ class Frozen(NamedTuple):
 
     lpips: perceptual.LPIPS | None = None
     frames: Frames | None = None  # that batches are gathered from
-
-
-def all_views(batch: dict, name: str) -> jax.Array:
-    """`images` or `masks` of a batch with those of extra views, if any, [B, T, V + E, h, w, c]."""
-    if f"extra_{name}" not in batch:
-        return batch[name]
-    return jnp.concatenate([batch[name], batch[f"extra_{name}"]], axis=2)
 
 
 def pictures(batch: dict) -> dict:
@@ -110,7 +104,7 @@ def eval_step(graphdef, state, frozen, batch, *, loss_config):
     metrics["ssim"] = jnp.mean(ssim(decoded, images))
     tokens = output.tokens.reshape(*views.shape[:3], *output.tokens.shape[1:])
     vocab_size = output.stats.usage.shape[1]
-    return metrics, steadiness_counts(tokens, views), code_counts(tokens, vocab_size)
+    return metrics, steadiness_counts(tokens, jnp.asarray(views)), code_counts(tokens, vocab_size)
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:

@@ -31,6 +31,7 @@ from fourdstar_jax.vqvae.losses import (
     choose_supervision,
     psnr_in_mask,
     reconstruction_loss,
+    temporal_error,
 )
 from fourdstar_jax.vqvae.model import VQVAE4D, Decoded
 
@@ -156,7 +157,7 @@ def eval_step(graphdef, state, frozen, batch, key, *, steps, **configs):
         if frozen.lpips is not None:
             metrics[f"{prefix}lpips"] = jnp.mean(frozen.lpips(renders, images))
         if renders.shape[1] > 1:
-            error = measures.temporal_error(renders, images, masks)
+            error = temporal_error(renders, images, masks)
             metrics[f"{prefix}temporal_error"] = jnp.mean(error)
     if seen.supervision.own is not None:
         metrics |= measures.gaussian_statistics(

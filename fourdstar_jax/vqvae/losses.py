@@ -43,6 +43,12 @@ class Supervision(NamedTuple):
     own: OwnPixels | None  # where the data has depth
 
 
+def all_views(batch: Mapping[str, Any], name: str) -> Array:
+    """`images`, `masks`, `viewmats` or `Ks` of a batch, the rig's and then the extra views'."""
+    parts = [batch[key] for key in (name, f"extra_{name}") if key in batch]
+    return jnp.concatenate(parts, axis=2 if name in ("images", "masks") else 1)
+
+
 def choose_supervision(
     key: Array, batch: Mapping[str, Any], *, num_timesteps: int, rig_views: int, extra_views: int
 ) -> Supervision:
@@ -55,15 +61,11 @@ def choose_supervision(
     extra = batch["extra_images"].shape[2] if "extra_images" in batch else 0
     num_timesteps = min(num_timesteps, t)
 
-    def views(name, axis):
-        parts = [batch[name], batch[f"extra_{name}"]] if extra else [batch[name]]
-        return jnp.concatenate(parts, axis=axis)
-
     def draw(key, count, there):
         order = jnp.argsort(jax.random.uniform(key, (b, there)), axis=1)
         return order[:, : min(count, there)]
 
-    viewmats, Ks = views("viewmats", 1), views("Ks", 1)
+    viewmats, Ks = all_views(batch, "viewmats"), all_views(batch, "Ks")
     start_key, rig_key, extra_key = jax.random.split(key, 3)
     start = jax.random.randint(start_key, (b,), 0, t - num_timesteps + 1)
     timesteps = start[:, None] + jnp.arange(num_timesteps)
@@ -87,8 +89,8 @@ def choose_supervision(
     return Supervision(
         timesteps=timesteps,
         views=chosen,
-        images=pick(views("images", 2)),
-        masks=pick(views("masks", 2)),
+        images=pick(all_views(batch, "images")),
+        masks=pick(all_views(batch, "masks")),
         cameras=Cameras(take(viewmats, chosen), take(Ks, chosen)),
         flow=flow,
         flow_known=known,
@@ -348,6 +350,26 @@ def warp_loss(
     return jnp.sum(weight * difference) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
+def temporal_error(
+    renders: Float[Array, "*b T V h w 3"],
+    images: Float[Array, "*b T V h w 3"],
+    masks: Float[Array, "*b T V h w 1"],
+) -> Float[Array, "*b"]:
+    """Mean |(r(t+1) - r(t)) - (g(t+1) - g(t))| over the pixels of the object at t or t + 1.
+
+    r are renders, g true pictures; both in [0, 1]. The plain change, at fixed pixels: what moves
+    wrongly counts as what flickers does.
+    """
+
+    def change(x):
+        return jnp.asarray(x[..., 1:, :, :, :, :] - x[..., :-1, :, :, :, :])
+
+    error = jnp.mean(jnp.abs(change(renders) - change(images)), axis=-1)
+    inside = jnp.maximum(masks[..., 1:, :, :, :, 0], masks[..., :-1, :, :, :, 0])
+    axes = (-4, -3, -2, -1)
+    return jnp.sum(inside * error, axis=axes) / jnp.maximum(jnp.sum(inside, axis=axes), 1.0)
+
+
 class Annealed(NamedTuple):
     """A weight that moves in a straight line over the steps, `start` to `end`, until `until`."""
 
@@ -375,6 +397,7 @@ def reconstruction_loss(
     own_opacity_weight: Sequence[float] = (0.0, 0.0, 1.0),
     flow_weight: float = 0.0,
     warp_weight: float = 0.0,
+    temporal_weight: float = 0.0,
     capacity: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -384,10 +407,11 @@ def reconstruction_loss(
     the offset predictor stays a valid one. `coarse_weight` and the `own_` ones are (first, last,
     share of all steps at which it is the last), see `Annealed`; `progress` is the share that is
     done. Own pixels, `flow` and `warp` are computed where their weight is not zero; the last two
-    only where the data has flow. `pairs` counts the (Gaussian, tile) pairs of the render with
-    most, for `pick_capacity`; `overflow` tells that `capacity` (of `rasterize`) was too small:
-    the step's gradients are then not to be used. `renders` has the pictures
-    [B, S, Q, h, w, 3] of the corrected Gaussians, "", and of the coarse ones, "coarse_", if made.
+    only where the data has flow; and so `temporal`, the `temporal_error`. `pairs` counts the
+    (Gaussian, tile) pairs of the render with most, for `pick_capacity`; `overflow`
+    tells that `capacity` (of `rasterize`) was too small: the step's gradients are then not to be
+    used. `renders` has the pictures [B, S, Q, h, w, 3] of the corrected Gaussians, "", and of the
+    coarse ones, "coarse_", if made.
 
     Raises ValueError for weights without what they need: LPIPS' network, the data's depth.
     """
@@ -406,7 +430,8 @@ def reconstruction_loss(
         "coarse_": take_timesteps(decoded.coarse, supervision.timesteps),
     }
     renders = {}
-    for prefix in ("", "coarse_") if any(coarse[:2]) else ("",):
+    both = any(coarse[:2]) and decoded.coarse is not decoded.gaussians
+    for prefix in ("", "coarse_") if both else ("",):
         weight = coarse.at(progress) if prefix else 1.0
         rendered = render(chosen[prefix], cameras, **options)
         rgb, alpha = pixel_losses(rendered, images, masks, foreground_weight=foreground_weight)
@@ -441,6 +466,9 @@ def reconstruction_loss(
             renders[""], images, masks, supervision.flow, supervision.flow_known
         )
         loss = loss + warp_weight * metrics["warp"]
+    if images.shape[1] > 1 and temporal_weight > 0:
+        metrics["temporal"] = jnp.mean(temporal_error(renders[""], images, masks))
+        loss = loss + temporal_weight * metrics["temporal"]
     metrics["loss"] = loss
     metrics["overflow"] = overflow
     metrics["pairs"] = pairs

@@ -11,26 +11,6 @@ OPAQUE = 0.5  # opacity of a Gaussian that counts as surface
 BINS = 5  # of the histogram of opacity
 
 
-def temporal_error(
-    renders: Float[Array, "*b T V h w 3"],
-    images: Float[Array, "*b T V h w 3"],
-    masks: Float[Array, "*b T V h w 1"],
-) -> Float[Array, "*b"]:
-    """Mean |(r(t+1) - r(t)) - (g(t+1) - g(t))| over the pixels of the object at t or t + 1.
-
-    r are renders, g true pictures; both in [0, 1]. The plain change, at fixed pixels: what moves
-    wrongly counts as what flickers does.
-    """
-
-    def change(x):
-        return jnp.asarray(x[..., 1:, :, :, :, :] - x[..., :-1, :, :, :, :])
-
-    error = jnp.mean(jnp.abs(change(renders) - change(images)), axis=-1)
-    inside = jnp.maximum(masks[..., 1:, :, :, :, 0], masks[..., :-1, :, :, :, 0])
-    axes = (-4, -3, -2, -1)
-    return jnp.sum(inside * error, axis=axes) / jnp.maximum(jnp.sum(inside, axis=axes), 1.0)
-
-
 def temporal_lpips(
     lpips: LPIPS, renders: Float[Array, "*b T V h w 3"], images: Float[Array, "*b T V h w 3"]
 ) -> Float[Array, "*b"]:

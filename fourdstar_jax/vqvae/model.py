@@ -23,7 +23,8 @@ class Decoded(NamedTuple):
     """Both in the cameras' world frame, `[B, T, G, ...]` with G = V m m, view-major."""
 
     coarse: Gaussians  # static Gaussians of each timestep alone
-    gaussians: Gaussians  # with the offsets: Gaussian g is the same one at every timestep
+    gaussians: Gaussians  # with the offsets: Gaussian g is the same one at every timestep. Without
+    # an offset predictor they are the coarse ones.
 
 
 def canonical_frame(
@@ -53,6 +54,7 @@ class VQVAE4D(nnx.Module):
         `grid * 2 ** len(up_channels)` Gaussians a side. `up_pictures` of an object go through it
         at a time, again in the backward pass; None: all at once, kept.
       projection: codes to `dim`, by UniTok's attention over an image's tokens or each alone.
+      offsets: whether there is an offset predictor; without, `unet_*` and `offset_*` are not used.
       offset_*: the offset predictor's cross-attention; `offset_features` lets its queries see the
         decoder's features beside the Gaussians, `offset_scaled` counts channels in their usual
         size. unet_channels, unet_blocks: its 3D U-Net.
@@ -77,6 +79,7 @@ class VQVAE4D(nnx.Module):
         up_depths: Sequence[int] = (),
         up_pictures: int | None = None,
         projection: Literal["attention", "token"] = "attention",
+        offsets: bool = True,
         offset_dim: int,
         offset_layers: int,
         offset_heads: int,
@@ -109,21 +112,25 @@ class VQVAE4D(nnx.Module):
             rngs=rngs,
         )
         map_size = grid * 2 ** len(up_channels)
-        self.offsets = OffsetPredictor(
-            grid,
-            map_size,
-            dim,
-            up_channels[-1] if offset_features else 0,
-            dim=offset_dim,
-            num_layers=offset_layers,
-            num_heads=offset_heads,
-            attention=offset_attention,
-            scaled=offset_scaled,
-            unet_channels=unet_channels,
-            unet_blocks=unet_blocks,
-            remat=remat,
-            dtype=dtype,
-            rngs=rngs,
+        self.offsets = (
+            OffsetPredictor(
+                grid,
+                map_size,
+                dim,
+                up_channels[-1] if offset_features else 0,
+                dim=offset_dim,
+                num_layers=offset_layers,
+                num_heads=offset_heads,
+                attention=offset_attention,
+                scaled=offset_scaled,
+                unet_channels=unet_channels,
+                unet_blocks=unet_blocks,
+                remat=remat,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            if offsets
+            else None
         )
         if scale_limits is not None:
             low, high = scale_limits
@@ -151,10 +158,12 @@ class VQVAE4D(nnx.Module):
             raise ValueError(f"{cameras.viewmats.shape[1]} cameras for {codes.shape[2]} views")
         rig, back = canonical_frame(cameras)
         static = self.static(codes, rig)
-        offsets = self.offsets(static, times)
 
         def gaussians(raw):
             found = activate(raw, rig, resolution=self.resolution, scale_limits=self.scale_limits)
             return geometry.transform_gaussians(found, back[:, None])
 
-        return Decoded(gaussians(static.raw), gaussians(static.raw + offsets))
+        coarse = gaussians(static.raw)
+        if self.offsets is None:
+            return Decoded(coarse, coarse)
+        return Decoded(coarse, gaussians(static.raw + self.offsets(static, times)))

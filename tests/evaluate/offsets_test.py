@@ -25,18 +25,24 @@ def test_comparison(tiny_bundle, data_dir):
         mean, low, high = found["gain"]
         assert low <= mean <= high and found["coarse"] > 0
         np.testing.assert_allclose(mean, found["coarse"] - found["corrected"], rtol=1e-4)
-        np.testing.assert_allclose(found["gain_share"], mean / found["coarse"], rtol=1e-4)
+        np.testing.assert_allclose(found["gain_share"][0], mean / found["coarse"], rtol=1e-4)
         assert found["coarse"] != wrong[name]["coarse"]  # wrong codes are seen
         assert mean != 0  # arbitrary offsets make a difference
+        np.testing.assert_allclose(found["oracle"], found["coarse"], rtol=1e-5)
+    assert wrong["temporal_error"]["oracle"] < wrong["temporal_error"]["coarse"]
 
 
 def test_objects_count_once():
     """Two clips of one object and one of another: the mean of the means."""
-    clips = [[{"coarse_x": 1.0, "corrected_x": 0.0}, {"coarse_x": 3.0, "corrected_x": 1.0}]]
-    clips += [[{"coarse_x": 4.0, "corrected_x": 4.0}]]
+    values = [[(1.0, 0.0, 0.0), (3.0, 1.0, 0.0)], [(4.0, 4.0, 0.0)]]
+    names = ("coarse_x", "corrected_x", "oracle_x")
+    clips = [[dict(zip(names, clip, strict=True)) for clip in of_one] for of_one in values]
     found = offsets._summary(clips)["x"]
     assert found["coarse"] == 3 and found["corrected"] == 2.25 and found["gain"][0] == 0.75
-    assert found["gain_share"] == 0.25
+    assert found["gain_share"] == (0.25, 0.0, 0.5)
+    assert (
+        found["oracle"] == 0 and found["oracle_gain"][0] == 3 and found["oracle_gain_share"][0] == 1
+    )
 
 
 def test_another_rig_is_refused(tiny_bundle, dataset_dir):

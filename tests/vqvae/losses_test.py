@@ -136,6 +136,11 @@ def test_own_render_has_no_loss():
     )
     _, metrics = losses.reconstruction_loss(Decoded(faded, cloud), s, capacity=1)
     assert metrics["overflow"]
+    total, metrics = losses.reconstruction_loss(Decoded(faded, faded), s, temporal_weight=0.2)
+    assert "coarse_rgb" not in metrics and metrics["temporal"] > 1e-4  # one and the same
+    np.testing.assert_allclose(
+        total, metrics["rgb"] + metrics["alpha"] + 0.2 * metrics["temporal"], rtol=1e-5
+    )
     later, _ = losses.reconstruction_loss(Decoded(faded, cloud), s, progress=1.0)
     np.testing.assert_allclose(later, loss / 5, rtol=1e-5)  # the coarse weight goes down to 0.1
     with pytest.raises(ValueError, match="lpips_weight=0.2 needs the network"):

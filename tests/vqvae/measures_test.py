@@ -22,15 +22,15 @@ def pictures():
 
 def test_temporal_error_is_of_changes_inside_the_mask():
     images, masks = pictures()
-    np.testing.assert_allclose(measures.temporal_error(images + 0.2, images, masks), 0, atol=1e-6)
+    np.testing.assert_allclose(losses.temporal_error(images + 0.2, images, masks), 0, atol=1e-6)
     wrong = images.copy()
     wrong[1, 1, :, 4:12, 4:12] += 0.3  # both changes of the middle timestep
     wrong[:, 1, :, 20:] += 7.0  # outside
-    np.testing.assert_allclose(measures.temporal_error(wrong, images, masks), [0, 0.3], atol=1e-6)
+    np.testing.assert_allclose(losses.temporal_error(wrong, images, masks), [0, 0.3], atol=1e-6)
     moved = masks.copy()
     moved[:, 1] = 0
     moved[:, 1, :, 12:20, 4:12] = 1  # seen before or after counts
-    np.testing.assert_allclose(measures.temporal_error(wrong, images, moved), [0, 0.15], atol=1e-6)
+    np.testing.assert_allclose(losses.temporal_error(wrong, images, moved), [0, 0.15], atol=1e-6)
 
 
 def test_temporal_lpips_is_of_distances_in_time():

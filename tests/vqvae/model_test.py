@@ -126,6 +126,15 @@ def test_offsets_start_at_zero():
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_model_without_offsets_is_coarse():
+    """The static half and nothing else: both Gaussians are the same arrays."""
+    model = build(offsets=False)
+    out = jax.eval_shape(lambda *x: model(*x), *inputs())
+    assert out.gaussians is not None and not hasattr(nnx.state(model, nnx.Param), "offsets")
+    with_them = nnx.state(fresh().static, nnx.Param)
+    assert nn.count_parameters(model) == nn.count_parameters(with_them)
+
+
 def test_offsets_change_what_they_should():
     out = run(awoken(), *inputs())
     for a, b in zip(out.coarse, out.gaussians, strict=True):
