@@ -26,7 +26,7 @@ from fourdstar_jax.train.best import Best
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.free import condition_of
-from fourdstar_jax.train.metrics import Mean, MetricWriter
+from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 
 # Those that the best weights can be kept by, by their name in the log; whether more is better.
 METRICS = {
@@ -60,6 +60,7 @@ def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config, 
         return model.loss(tokens, condition_of(batch), forcing, **loss_config)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    metrics |= {"grad_norm": train_state.norm(grads)}
     return train_state.apply_gradients(state, grads, tx), metrics
 
 
@@ -296,24 +297,26 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         if metric is not None:
             best = Best(workdir, metric, write, higher=METRICS[metric], first_step=first)
         writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
-        mean = Mean()
+        watch = Watch(config.nonfinite_steps)
         ending = Ending(mesh, times=config.watchdog)
         for step in range(first, config.steps):
             ending.begin()
+            with writer.waiting():
+                read = next(batches)
             batch = shortened(
-                next(batches), config.seed, step, still=config.data.still, half=config.data.half
+                read, config.seed, step, still=config.data.still, half=config.data.half
             )
             if config.data.shuffle_views:
                 batch = reordered(batch, config.seed, step)
             batch = train_state.to_device(batch, mesh)
             state, metrics = step_fn(state, batch, key)
-            mean.add(metrics)
             done = step + 1
             last = done == config.steps
+            watch.add(done, read["clip"], metrics)
             if done % config.log_every == 0 or last:
-                writer.write(done, {**mean.result(), "learning_rate": schedule(step)})
-                mean = Mean()
+                writer.write(done, {**watch.mean(), "learning_rate": schedule(step)})
             if number := ending.asked():
+                watch.check()
                 checkpoints.save_and_stop(number, done, state, batches)
             measured = {}
             if held_out and (done % config.eval_every == 0 or last):
@@ -334,7 +337,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 if best is not None:
                     best.offer(done, measured, state)
                 writer.restart_clock()
-            checkpoints.save(done, state, batches, force=last)
+            if done % config.checkpoint_every == 0 or last:
+                watch.check()
+                checkpoints.save(done, state, batches, force=last)
         checkpoints.close()
         writer.close()
         target, told = Path(workdir) / "bundle", ""
