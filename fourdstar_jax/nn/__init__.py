@@ -1,6 +1,6 @@
 """Layers that two models or more use. What every model needs stands here; the rest by module."""
 
-from fourdstar_jax.nn.attention import Attention, attend
+from fourdstar_jax.nn.attention import Attention, attend, attend_short
 from fourdstar_jax.nn.group_attention import attend_groups
 from fourdstar_jax.nn.linear import (
     Common,
@@ -30,6 +30,7 @@ __all__ = [
     "SwiGLU",
     "attend",
     "attend_groups",
+    "attend_short",
     "build",
     "cast_weights",
     "count_parameters",

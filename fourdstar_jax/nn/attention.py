@@ -5,11 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.nn.linear import linear
 
+TILE = 128  # slots that cuDNN's attention works on at once
 MOST_SCORES = 2**28  # of queries and keys at once, where they lie in memory: 1 GB as float32
 
 
@@ -60,6 +62,24 @@ def attend(
     parts = jnp.moveaxis(q.reshape(q.shape[0], -1, size, *q.shape[2:]), 1, 0)
     y = jax.lax.map(jax.checkpoint(call, prevent_cse=False), parts)  # scores are made again
     return jnp.moveaxis(y, 0, 1).reshape(q.shape)
+
+
+def attend_short(
+    q: Float[Array, "b L H E"], k: Float[Array, "b L Hk E"], v: Float[Array, "b L Hk E"]
+) -> Float[Array, "b L H E"]:
+    """Causal attention of many sequences of a few slots each.
+
+    cuDNN works on tiles of 64 or 128 slots, and products of eight by eight are slow anywhere: where
+    it is used (`fits_cudnn`), as many sequences as fill a tile are one, masked against one another.
+    """
+    length = q.shape[1]
+    many = max(n for n in range(1, max(TILE // length, 1) + 1) if q.shape[0] % n == 0)
+    if many == 1 or not fits_cudnn(q):
+        return attend(q, k, v, causal=True)
+    own = np.kron(np.eye(many, dtype=bool), np.tri(length, dtype=bool))
+    q, k, v = (x.reshape(-1, many * length, *x.shape[2:]) for x in (q, k, v))
+    y = jax.nn.dot_product_attention(q, k, v, mask=own[None, None], implementation="cudnn")
+    return y.reshape(-1, length, *y.shape[2:])
 
 
 class Attention(nnx.Module):

@@ -6,9 +6,10 @@ follow the similar-token merger of UMIFormer (github.com/GaryZhu1996/UMIFormer, 
 group), whose order of operations the paper's text matches; it normalises the features first, and
 the merge, the keys and values and the residual all see the normalised ones.
 
-Clustering has no gradient and is incremental: `container_update` is one function for training,
-which scans it over the groups, and for decoding, which calls it as groups come. What follows
-(`Container.states`) has a gradient, into the features and the scores.
+Clustering has no gradient. Decoding calls `container_update` as groups come; training clusters all
+histories at once (`dpc_knn.clusters_before`), or scans `container_update` over the groups where
+these are not the same. What follows (`Container.states`) has a gradient, into the features and the
+scores.
 
 The state conditions a group in two ways ("integrated into STAR via MLPs" leaves it open): as tokens
 to attend to, and by place: what a place of group t is told is the state of the cluster that it
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fourdstar_jax import nn
+from fourdstar_jax import nn, sharding
 from fourdstar_jax.kernels import dpc_knn
 from fourdstar_jax.kernels.dpc_knn import Clusters, Peaks
 from fourdstar_jax.star.embed import vector
@@ -57,6 +58,8 @@ class State(NamedTuple):
     aligned: list[Float[Array, "B G N D"]]  # to add to the slots, for the layers of `INJECTED`
 
 
+MOST_WEIGHTS = 2**27  # of clusters and tokens at once, where they lie in memory: 512 MB as float32
+HIDDEN = -1e4  # the score of a key that is not to be seen
 INJECTED = (0, 1 / 3, 2 / 3)  # of the depth: MVAR's places for its condition MLPs
 Inject = Literal["tokens", "aligned", "both", "none"]
 Density = Literal["group", "global"]
@@ -76,21 +79,29 @@ def empty_container(batch: int, num_tokens: int, dim: int, num_ids: int) -> Peak
 _AXES: Any = Peaks(*[0] * (len(Peaks._fields) - 1), filled=None)  # pyright: ignore
 
 
-@functools.partial(jax.jit, static_argnames=("k", "num_clusters", "density"))
+@functools.partial(jax.jit, static_argnames=("k", "num_clusters", "density", "rounded"))
 def container_update(
-    carry: Peaks, group: Group, *, k: int, num_clusters: int, density: Density = "group"
+    carry: Peaks,
+    group: Group,
+    *,
+    k: int,
+    num_clusters: int,
+    density: Density = "group",
+    rounded: Any = None,
 ) -> tuple[Peaks, Clusters]:
     """Takes a group in and clusters all tokens so far. Carries no gradient.
 
     `density` says among which tokens the k nearest are: those of a token's own timestep, as the
-    paper has it, or all so far, which starts anew with every group.
+    paper has it, or all so far, which starts anew with every group. For `rounded` see
+    `dpc_knn.reference.distances`; a density among all has nothing of it.
     """
     x = jax.lax.stop_gradient(group.x).astype(jnp.float32)
 
     def one(peaks, x, ids, mask):
-        peaks = dpc_knn.add_group(peaks, x, ids, mask, k=k)
+        peaks = dpc_knn.add_group(peaks, x, ids, mask, k=k, rounded=rounded)
         if density == "group":
-            return peaks, dpc_knn.find_clusters(peaks, num_clusters=num_clusters)
+            found = dpc_knn.find_clusters(peaks, num_clusters=num_clusters, rounded=rounded)
+            return peaks, found
         tokens = peaks.x, peaks.ids, peaks.mask
         return peaks, dpc_knn.cluster(*tokens, num_clusters=num_clusters, k=k, num_groups=1)
 
@@ -135,12 +146,14 @@ class RefineBlock(nnx.Module):
         return self.score_down(hidden)[..., 0].astype(jnp.float32)
 
     def keys_values(
-        self, x: Float[Array, "B S D"], scores: Float[Array, "B S"]
+        self, x: Float[Array, "B S D"], scores: Float[Array, "B S"], seen: Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B S H E"], Float[Array, "B S H E"]]:
         """Keys with the score as one more channel, so that any fused attention can be used.
 
-        Both are padded to a multiple of 8 channels, which such attention asks for.
+        A key that is not `seen` has a score that leaves it no weight. Both are padded to a multiple
+        of 8 channels, which such attention asks for.
         """
+        scores = jnp.where(seen, scores, HIDDEN)
         heads = (*x.shape[:2], self.num_heads, -1)
         k, v = self.k(x).reshape(heads), self.v(x).reshape(heads)
         pad = -k.shape[-1] % 8 or 8
@@ -153,10 +166,10 @@ class RefineBlock(nnx.Module):
         self,
         z: Float[Array, "B M D"],
         keys_values: tuple[Float[Array, "B S H E"], Float[Array, "B S H E"]],
-        mask: Bool[Array, "B S"],
+        lengths: Int[Array, " B"] | None,
         places: Float[Array, "B M D"] | None = None,
     ) -> Float[Array, "B M D"]:
-        """Refines z, whose queries carry `places`."""
+        """Refines z, whose queries carry `places`, by the first `lengths` keys, or all."""
         k, v = keys_values
         q = self.q(z if places is None else z + places)
         q = q.reshape(*z.shape[:2], self.num_heads, -1)
@@ -165,7 +178,7 @@ class RefineBlock(nnx.Module):
         # The query's channel against the score: scale * (1 / scale) * score = score.
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - head_dim)))
         q = q.at[..., head_dim].set(1 / scale)
-        y = nn.attend(q, k, v, mask=mask[:, None, None], scale=scale)
+        y = nn.attend(q, k, v, lengths=lengths, scale=scale)
         y = y[..., :head_dim].reshape(*z.shape)
         z = z + self.out(y)
         return z + self.mlp(self.norm2(z))
@@ -241,6 +254,7 @@ class Container(nnx.Module):
         self.place, self.blank_code = place, blank_code
         self.density: Density = density
         self.recursive = update == "recursive"
+        self.rounded = jnp.bfloat16 if dtype == jnp.bfloat16 else None  # as its features were made
 
     def check(self, num_tokens: int):
         """Raises ValueError if the container has more slots than there are tokens to fill them."""
@@ -271,26 +285,38 @@ class Container(nnx.Module):
 
     def cluster(self, carry: Peaks, group: Group) -> tuple[Peaks, Clusters]:
         """`container_update` with this container's sizes."""
-        sizes = dict(k=self.neighbors, num_clusters=self.num_slots)
+        sizes = dict(k=self.neighbors, num_clusters=self.num_slots, rounded=self.rounded)
         return container_update(carry, group, density=self.density, **sizes)
 
-    def cluster_history(self, groups: Group) -> Clusters:
-        """For every timestep t of `groups` [B, T, ...] the clusters of groups 1 to t-1.
+    def cluster_history(
+        self, groups: Group, chosen: Callable[[Any], Any] = lambda y: y
+    ) -> Clusters:
+        """For the `chosen` timesteps t of `groups` [B, T, ...] the clusters of groups 1 to t-1.
 
-        Axes are [B, T, ...]. Raises ValueError if the container has more slots than there are
+        Axes are [B, G, ...]. Raises ValueError if the container has more slots than there are
         tokens.
         """
         batch, timesteps, size, width = groups.x.shape
         self.check(timesteps * size)
+        if self.density == "group":
+            sizes = dict(k=self.neighbors, num_clusters=self.num_slots, rounded=self.rounded)
+            steps = chosen(jnp.broadcast_to(jnp.arange(timesteps), (batch, timesteps)))
+            x = jax.lax.stop_gradient(groups.x).astype(jnp.float32)
+            arrays = (x, groups.ids, groups.mask, steps)
+            found = jax.vmap(functools.partial(dpc_knn.clusters_before, **sizes))(*arrays)
+            none = _no_clusters(batch, self.num_slots, timesteps * size)
+            begun = steps[..., None] > 0
+            return jax.tree.map(lambda a, b: jnp.where(begun, a, b[:, None]), found, none)
         start = empty_container(batch, timesteps * size, width, groups.ids.shape[-1])
         none = _no_clusters(batch, self.num_slots, timesteps * size)
         past = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0)[:-1], groups)
         _, clusters = jax.lax.scan(self.cluster, start, past)
-        return jax.tree.map(
+        clusters = jax.tree.map(
             lambda a, b: jnp.moveaxis(jnp.concatenate([a[None], b.astype(a.dtype)]), 0, 1),
             none,
             clusters,
         )
+        return jax.tree.map(chosen, clusters)
 
     def refine(
         self,
@@ -300,40 +326,53 @@ class Container(nnx.Module):
         keys_values: tuple[Float[Array, "B S H E"], Float[Array, "B S H E"]],
         clusters: Clusters,
     ) -> tuple[Float[Array, "B M D"], Float[Array, "B M C"]]:
-        """Merges and refines the clusters of tokens; also the means of their positions."""
+        """Merges and refines the clusters of tokens; also the means of their positions.
+
+        Of the keys those count up to the last that is in a cluster.
+        """
         first, *others = self.blocks
         assignment, valid = clusters.assignment, clusters.valid
         z, weights = merge(x, scores, assignment, self.num_slots)
         means = jnp.einsum("bms,bsc->bmc", weights, positions)
         places = None if self.place is None else means[..., : self.dim]
-        z = first(z, keys_values, assignment >= 0, places)
+        last = jnp.where(assignment >= 0, jnp.arange(1, x.shape[1] + 1), 1)
+        z = first(z, keys_values, jnp.max(last, axis=1), places)
         for block in others:
             y = block.norm1(z.astype(jnp.float32))
             seen = y if places is None else y + places
-            z = block(y, block.keys_values(seen, block.scores(y)), valid, places)
+            z = block(y, block.keys_values(seen, block.scores(y), valid), None, places)
         return z, means
 
-    def attended(self, x: Float[Array, "B S D"], positions: Float[Array, "B S C"]) -> tuple:
+    def attended(
+        self, x: Float[Array, "B S D"], positions: Float[Array, "B S C"], seen: Bool[Array, "B S"]
+    ) -> tuple:
         """Scores of tokens, and their keys and values, with the place where it is wanted."""
         scores = self.blocks[0].scores(x)
         placed = x if self.place is None else x + positions[..., : self.dim].astype(x.dtype)
-        return scores, self.blocks[0].keys_values(placed, scores)
+        return scores, self.blocks[0].keys_values(placed, scores, seen)
 
     def states(
         self, x: Float[Array, "B S D"], positions: Float[Array, "B S C"], clusters: Clusters
     ) -> tuple[Float[Array, "B G M D"], Float[Array, "B G M C"]]:
         """Refined features of the clusters of each of G groups, and means of their positions.
 
-        Axes of `clusters` are [B, G, ...]. The groups run one after the other, rematerialised, so
-        that only one group's [M, S] weights exist at a time.
+        Axes of `clusters` are [B, G, ...]. A group's clusters hold, of the tokens up to its last
+        one, all that are in any group's. So many groups run at a time, rematerialised, as
+        `MOST_WEIGHTS` allows for their [M, S] weights; one where devices share the batch, which
+        would have to change its place.
         """
-        scores, keys_values = self.attended(x, positions)
+        seen = jnp.any(clusters.assignment >= 0, axis=1)
+        scores, keys_values = self.attended(x, positions, seen)
 
-        @jax.checkpoint
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def one(clusters: Clusters):
             return self.refine(x, positions, scores, keys_values, clusters)
 
-        z, means = jax.lax.map(one, jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), clusters))
+        groups, weights = clusters.valid.shape[1], len(x) * self.num_slots * x.shape[1]
+        most = 1 if sharding.parts("batch") > 1 else MOST_WEIGHTS // weights
+        size = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n <= most))
+        clusters = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), clusters)
+        z, means = jax.lax.map(one, clusters, batch_size=size)
         return jnp.moveaxis(z, 0, 1), jnp.moveaxis(means, 0, 1)
 
     def advance(self, carry: Merged, group: Group, positions: Float[Array, "B N C"]) -> Merged:
@@ -351,7 +390,7 @@ class Container(nnx.Module):
         x = jnp.concatenate([z, group.x[..., : self.dim]], axis=1)
         positions = jnp.concatenate([positions, group.x[..., self.dim :]], axis=-1)
         positions = jnp.concatenate([carry.means, positions], axis=1)
-        scores, keys_values = self.attended(x, positions)
+        scores, keys_values = self.attended(x, positions, clusters.assignment >= 0)
         z, means = self.refine(x, positions, scores, keys_values, clusters)
         return Merged(z, means, clusters.valid, clusters.assignment[:, self.num_slots :])
 
@@ -405,7 +444,7 @@ class Container(nnx.Module):
             _, merged = jax.lax.scan(one, start, inputs)
             return jax.tree.map(lambda y: chosen(jnp.moveaxis(y, 0, 1)), merged)
         steps = jnp.broadcast_to(jnp.arange(timesteps), (batch, timesteps))
-        clusters = jax.tree.map(chosen, self.cluster_history(groups))
+        clusters = self.cluster_history(groups, chosen)
         x = groups.x.reshape(batch, -1, groups.x.shape[-1])
         positions = positions.reshape(batch, -1, width)
         return self._merged(x, positions, clusters, chosen(steps), size)

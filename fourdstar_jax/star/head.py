@@ -2,14 +2,14 @@
 
 As UniTok's AutoRegressiveHead (github.com/FoundationVision/UniTok): the sequence is the trunk's
 hidden state, then embeddings of codes 1 to K-1; slot k predicts code k. No positional encoding. One
-output matrix per codebook, zero at the start, so that training starts at ln(vocab).
+output matrix per codebook, zero at the start, so that training starts at ln(vocab). For comparison
+the codes may be predicted in parallel instead, none knowing of another.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +19,11 @@ from fourdstar_jax.star.transformer import KV, Layer
 
 
 class DepthHead(nnx.Module):
-    """p(codes of a token | hidden state) by the chain rule over the K codes."""
+    """p(codes of a token | hidden state) by the chain rule over the K codes.
+
+    With `parallel` it is the product of what each code is likely to be by itself: the layers then
+    see the hidden state alone.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class DepthHead(nnx.Module):
         hidden_dim: int,
         num_codebooks: int,
         vocab_size: int,
+        parallel: bool = False,
         init,
         out_init=None,
         dtype,
@@ -40,7 +45,7 @@ class DepthHead(nnx.Module):
         self.input = nn.linear(dim, head_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         shape, axes = (num_codebooks - 1, vocab_size, head_dim), (None, "vocab", None)
         # One code a token has none before it, and checkpoints hold no empty arrays.
-        several = num_codebooks > 1
+        several = num_codebooks > 1 and not parallel
         self.tables = vector(rngs.params(), *shape, std=1.0, axes=axes) if several else None
         self.layers = nnx.List(
             [
@@ -52,25 +57,36 @@ class DepthHead(nnx.Module):
         zeros = nnx.with_partitioning(nnx.initializers.zeros, (None, None, "vocab"))
         shape = (num_codebooks, head_dim, vocab_size)
         self.output = nnx.Param(zeros(rngs.params(), shape, jnp.float32))
-        self.num_codebooks = num_codebooks
+        self.num_codebooks, self.parallel = num_codebooks, parallel
 
     def logits(self, x: Float[Array, "*b D"], code: int) -> Float[Array, "*b vocab"]:
         weights = self.output[...][code].astype(x.dtype)
         return jnp.matmul(x, weights, preferred_element_type=jnp.float32)
 
+    def features(
+        self, hidden: Float[Array, "R D"], tokens: Int[Array, "R K"]
+    ) -> Float[Array, "R K E"]:
+        """What each code is predicted from: the hidden state and the codes before it."""
+        x = self.input(hidden)[:, None]
+        if self.tables is not None:
+            codes = self.tables[...][jnp.arange(self.num_codebooks - 1), tokens[:, :-1]]
+            x = jnp.concatenate([x, codes.astype(x.dtype)], axis=1)  # [R, K, E]
+        for layer in self.layers:
+            q, own = layer.qkv(x, None)
+            x = layer.finish(x, nn.attend_short(q, own.k, own.v), None)
+        x = self.norm(x)
+        return jnp.broadcast_to(x, (x.shape[0], self.num_codebooks, x.shape[-1]))
+
+    def all_logits(self, features: Float[Array, "R K E"]) -> Float[Array, "R K vocab"]:
+        """Of every code, from what it is predicted from."""
+        weights = self.output[...].astype(features.dtype)
+        return jnp.einsum("rke,kev->rkv", features, weights, preferred_element_type=jnp.float32)
+
     def __call__(
         self, hidden: Float[Array, "R D"], tokens: Int[Array, "R K"]
     ) -> Float[Array, "R K vocab"]:
         """Logits of every code given the ones before it."""
-        x = self.input(hidden)[:, None]
-        if self.tables is not None:
-            codes = self.tables[...][jnp.arange(self.num_codebooks - 1), tokens[:, :-1]]
-            x = jnp.concatenate([x, codes.astype(x.dtype)], axis=1)  # [R, K, D]
-        mask = np.tri(self.num_codebooks, dtype=bool)
-        for layer in self.layers:
-            x, _ = layer(x, mask=mask)
-        x = self.norm(x)
-        return jnp.stack([self.logits(x[:, k], k) for k in range(self.num_codebooks)], axis=1)
+        return self.all_logits(self.features(hidden, tokens))
 
     def decode(
         self,
@@ -78,6 +94,10 @@ class DepthHead(nnx.Module):
         pick: Callable[[int, Float[Array, "R vocab"]], Int[Array, " R"]],
     ) -> tuple[Int[Array, "R K"], Float[Array, "R K vocab"]]:
         """Codes one after the other, each chosen by `pick(k, logits)`; also the logits."""
+        if self.parallel:
+            found = self(hidden, jnp.zeros((len(hidden), self.num_codebooks), jnp.int32))
+            codes = [pick(k, found[:, k]) for k in range(self.num_codebooks)]
+            return jnp.stack(codes, axis=1), found
         x = self.input(hidden)[:, None]
         past: list[KV | None] = [None] * len(self.layers)
         tokens, logits = [], []

@@ -1,5 +1,6 @@
 """STAR's loss: cross-entropy over the codes, one group at a time (paper Eq. 3 and 4)."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,25 +18,25 @@ class GroupLosses(NamedTuple):
 
 
 def group_losses(
-    head: Callable[[Float[Array, "R D"], Int[Array, "R K"]], Float[Array, "R K vocab"]],
-    hidden: Float[Array, "B G N D"],
+    logits_of: Callable[[Float[Array, "R K E"]], Float[Array, "R K vocab"]],
+    features: Float[Array, "B G N K E"],
     tokens: Int[Array, "B G N K"],
 ) -> GroupLosses:
     """Scans over the groups, rematerialised, so that one group's logits exist at a time."""
     codes = tokens.shape[-1]
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(group):
         x, targets = group
         targets = targets.reshape(-1, codes)
-        logits = head(x.reshape(-1, x.shape[-1]), targets)
+        logits = logits_of(x.reshape(-1, *x.shape[-2:]))
         lse = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
         parts = GroupLosses(lse - chosen, lse**2, correct)
-        return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], codes), parts)
+        return jax.tree.map(lambda y: y.reshape(x.shape[:-1]), parts)
 
-    groups = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(tokens, 1, 0))
+    groups = (jnp.moveaxis(features, 1, 0), jnp.moveaxis(tokens, 1, 0))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), jax.lax.map(one, groups))
 
 

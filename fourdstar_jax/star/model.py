@@ -98,6 +98,7 @@ class STAR(nnx.Module):
         head_dim: int,
         head_layers: int,
         head_heads: int,
+        head_parallel: bool = False,
         container_slots: int,
         container_neighbors: int,
         text_encoder: Literal["words", "t5"] = "words",
@@ -144,7 +145,8 @@ class STAR(nnx.Module):
         or not at all. For `container_*` and `blank_code` see `Container`; `container_merge` other
         than "clusters" puts a `Pooling` in its place. `history` is what else a group sees of those
         before: nothing (`container`), the tokens of the w before it (`window:w`) or of all
-        (`full`). For `remat` of the layers see `nn.recomputed`.
+        (`full`). `head_parallel` is for comparison, see `DepthHead`; for `remat` of the layers and
+        what it saves see `nn.recomputed`.
         """
         if rope not in ("none", "axial"):
             raise ValueError(f"{rope=} must be 'none' or 'axial'")
@@ -205,7 +207,7 @@ class STAR(nnx.Module):
         self.head = DepthHead(
             dim, head_dim=head_dim, num_layers=head_layers, num_heads=head_heads,
             hidden_dim=head_hidden_dim, num_codebooks=num_codebooks, vocab_size=vocab_size,
-            **initializers(head_dim, head_layers, init_std), **kw,
+            parallel=head_parallel, **initializers(head_dim, head_layers, init_std), **kw,
         )  # fmt: skip
         self.grid = grid
         self.window = window_of(history)
@@ -213,6 +215,7 @@ class STAR(nnx.Module):
         self.rotary_dim = dim // num_heads if rope == "axial" else None
         self.num_codebooks, self.vocab_size = num_codebooks, vocab_size
         self.dropout, self.dtype = dropout, dtype
+        self.head_saves: nn.Saves = remat_saves if remat else "products"
 
     # ---------------------------------------------------------------- pieces of the sequence
 
@@ -380,7 +383,12 @@ class STAR(nnx.Module):
     ) -> GroupLosses:
         """Losses of every code, one group's logits at a time."""
         hidden = self.hidden(tokens, condition, forcing)
-        return group_losses(self.head, hidden, forcing.chosen(self.in_groups(tokens)))
+        targets = forcing.chosen(self.in_groups(tokens))
+        features = nn.recomputed(self.head.features, True, saves=self.head_saves)(
+            hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, targets.shape[-1])
+        )
+        features = features.reshape(*targets.shape, -1)
+        return group_losses(self.head.all_logits, features, targets)
 
     def nll(
         self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN

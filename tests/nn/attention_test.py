@@ -25,3 +25,20 @@ def test_parts_change_nothing(monkeypatch, most):
     assert loops == (most < 180)
     for a, b in zip(jax.tree.leaves(gradient(q, k, v)), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_short_sequences_are_packed_into_tiles(monkeypatch):
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 6, 5, 4, 8))
+    want = attention.attend_short(q, k[:, :, ::2], v[:, :, ::2])
+    packed, plain = [], jax.nn.dot_product_attention
+
+    def call(q, k, v, *, mask, implementation):
+        packed.append((q.shape[0], implementation))
+        return plain(q, k, v, mask=jnp.asarray(mask))
+
+    monkeypatch.setattr(attention, "fits_cudnn", lambda q: True)
+    monkeypatch.setattr(attention, "TILE", 19)  # three sequences of five
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+    got = attention.attend_short(q, k[:, :, ::2], v[:, :, ::2])
+    assert packed == [(2, "cudnn")]
+    np.testing.assert_allclose(got, want, atol=1e-6)

@@ -291,3 +291,28 @@ def test_more_slots_than_tokens_is_an_error(container):
         container.check(3)
     one = Group(jnp.ones((1, 1, 5, D)), jnp.ones((1, 1, 5, K), jnp.int32), jnp.ones((1, 1, 5)) > 0)
     assert container.cluster_history(one).valid.shape == (1, 1, M)
+
+
+def test_bfloat16_clusters_rounded_features_and_trains_as_it_decodes(history):
+    """The clusters of rounded features are those of float32 arithmetic on them, all at once or as
+    groups come."""
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        container = nn.build(
+            Container, jax.random.key(0), dim=D, num_heads=3, num_slots=M, neighbors=2,
+            refine_blocks=1, place=0.2, init=nnx.initializers.normal(0.3), dtype=jnp.bfloat16,
+        )  # fmt: skip
+    x = jax.random.normal(jax.random.key(9), (B, T, N, D))
+    rays = jax.random.normal(jax.random.key(6), (B, T, N, 6))
+    groups = container.group(x, history.ids, rays, history.mask)
+    trained = container.cluster_history(groups, lambda y: y[:, jnp.array([0, 2])])
+    exact = groups._replace(x=groups.x.astype(jnp.bfloat16).astype(jnp.float32))
+    container.rounded = None
+    want = container.cluster_history(exact)
+    np.testing.assert_array_equal(trained.centers, want.centers[:, ::2])
+    np.testing.assert_array_equal(trained.assignment, want.assignment[:, ::2])
+    container.rounded = jnp.bfloat16
+    carry = empty_container(B, T * N, D + 6, K + 1)
+    carry, _ = container.cluster(carry, Group(*(y[:, 0] for y in groups)))
+    _, clusters = container.cluster(carry, Group(*(y[:, 1] for y in groups)))
+    np.testing.assert_array_equal(trained.centers[:, 1], clusters.centers)
+    np.testing.assert_array_equal(trained.assignment[:, 1], clusters.assignment)

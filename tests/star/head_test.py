@@ -65,3 +65,17 @@ def test_filters():
     assert kept(top_k=None, top_p=jnp.float32(0.7)) == [1, 3, 4]
     assert kept(top_k=None, top_p=jnp.float32(1e-6)) == [1]
     assert kept(top_k=None, top_p=jnp.float32(1.0)) == [0, 1, 2, 3, 4]
+
+
+def test_parallel_codes_know_nothing_of_one_another():
+    head = nn.build(
+        DepthHead, jax.random.key(0), dim=11, head_dim=10, num_layers=1, num_heads=1,
+        hidden_dim=13, num_codebooks=K, vocab_size=VOCAB, parallel=True,
+        init=nnx.initializers.normal(0.3), dtype=jnp.float32,
+    )  # fmt: skip
+    head.output[...] = jax.random.normal(jax.random.key(1), head.output.shape)
+    hidden = jax.random.normal(jax.random.key(2), (5, 11))
+    codes, logits = head.decode(hidden, lambda k, logits: jnp.argmax(logits, axis=-1) + 0 * k)
+    assert codes.shape == (5, K)
+    np.testing.assert_allclose(logits, head(hidden, (codes + 1) % VOCAB), atol=1e-6)
+    assert jnp.abs(logits[:, 0] - logits[:, 1]).max() > 0.1  # each by weights of its own

@@ -2,7 +2,7 @@
 
 from fourdstar_jax.kernels.dpc_knn.api import cluster_dpc_knn
 from fourdstar_jax.kernels.dpc_knn.reference import Clusters, Peaks, cluster, find_clusters
-from fourdstar_jax.kernels.dpc_knn.streaming import add_group, empty_peaks
+from fourdstar_jax.kernels.dpc_knn.streaming import add_group, clusters_before, empty_peaks
 
 __all__ = [
     "Clusters",
@@ -10,6 +10,7 @@ __all__ = [
     "add_group",
     "cluster",
     "cluster_dpc_knn",
+    "clusters_before",
     "empty_peaks",
     "find_clusters",
 ]

@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+MOST_PASSES = 8  # over the distances in search of the k nearest; else they are sorted
 
 
 class Clusters(NamedTuple):
@@ -43,9 +46,19 @@ def distances(
     y: Float[Array, "R D"],
     x_ids: Int[Array, "L K"],
     y_ids: Int[Array, "R K"],
+    rounded: DTypeLike | None = None,
 ) -> Float[Array, "L R"]:
-    """Euclidean distances divided by sqrt(D); exactly 0 between equal ids."""
-    product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+    """Euclidean distances divided by sqrt(D); exactly 0 between equal ids.
+
+    With `rounded`, bfloat16 say, they are those of the features rounded to that type: matrix units
+    then multiply exactly and add in float32.
+    """
+    if rounded is None:
+        product = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+    else:
+        x, y = x.astype(rounded), y.astype(rounded)
+        product = jnp.matmul(x, y.T, preferred_element_type=jnp.float32)
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     square = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1) - 2 * product
     same = jnp.ones(square.shape, bool)
     for k in range(x_ids.shape[1]):  # a loop, so that no [L, R, K] array is made
@@ -89,10 +102,23 @@ def log_densities(
 
     A group with fewer than k valid tokens averages over those it has.
     """
-    nearest = -jax.lax.top_k(jnp.where(mask, -distance, -jnp.inf), min(k, mask.shape[0]))[0]
-    found = jnp.isfinite(nearest)
-    total = jnp.sum(jnp.where(found, nearest, 0.0) ** 2, axis=1)
-    return -total / jnp.maximum(jnp.sum(found, axis=1), 1).astype(total.dtype)
+    distance, k = jnp.where(mask, distance, jnp.inf), min(k, mask.shape[0])
+    if k > MOST_PASSES:
+        nearest = -jax.lax.top_k(-distance, k)[0]
+        found = jnp.isfinite(nearest)
+        total = jnp.sum(jnp.where(found, nearest, 0.0) ** 2, axis=1)
+        return -total / jnp.maximum(jnp.sum(found, axis=1), 1).astype(total.dtype)
+    # Nothing is sorted: the smallest distance, as often as it is there, then the next one.
+    total, left = jnp.zeros_like(distance[:, 0]), jnp.full(distance.shape[0], k)
+    least = jnp.full_like(total, -1.0)
+    for _ in range(k):
+        least = jnp.min(jnp.where(distance > least[:, None], distance, jnp.inf), axis=1)
+        found = jnp.isfinite(least)
+        times = jnp.where(found, jnp.sum(distance == least[:, None], axis=1), 0)
+        times = jnp.minimum(times, left)
+        total += times.astype(total.dtype) * jnp.where(found, least, 0.0) ** 2
+        left -= times
+    return -total / jnp.maximum(k - left, 1).astype(total.dtype)
 
 
 def is_denser(
@@ -105,11 +131,12 @@ def is_denser(
     return (log_density > other) | ((log_density == other) & (index < other_index))
 
 
-def find_clusters(peaks: Peaks, *, num_clusters: int) -> Clusters:
+def find_clusters(peaks: Peaks, *, num_clusters: int, rounded: DTypeLike | None = None) -> Clusters:
     """Takes the tokens with the largest rho * delta as centres, for each token the nearest one.
 
-    The densest token's delta is the largest distance of the sample. A centre with delta 0 has a
-    denser twin: it is surplus and takes no tokens. A centre belongs to its own cluster.
+    For `rounded` see `distances`. The densest token's delta is the largest distance of the sample.
+    A centre with delta 0 has a denser twin: it is surplus and takes no tokens. A centre belongs to
+    its own cluster.
     """
     deltas = jnp.where(jnp.isinf(peaks.deltas), peaks.max_distance, peaks.deltas)
     densest = peaks.mask & jnp.isinf(peaks.deltas)
@@ -117,10 +144,11 @@ def find_clusters(peaks: Peaks, *, num_clusters: int) -> Clusters:
     score = peaks.log_densities + jnp.log(jnp.where(densest, jnp.maximum(deltas, 1e-30), deltas))
     score, centers = jax.lax.top_k(jnp.where(peaks.mask, score, -jnp.inf), num_clusters)
     valid = score > -jnp.inf
-    distance = distances(peaks.x, peaks.x[centers], peaks.ids, peaks.ids[centers])  # [S, M]
-    assignment = jnp.argmin(jnp.where(valid, distance, jnp.inf), axis=1)
-    own = jnp.arange(peaks.x.shape[0])[:, None] == jnp.where(valid, centers, -1)
-    assignment = jnp.where(jnp.any(own, axis=1), jnp.argmax(own, axis=1), assignment)
+    distance = distances(peaks.x, peaks.x[centers], peaks.ids, peaks.ids[centers], rounded)
+    assignment = jnp.argmin(jnp.where(valid, distance, jnp.inf), axis=1)  # of [S, M]
+    own = jnp.where(valid, centers, peaks.x.shape[0])  # what is not valid falls out
+    number = jnp.arange(num_clusters, dtype=assignment.dtype)
+    assignment = assignment.at[own].set(number, mode="drop")
     return Clusters(centers, valid, jnp.where(peaks.mask, assignment, -1))
 
 
