@@ -18,6 +18,23 @@ from fourdstar_jax.star.embed import vector
 from fourdstar_jax.star.transformer import KV, Layer
 
 
+@jax.custom_vjp
+def _products(
+    x: Float[Array, "K R E"], weights: Float[Array, "K E vocab"]
+) -> Float[Array, "K R vocab"]:
+    """x times weights in float32; gradients are products in the type of x, as are all others."""
+    return jnp.matmul(x, weights, preferred_element_type=jnp.float32)
+
+
+def _gradients(arrays, dy):
+    x, weights = arrays
+    dy = dy.astype(x.dtype)
+    return dy @ weights.swapaxes(1, 2), x.swapaxes(1, 2) @ dy
+
+
+_products.defvjp(lambda x, weights: (_products(x, weights), (x, weights)), _gradients)
+
+
 class DepthHead(nnx.Module):
     """p(codes of a token | hidden state) by the chain rule over the K codes.
 
@@ -80,7 +97,7 @@ class DepthHead(nnx.Module):
     def all_logits(self, features: Float[Array, "R K E"]) -> Float[Array, "R K vocab"]:
         """Of every code, from what it is predicted from."""
         weights = self.output[...].astype(features.dtype)
-        return jnp.einsum("rke,kev->rkv", features, weights, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(_products(jnp.moveaxis(features, 1, 0), weights), 0, 1)
 
     def __call__(
         self, hidden: Float[Array, "R D"], tokens: Int[Array, "R K"]

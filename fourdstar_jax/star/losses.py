@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fourdstar_jax import nn
+from fourdstar_jax.star.head import DepthHead
+
 
 class GroupLosses(NamedTuple):
     """Of every code of every token."""
@@ -38,6 +41,23 @@ def group_losses(
 
     groups = (jnp.moveaxis(features, 1, 0), jnp.moveaxis(tokens, 1, 0))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), jax.lax.map(one, groups))
+
+
+def code_losses(
+    head: DepthHead,
+    hidden: Float[Array, "B G N D"],
+    tokens: Int[Array, "B G N K"],
+    *,
+    saves: nn.Saves,
+) -> GroupLosses:
+    """Of the head's predictions: its layers run once over all groups, then a group's logits each.
+
+    What lies between is made again in the backward pass, but for what `saves` says.
+    """
+    features = nn.recomputed(head.features, True, saves=saves)(
+        hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1, tokens.shape[-1])
+    )
+    return group_losses(head.all_logits, features.reshape(*tokens.shape, -1), tokens)
 
 
 def summarize(

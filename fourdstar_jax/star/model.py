@@ -32,7 +32,7 @@ from fourdstar_jax.star.container import Container, Density, Inject, State, Upda
 from fourdstar_jax.star.embed import Codebook
 from fourdstar_jax.star.forcing import AS_GIVEN, Forcing
 from fourdstar_jax.star.head import DepthHead
-from fourdstar_jax.star.losses import GroupLosses, group_losses, summarize
+from fourdstar_jax.star.losses import GroupLosses, code_losses, summarize
 from fourdstar_jax.star.pooling import Pooling
 from fourdstar_jax.star.transformer import (
     Rotary,
@@ -384,11 +384,7 @@ class STAR(nnx.Module):
         """Losses of every code, one group's logits at a time."""
         hidden = self.hidden(tokens, condition, forcing)
         targets = forcing.chosen(self.in_groups(tokens))
-        features = nn.recomputed(self.head.features, True, saves=self.head_saves)(
-            hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, targets.shape[-1])
-        )
-        features = features.reshape(*targets.shape, -1)
-        return group_losses(self.head.all_logits, features, targets)
+        return code_losses(self.head, hidden, targets, saves=self.head_saves)
 
     def nll(
         self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN

@@ -160,31 +160,18 @@ def judged(
 
 
 def measure_step(
-    config: Any, setting: Setting, capacity: int | None, repeats: int
-) -> tuple[dict[str, Any], train_state.TrainState]:
-    """Figures of the trainer's step, and the state after; the one before is given away."""
-    step = functools.partial(
-        vqvae.train_step,
-        setting.graphdef,
-        tx=setting.tx,
-        adversary=setting.adversary,
-        augment=config.augment.to_dict(),
-        steps=config.steps,
-        code_noise=config.forcing.code_noise,
-        render_config=config.render.to_dict(),
-        loss_config=config.loss.to_dict(),
-        capacity=capacity,
-    )
-    rest = setting.frozen, setting.batch, jax.random.key(0)
+    step: Callable[..., Any], state: train_state.TrainState, args: Any, repeats: int
+) -> tuple[dict[str, Any], train_state.TrainState, dict[str, jax.Array]]:
+    """Figures of a trainer's step, the state after and metrics; the one before is given away."""
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0).lower(setting.state, *rest)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, *args)
     traced = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()
-    state, metrics, times = setting.state, {}, []
+    metrics, times = {}, []
     for _ in range(repeats + 2):
         begin = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, *rest))
+        state, metrics = jax.block_until_ready(compiled(state, *args))
         times.append(time.perf_counter() - begin)
     memory = compiled.memory_analysis()
     line = dict(
@@ -195,12 +182,8 @@ def measure_step(
         program_bytes=program_bytes(compiled),
         temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
         allocator_peak_bytes=allocator_peak(),
-        pairs=int(metrics["pairs"]),
-        overflow=bool(metrics["overflow"]),
-        capacity=capacity,
-        loss=float(metrics["loss"]),
     )
-    return line, state
+    return line, state, metrics
 
 
 def run(
@@ -262,7 +245,22 @@ def run(
         capacity = pick_capacity(int(rendered.num_intersections))
 
         del model
-        line, state = measure_step(config, setting, capacity, repeats)
+        step = functools.partial(
+            vqvae.train_step,
+            setting.graphdef,
+            tx=setting.tx,
+            adversary=setting.adversary,
+            augment=config.augment.to_dict(),
+            steps=config.steps,
+            code_noise=config.forcing.code_noise,
+            render_config=config.render.to_dict(),
+            loss_config=config.loss.to_dict(),
+            capacity=capacity,
+        )
+        rest = setting.frozen, setting.batch, jax.random.key(0)
+        line, state, metrics = measure_step(step, setting.state, rest, repeats)
+        line |= dict(pairs=int(metrics["pairs"]), overflow=bool(metrics["overflow"]))
+        line |= dict(capacity=capacity, loss=float(metrics["loss"]))
         line["tflops"] = results["tflop"] / line["step_s"]
         results["step"] = line
         setting = setting._replace(state=state)

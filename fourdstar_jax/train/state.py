@@ -52,6 +52,14 @@ def create(
         return state
 
     abstract = jax.eval_shape(init_state, key)
+    # It runs once: optimising hundreds of little random-number loops costs more than it gains.
+    options = {"xla_backend_optimization_level": 0}
+    places = shardings(abstract.params, abstract.rest, tx, mesh)
+    return graphdefs[0], jax.jit(init_state, out_shardings=places, compiler_options=options)(key)
+
+
+def shardings(params: nnx.State, rest: nnx.State, tx, mesh: Mesh) -> TrainState:
+    """Where the arrays of a state lie, as a state of shardings; arguments may be shapes."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(tree: nnx.State):
@@ -62,22 +70,19 @@ def create(
         pairs = zip(leaves, shardings, strict=True)
         return jax.tree.unflatten(structure, [_divisible(x.shape, s) for x, s in pairs])
 
-    params = place(abstract.params)
-    shardings = TrainState(
+    placed = place(params)
+    return TrainState(
         step=replicated,  # pyright: ignore[reportArgumentType] the same tree, of shardings
-        params=params,
-        rest=place(abstract.rest),
+        params=placed,
+        rest=place(rest),
         opt_state=optax.tree_map_params(
             tx,
             lambda _, s: s,
-            abstract.opt_state,
-            params,
+            jax.eval_shape(tx.init, params),
+            placed,
             transform_non_params=lambda _: replicated,
         ),
     )
-    # It runs once: optimising hundreds of little random-number loops costs more than it gains.
-    options = {"xla_backend_optimization_level": 0}
-    return graphdefs[0], jax.jit(init_state, out_shardings=shardings, compiler_options=options)(key)
 
 
 def _divisible(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:

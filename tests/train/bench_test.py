@@ -41,3 +41,27 @@ def test_vqvae(tmp_path, capsys):
     assert list(results["parts"]) == ["discriminator", "data"]
     for part in results["parts"].values():
         assert part["share"] == pytest.approx(part["ms"] / 1e3 / step["step_s"])
+
+
+def test_star(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    changes = ["--config.data.timesteps=3", "--config.model.num_layers=1"]
+    changes += ["--config.forcing.num_groups=2", "--config.model.dim=64"]
+    flags = ["--parts", "clustering", "--repeats", "1", "--views", "3", "--batch", "2"]
+    flags += ["--devices", "2", "--commit", "abc", "--json", str(file)]
+    assert cli.main(["bench", "train", "star", *flags, *changes]) == 0
+    assert "tiny, 2 objects, 3 timesteps, 3 views" in capsys.readouterr().out
+    results = json.loads(file.read_text())
+    step = results["step"]
+    assert step["tflops"] == pytest.approx(results["tflop"] / step["step_s"])
+    assert step["tokens_per_s"] == pytest.approx(2 * 2 * 32 / step["step_s"])
+    assert step["mfu"] is None and results["devices"] == 2  # no peak is known of a CPU
+    assert list(results["parts"]) == ["clustering"]
+    # 12 slots of text and 48 of the video; 2 groups of 16 clusters and 32 tokens
+    attention = 60**2 + 2 * (48 * (60 + 16) + 32 * 33 // 2)
+    want = 2 * 4 * 64 * attention / 1e12
+    assert results["forward_tflop"]["attention"] == pytest.approx(want)
+    matrices = 4 * 64**2 + 3 * 64 * 352
+    want = 2 * 2 * matrices * (60 + 2 * 48) / 1e12
+    assert results["forward_tflop"]["trunk"] == pytest.approx(want)
+    assert cli.main(["bench", "train", "vqvae", "--devices", "2"]) == 2

@@ -11,7 +11,7 @@ DESCRIPTION = """
 Time training steps and their parts, on random weights and made data. Any value of the stage's
 config can be overridden: --config.model.up_pictures=32.
 """
-STAGES = ("vqvae",)
+STAGES = ("vqvae", "star")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--views", type=whole(1, 64), metavar="N", help="of the rig; 8 at size paper, else 4"
     )
     parser.add_argument(
+        "--devices", type=whole(1, 1 << 10), default=1, metavar="N", help="for star; default 1"
+    )
+    parser.add_argument(
         "--parts", nargs="*", metavar="NAME", help="what to time beside the step; default all"
     )
     parser.add_argument(
@@ -37,13 +40,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = read_config(f"configs/vqvae.py:{arguments.size}", arguments.overrides)
-    tokenizer = read_config(f"configs/tokenizer.py:{arguments.size}", [])
-    from fourdstar_jax.train import bench
-
-    bench.run(
-        config,
-        tokenizer.model.to_dict(),
+    config = read_config(f"configs/{arguments.stage}.py:{arguments.size}", arguments.overrides)
+    common = dict(
         size=arguments.size,
         objects=arguments.batch,
         views=arguments.views,
@@ -52,3 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
         json_file=arguments.json,
         commit=arguments.commit,
     )
+    if arguments.stage == "star":
+        from fourdstar_jax.train import bench_star
+
+        bench_star.run(config, devices=arguments.devices, **common)
+        return
+    if arguments.devices != 1:
+        raise ValueError("--devices is for star: the VQ-VAE's step is timed on one")
+    tokenizer = read_config(f"configs/tokenizer.py:{arguments.size}", [])
+    from fourdstar_jax.train import bench
+
+    bench.run(config, tokenizer.model.to_dict(), **common)
