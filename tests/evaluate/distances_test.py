@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from fourdstar_jax.evaluate.distances import frechet_distance, kernel_distance
+from fourdstar_jax.evaluate.distances import (
+    frechet_distance,
+    frechet_interval,
+    kernel_distance,
+    kernel_interval,
+)
 
 
 def reference(x, y):
@@ -69,3 +74,26 @@ def test_sets_that_are_none_are_refused(distance):
     ):
         with pytest.raises(ValueError, match=words):
             distance(x, other)
+
+
+def test_intervals_draw_whole_groups():
+    """Of two groups: both twice or one of each, and no row is paired with its own copy."""
+    x, y = features(7, 6, d=3), features(8, 6, d=3)
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    low, high = kernel_interval(x, y, groups)
+    apart = [kernel_distance(x[groups == g], y[groups == g]) for g in (0, 1)]
+    # of a group that is drawn twice all pairs count but those of a row with itself
+    values = []
+    for g in (0, 1):
+        a, b = x[groups == g], y[groups == g]
+        ks = [(p @ q.T / 3 + 1) ** 3 for p, q in ((a, a), (b, b), (a, b))]
+        within = sum((4 * k.sum() - 4 * np.trace(k)) / (36 - 12) for k in ks[:2])
+        values.append(within - 2 * ks[2].mean())
+    np.testing.assert_allclose(values, apart)
+    both = kernel_distance(x, y)
+    assert low == pytest.approx(min(*values, both)) and high == pytest.approx(max(*values, both))
+    low, high = frechet_interval(x, y, groups, resamples=40)
+    values = [frechet_distance(np.tile(x[i], (2, 1)), np.tile(y[i], (2, 1)))
+              for i in (groups == 0, groups == 1)]  # fmt: skip
+    values.append(frechet_distance(x, y))
+    assert low == pytest.approx(min(values)) and high == pytest.approx(max(values))
