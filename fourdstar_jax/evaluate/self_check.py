@@ -1,7 +1,7 @@
 """Figures that are known beforehand, by the very code that scores: does an installation measure?
 
-Constant pictures and shifted sets have values that follow from the formulas; those of the networks
-on black against white clips are what public implementations print for the released weights.
+Constant pictures and shifted sets have values that follow from the formulas. The networks are only
+asked whether equal clips are at no distance: their weights are known by their digests.
 """
 
 import os
@@ -18,7 +18,7 @@ from fourdstar_jax.evaluate.networks import NETWORKS, Networks
 from fourdstar_jax.evaluate.protocols import SAME_PSNR, find
 
 FRAMES, SIDE = 10, 32
-# of black against white pictures; their networks' weights are those of docs/WEIGHTS.md
+# of black against white pictures
 BLACK_AND_WHITE = {"psnr": 0.0, "ssim": 1e-4 / (1 + 1e-4)}
 
 
@@ -74,7 +74,7 @@ def _pictures(folder: Path, weights: str | os.PathLike[str] | None) -> Iterator[
     same = score.score(open_v2, sources["noise"], sources["noise"], networks, metrics=chosen)
     for name, figure in same["summary"].items():
         wanted = {"psnr": SAME_PSNR, "ssim": 1.0, "clip_b32": 1.0, "clip_l14": 1.0}.get(name, 0.0)
-        if name == "mmd":  # two clips alike: within is half of what between is less the rest
+        if name == "mmd":  # without bias, equal sets are at 0 on average only
             continue
         yield Case(f"{name} of noise and itself", figure["value"], wanted, 1e-3)
     chosen = [name for name in chosen if name in BLACK_AND_WHITE]
