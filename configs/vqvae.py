@@ -28,6 +28,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 8  # objects
+    config.accumulate = 1  # parts of a batch that a step goes through, in the memory of one
     # `on_device`: all pictures lie in the memory of every device. `buckets` are (timesteps, share
     # of the batches); without any all batches have `timesteps`.
     config.data = ConfigDict(

@@ -41,7 +41,7 @@ def create(
     def init(key):
         model = nn.build(make, key, **kwargs)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        state = TrainState(jnp.zeros((), jax.numpy.int32), params, rest, tx.init(params))
+        state = TrainState(jnp.zeros((), jnp.int32), params, rest, tx.init(params))
         return graphdef, state
 
     graphdefs = []
@@ -133,6 +133,48 @@ def apply_gradients(state: TrainState, grads: nnx.State, tx) -> TrainState:
         lambda new, old: jnp.where(finite, new, old), learnt, (state.params, state.opt_state)
     )
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def gradients_in_parts(
+    grad_fn: Callable[[Any, jax.Array], tuple[Any, Any]], parts: int, batch: Any, key: jax.Array
+) -> tuple[Any, Any]:
+    """Gradients of a batch from `parts` of it, one after another, in the memory of one.
+
+    `grad_fn` of a part `[B / parts, ...]` and a key returns gradients and what else there is. Comes
+    back with the mean of the gradients and the rest, stacked `[parts, ...]`; with one part it gets
+    `key` itself. Object i is of part i % parts, so that every device keeps its own.
+    """
+    if parts == 1:
+        grads, rest = grad_fn(batch, key)
+        return grads, jax.tree.map(lambda x: x[None], rest)
+
+    def split(x):
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    def add(total, part):
+        grads, rest = grad_fn(*part)
+        return jax.tree.map(jnp.add, total, grads), rest
+
+    parted = jax.tree.map(split, batch), jax.random.split(key, parts)
+    shapes = jax.eval_shape(grad_fn, *jax.tree.map(lambda x: x[0], parted))[0]
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, rest = jax.lax.scan(add, nothing, parted)
+    return jax.tree.map(lambda x: x / parts, total), rest
+
+
+def sharers(mesh: Mesh) -> int:
+    """How many devices, or groups of them, share a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_parts(accumulate: int, batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError for a batch that `accumulate` parts do not divide evenly over the mesh."""
+    devices = sharers(mesh)
+    if accumulate < 1 or batch_size % (accumulate * devices):
+        raise ValueError(
+            f"config.accumulate={accumulate} must be 1 or more parts of config.batch_size="
+            f"{batch_size}, each a multiple of the {devices} devices that share a batch"
+        )
 
 
 def norm(grads: nnx.State) -> jax.Array:

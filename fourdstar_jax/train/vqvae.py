@@ -25,7 +25,8 @@ from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.types import Cameras
-from fourdstar_jax.vqvae import measures, warm_start
+from fourdstar_jax.vqvae import losses, measures, warm_start
+from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, activate
 from fourdstar_jax.vqvae.losses import (
     Supervision,
     choose_supervision,
@@ -35,9 +36,9 @@ from fourdstar_jax.vqvae.losses import (
 )
 from fourdstar_jax.vqvae.model import VQVAE4D, Decoded
 
-# Fewer pairs than these are left to the room that `rasterize` makes by itself: to compile a step
-# again costs more.
+# Fewer pairs than these are left to the room that `rasterize` makes by itself.
 FEW_PAIRS = 2**18
+SPARE = 1.5  # room for so many times the pairs that were counted: to compile a step costs minutes
 
 
 class Seen(NamedTuple):
@@ -114,29 +115,41 @@ def train_step(
     steps,
     augment=None,
     adversary: adversarial.Adversary | None = None,
+    accumulate: int = 1,
     **configs,
 ):
     """One optimizer step of `steps`. Pure; the randomness of step s is `key` folded with s.
+
+    Its gradient is that of the batch, or the mean of those of `accumulate` parts of it.
 
     Then comes the turn of the discriminator, if there is one, on the same pictures. Where the
     Gaussians overflow the rasterizer's capacity nothing is learnt from the step.
     """
 
-    augment_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-    batch = inputs.prepare(batch, frozen.frames, augment_key, augment)
+    def gradients(batch, key):
+        augment_key, loss_key = jax.random.split(key)
+        batch = inputs.prepare(batch, frozen.frames, augment_key, augment)
 
-    def loss_fn(params):
-        model = nnx.merge(graphdef, params, state.rest)
-        loss, metrics, seen = loss_of(model, frozen, batch, loss_key, state.step / steps, **configs)
-        real, fake = seen.supervision.images, seen.renders[""]
-        if adversary is not None:
-            hinge = adversary.hinge(state.judge, state.step, fake)
-            loss = loss + adversary.weight * hinge
-            metrics |= {"adversarial": hinge, "loss": loss}
-        return loss, (metrics, real, fake)
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, state.rest)
+            progress = state.step / steps
+            loss, metrics, seen = loss_of(model, frozen, batch, loss_key, progress, **configs)
+            real, fake = seen.supervision.images, seen.renders[""]
+            if adversary is not None:
+                hinge = adversary.hinge(state.judge, state.step, fake)
+                loss = loss + adversary.weight * hinge
+                metrics |= {"adversarial": hinge, "loss": loss}
+            return loss, (metrics, real, fake)
 
-    grads, (metrics, real, fake) = jax.grad(loss_fn, has_aux=True)(state.params)
-    overflow = metrics.pop("overflow")
+        return jax.grad(loss_fn, has_aux=True)(state.params)
+
+    step_key = jax.random.fold_in(key, state.step)
+    grads, (metrics, *judged) = train_state.gradients_in_parts(
+        gradients, accumulate, batch, step_key
+    )
+    real, fake = (x.reshape(-1, *x.shape[2:]) for x in judged)
+    overflow, pairs = jnp.any(metrics.pop("overflow")), jnp.max(metrics.pop("pairs"))
+    metrics = jax.tree.map(jnp.mean, metrics) | {"pairs": pairs}
     grads = jax.tree.map(lambda g: jnp.where(overflow, 0.0, g), grads)
     if adversary is not None:
         judge, parts = adversary.learn(state.judge, state.step, real, fake, skip=overflow)
@@ -187,11 +200,40 @@ def start_warm(
     return train_state.start_warm(graphdef, state, load, workdir)
 
 
+def first_capacity(config: Any, batch: Mapping[str, Any], devices: int = 1) -> int | None:
+    """Room for the pairs of the first steps; None for few, which `rasterize` makes room for.
+
+    Counted without the decoder and its compilation: before training its Gaussians lie about on a
+    plane, each as large as its pixel (`decoder.activate` of zeros), and in training pairs become
+    fewer. `batch` is one on the host, of whose rig's views they are counted: all processes find the
+    same; `devices` share it.
+    """
+    sizes, render = config.model, config.render
+    views, size = batch["Ks"].shape[1], sizes.resolution
+    map_size = sizes.grid * 2 ** len(sizes.up_channels)
+    objects = config.batch_size // (devices * config.accumulate)
+    extra = batch["extra_Ks"].shape[1] if "extra_Ks" in batch else 0
+    chosen = min(render.rig_views, views) + min(render.extra_views, extra)
+    pictures = objects * min(render.num_timesteps, batch["times"].shape[1]) * chosen
+    if 4 * pictures * views * map_size**2 < FEW_PAIRS:  # each of them is in 4 tiles at most
+        return None
+    rig = Cameras(batch["viewmats"][:1], batch["Ks"][:1])
+
+    def count():
+        raw = jnp.zeros((1, 1, views, map_size, map_size, NUM_CHANNELS))
+        limits = sizes.get("scale_limits")
+        gaussians = activate(raw, rig, resolution=size, scale_limits=limits)
+        return losses.render(gaussians, rig, width=size, height=size).num_intersections
+
+    pairs = int(jax.jit(count)()) * pictures / views
+    return None if pairs < FEW_PAIRS else pick_capacity(int(SPARE * pairs))
+
+
 def next_capacity(pairs, overflow, capacity: int | None) -> int | None:
     """The capacity for the next steps, given the count of a step and what it was made with."""
-    if not overflow and pairs < FEW_PAIRS:
+    if not overflow and (capacity is None or pairs <= capacity):
         return capacity
-    return pick_capacity(int(pairs), capacity)
+    return pick_capacity(int(SPARE * pairs))
 
 
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
@@ -208,6 +250,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     key = jax.random.key(config.seed)
     tokenizer = bundle.read(config.bundle).load("tokenizer")
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
+        train_state.check_parts(config.accumulate, config.batch_size, mesh)
         lpips = None
         if config.loss.lpips_weight > 0:
             lpips = perceptual.load(config.lpips, dtype=jnp.dtype(config.model.dtype))
@@ -249,6 +292,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 tx=tx,
                 adversary=adversary,
                 augment=config.augment.to_dict(),
+                accumulate=config.accumulate,
                 code_noise=config.forcing.code_noise,
                 **configs,
             ),
@@ -277,6 +321,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             with writer.waiting():
                 read = inputs.cut(next(batches), timesteps)
             done = step + 1
+            if config.loss.capacity is None and timesteps not in capacities:
+                capacities[timesteps] = first_capacity(config, read, train_state.sharers(mesh))
             batch = train_state.to_device(read, mesh)
             capacity = capacities.get(timesteps)
             state, metrics = step_fn(state, frozen, batch, key, capacity=capacity)

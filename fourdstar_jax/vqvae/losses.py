@@ -165,6 +165,16 @@ def psnr_in_mask(
     return psnr(error / (3 * jnp.maximum(jnp.sum(masks), 1.0)))
 
 
+def mean_where(values: Float[Array, "B ..."], weights: Float[Array, "B ..."]) -> Float[Array, ""]:
+    """Mean over objects of each one's mean by weights; an object without any counts 0.
+
+    So the mean over parts of a batch is that of the batch.
+    """
+    axes = tuple(range(1, values.ndim))
+    total = jnp.sum(weights, axis=axes)
+    return jnp.mean(jnp.sum(weights * values, axis=axes) / jnp.maximum(total, 1.0))
+
+
 def pixel_losses(
     rendered: Rendered,
     images: Float[Array, "B S Q h w 3"],
@@ -177,8 +187,8 @@ def pixel_losses(
     A pixel of mask m counts 1 + `foreground_weight` m times in the first, normalised by the sum:
     on white, the object is a small share of the picture.
     """
-    weight = 1 + foreground_weight * masks
-    rgb = jnp.mean(weight * (rendered.renders - images) ** 2) / jnp.mean(weight)
+    error = jnp.mean((rendered.renders - images) ** 2, axis=-1, keepdims=True)
+    rgb = mean_where(error, 1 + foreground_weight * masks)
     alpha = jnp.mean((rendered.alphas - masks) ** 2)
     return rgb, alpha
 
@@ -223,7 +233,7 @@ def own_pixel_losses(
     Photometric losses alone make fog first; of these two, early in training, come surfaces.
     """
     z, target, known, share = own_surface(gaussians, own)
-    error = jnp.sum(known * jnp.abs(z - target)) / jnp.maximum(jnp.sum(known), 1.0)
+    error = mean_where(jnp.abs(z - target), known)
     opacity = jnp.clip(gaussians.opacities.reshape(z.shape), 1e-4, 1 - 1e-4)
     entropy = -(share * jnp.log(opacity) + (1 - share) * jnp.log1p(-opacity))
     return error, jnp.mean(entropy)
@@ -295,7 +305,7 @@ def flow_loss(
     slow = jnp.sum(target**2, axis=-1, keepdims=True) < (max_share * width) ** 2
     weight = weight * masks * slow * known[:, None, :, None, None, None]
     error = jnp.sum(jnp.abs(flow - target), axis=-1, keepdims=True) / width
-    return jnp.sum(weight * error) / jnp.maximum(jnp.sum(weight), 1.0)
+    return mean_where(error, weight)
 
 
 def sample_bilinear(
@@ -347,7 +357,7 @@ def warp_loss(
     weight = weight * known[:, None, :, None, None, None]
     change = sample_bilinear(renders[:, 1:], xy) - renders[:, :-1]
     difference = jnp.mean(jnp.abs(change - true_change), axis=-1, keepdims=True)
-    return jnp.sum(weight * difference) / jnp.maximum(jnp.sum(weight), 1.0)
+    return mean_where(difference, weight)
 
 
 def temporal_error(
