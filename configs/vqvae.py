@@ -39,8 +39,10 @@ def get_config(argument: str = "small") -> ConfigDict:
             on_device=False,
         )
     )
-    # One draw a clip: the mirror image with a chance, other colours with another (`inputs.draw`).
+    # One draw a clip, by chances: the mirror image, other colours, backwards (without the losses
+    # of flow then), standing still (`inputs.draw`).
     config.augment = ConfigDict(dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3))
+    config.augment.update(reverse=0.25, frozen=0.05)
     config.bundle = "runs/tokenizer/bundle"  # holds the frozen tokenizer
 
     config.model = model(scale, tokenizer)
@@ -99,7 +101,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     match scale:
         case "tiny":
             config.data.update(timesteps=4, buckets=())
-            config.augment.update(mirror=0.0, colour=0.0)
+            config.augment.update(mirror=0.0, colour=0.0, reverse=0.0, frozen=0.0)
             config.batch_size = 2
             config.steps = 1500
             config.render = ConfigDict(dict(num_timesteps=2, rig_views=1, extra_views=1))

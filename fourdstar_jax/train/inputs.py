@@ -21,6 +21,7 @@ from fourdstar_jax.types import Array
 
 # Axis of time of what has one; flow leads from a timestep to the next.
 TIMED = ("rgba", "extra_rgba", "depth", "frames", "times")
+CHANCES = ("mirror", "colour", "reverse", "frozen")  # options of `draw`: with all 0 nothing changes
 
 
 class Inputs(NamedTuple):
@@ -103,6 +104,10 @@ def prepare(
     if "frames" in batch:
         assert frames is not None
         out = gather(frames, batch)
+    drawn = None
+    if key is not None and augment is not None and any(augment.get(name) for name in CHANCES):
+        drawn = draw(key, out["viewmats"].shape[0], **augment)
+        out = retimed(out, drawn["reverse"], drawn["frozen"])
     colours = {}
     for prefix in ("", "extra_"):
         if f"{prefix}rgba" in out:
@@ -112,8 +117,7 @@ def prepare(
     for name in ("flow", "depth"):
         if name in out:
             out[name] = out[name].astype(jnp.float32)
-    if key is not None and augment is not None and (augment["mirror"] or augment["colour"]):
-        drawn = draw(key, out["viewmats"].shape[0], **augment)
+    if drawn is not None:
         colours = {name: jitter(x, drawn) for name, x in colours.items()}
         out = mirrored(out | colours, drawn["mirror"])
         colours = {name: out[name] for name in colours}
@@ -151,6 +155,8 @@ def draw(
     hue: float,
     saturation: float,
     value: float,
+    reverse: float = 0.0,
+    frozen: float = 0.0,
 ) -> dict[str, Array]:
     """One draw a clip, for all its views and timesteps.
 
@@ -159,8 +165,10 @@ def draw(
       colour: chance of other colours; then hue is turned by up to `hue` of a full circle either
         way (0.5: any), saturation and value are multiplied by up to exp(`saturation`) and
         exp(`value`) or divided by as much.
+      reverse, frozen: chances that a clip is played backwards, and that it stands still.
     """
     keys = jax.random.split(key, 5)
+    reverse_key, frozen_key = jax.random.split(jax.random.fold_in(key, 1))
     changed = jax.random.bernoulli(keys[0], colour, (count,))
 
     def spread(key, most):
@@ -168,10 +176,34 @@ def draw(
 
     return {
         "mirror": jax.random.bernoulli(keys[1], mirror, (count,)),
+        "reverse": jax.random.bernoulli(reverse_key, reverse, (count,)),
+        "frozen": jax.random.bernoulli(frozen_key, frozen, (count,)),
         "turn": spread(keys[2], hue),
         "saturation": jnp.exp(spread(keys[3], saturation)),
         "value": jnp.exp(spread(keys[4], value)),
     }
+
+
+def retimed(
+    batch: Mapping[str, Array], reverse: Bool[Array, " B"], frozen: Bool[Array, " B"]
+) -> dict[str, Array]:
+    """The batch with some clips played backwards, and some held at the timestep they begin with.
+
+    Frame times stay. How pixels move backwards is not known where it is known forwards, so
+    `flow_known` [B] says of which clips `flow` still holds.
+    """
+    order = jnp.arange(batch["times"].shape[1])
+    order = jnp.where(reverse[:, None], order[::-1], order)
+    order = jnp.where(frozen[:, None], order[:, :1], order)  # [B, T]
+    out = dict(batch)
+    for name in ("rgba", "extra_rgba", "depth"):
+        if name in batch:
+            out[name] = jax.vmap(lambda x, i: x[i])(jnp.asarray(batch[name]), order)
+    if "flow" in batch:
+        held = frozen.reshape(-1, *(1,) * (batch["flow"].ndim - 1))
+        out["flow"] = jnp.where(held, 0, batch["flow"])
+        out["flow_known"] = (frozen | ~reverse).astype(jnp.float32)
+    return out
 
 
 def jitter(

@@ -78,6 +78,8 @@ def choose_supervision(
 
     flow = None
     known = jnp.broadcast_to((chosen < v).astype(jnp.float32), chosen.shape)
+    if "flow_known" in batch:  # of each clip
+        known = known * batch["flow_known"][:, None]
     if "flow" in batch and num_timesteps > 1:
         flow = jax.vmap(lambda x, i, j: x[i][:, j])(
             batch["flow"], timesteps[:, :-1], jnp.minimum(chosen, v - 1)

@@ -125,6 +125,30 @@ def test_the_mirror_image_is_that_of_the_mirrored_object():
         np.testing.assert_allclose(again[name], x, atol=1e-6)
 
 
+def test_clips_go_backwards_or_stand_still():
+    """Clip 0 as it is, 1 backwards, 2 still, 3 both; pictures and depth together."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "rgba": rng.integers(0, 256, (4, 3, 2, 5, 5, 4), np.uint8),
+        "extra_rgba": rng.integers(0, 256, (4, 3, 1, 5, 5, 4), np.uint8),
+        "depth": rng.random((4, 3, 2, 5, 5, 1), np.float32),
+        "flow": rng.random((4, 2, 2, 5, 5, 2), np.float32),
+        "times": np.tile(np.arange(3, dtype=np.float32), (4, 1)),
+    }
+    reverse, frozen = jnp.array([0, 1, 0, 1], bool), jnp.array([0, 0, 1, 1], bool)
+    found = inputs.retimed(batch, reverse, frozen)
+    order = [[0, 1, 2], [2, 1, 0], [0, 0, 0], [2, 2, 2]]
+    for name in ("rgba", "extra_rgba", "depth"):
+        for clip, rows in enumerate(order):
+            np.testing.assert_array_equal(found[name][clip], batch[name][clip][rows])
+    np.testing.assert_array_equal(found["times"], batch["times"])
+    np.testing.assert_array_equal(found["flow"][:2], batch["flow"][:2])
+    np.testing.assert_array_equal(found["flow"][2:], 0)
+    np.testing.assert_array_equal(found["flow_known"], [1, 0, 1, 1])
+    drawn = inputs.draw(jax.random.key(2), 2000, **{**OPTIONS, "reverse": 0.25, "frozen": 0.05})
+    assert 0.2 < np.mean(drawn["reverse"]) < 0.3 and 0.03 < np.mean(drawn["frozen"]) < 0.07
+
+
 def test_colours_turn_as_hsv():
     rng = np.random.default_rng(0)
     rgb = rng.random((3, 5, 7, 1, 3)).astype(np.float32)

@@ -246,6 +246,8 @@ def test_a_restart_gives_the_same_curve_discriminator_included(
     config.data.on_device = True
     if stage is vqvae:
         config.data.buckets = ((1, 1.0),)
+        config.augment.update(reverse=0.5, frozen=0.5)
+        config.update(batch_size=2, accumulate=2)
     stage.train(config, tmp_path / "straight")
     stop_after(2, stage, config, tmp_path / "again")
     stage.train(config, tmp_path / "again")
