@@ -20,8 +20,9 @@ from fourdstar_jax.star.head import filter_logits
 from fourdstar_jax.star.model import STAR, Condition, Places
 from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
 
-# Settings of `generate` where a bundle says nothing else. This temperature without a cut to the
-# likeliest codes flickers a third less than 1 with one, at equal PSNR (on the bundled model).
+# Settings of `generate` where a bundle says nothing else. Of the bundled model, over six unseen
+# clips (`fourdstar bench sampling`), these flicker 30 % less than temperature 1 with the 16
+# likeliest, at equal LPIPS and 0.6 dB less in the mask.
 DEFAULTS: dict[str, Any] = {"temperature": 0.5, "top_k": None, "cfg_scale": 1.0}
 
 
