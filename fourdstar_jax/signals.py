@@ -36,14 +36,16 @@ class Request:
     """A first signal that has come while a block runs which answers it: `number`, else None."""
 
     number: int | None = None
+    ready = False  # there is something to save
     seen = False  # by the watching thread
 
 
 @contextlib.contextmanager
 def answered() -> Iterator[Request]:
-    """The first signal within the block, which is in `ending`, is a request; a second one ends.
+    """The first signal after `answer` within the block, which is in `ending`, is a request.
 
-    The block looks at the request where it can stop, and raises `Stopped(request.number)` then.
+    The block looks at it where it can stop, and raises `Stopped(request.number)` then. A signal
+    before `answer`, and a second one, end the process as always.
     """
     global _request
     _request = request = Request()
@@ -51,6 +53,12 @@ def answered() -> Iterator[Request]:
         yield request
     finally:
         _request = None
+
+
+def answer() -> None:
+    """From now on a signal is answered: there is something to save."""
+    if _request is not None:
+        _request.ready = True
 
 
 def requested() -> int | None:
@@ -97,7 +105,7 @@ def take_back() -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    if _request is not None and _request.number is None:
+    if _request is not None and _request.ready and _request.number is None:
         _request.number = number
         word = WORDS[signal.Signals(number)]
         os.write(2, f"fourdstar: {word}: saves, then ends; once more ends at once\n".encode())
@@ -122,7 +130,7 @@ def _watch(reading: int, taken: list[signal.Signals]) -> None:
     while data := os.read(reading, 1):
         if data[0] not in taken:
             continue
-        if _request is not None and not _request.seen:
+        if _request is not None and _request.ready and not _request.seen:
             _request.seen = True
         else:
             threading.Event().wait(GRACE_S)

@@ -146,6 +146,7 @@ ANSWERS = """
 import os, signal, sys, time
 from fourdstar_jax import signals
 with signals.ending(), signals.answered() as request:
+    signals.answer()
     for step in range(1000):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -33,11 +33,15 @@ degrees (negative looks from above).
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+# Its readers advise everybody to install OpenCV; Pillow reads our PNGs.
+logging.getLogger("absl").addFilter(lambda record: "OpenCV is not installed" not in str(record.msg))
 
 SCHEMA_VERSION = 1
 

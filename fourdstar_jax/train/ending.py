@@ -24,9 +24,10 @@ LEAST_S = 300.0
 class Ending:
     """Asked after each step whether it is the last one, and watches that each comes to its end.
 
-    A signal to any process is a signal to all: they agree on it a step later, so that all save
-    after the same one. A step that takes `times` as long as the median of those before it, and five
-    minutes at least, ends the process with EXIT_HUNG, after the stacks of all its threads.
+    Before the first step is done a signal ends the process at once: there is nothing to save. From
+    then on a signal to any process is a signal to all: they agree on it a step later, so that all
+    save after the same one. A step that takes `times` as long as the median of those before it, and
+    five minutes at least, ends the process with EXIT_HUNG, after the stacks of all its threads.
     `times` 0 watches nothing.
     """
 
@@ -46,6 +47,7 @@ class Ending:
         if self._begun is not None:
             self._seconds.append(time.monotonic() - self._begun)
             self._begun = None
+        signals.answer()
         number = signals.requested() or 0
         if jax.process_count() == 1:
             return number
