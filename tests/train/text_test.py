@@ -15,10 +15,11 @@ from fourdstar_jax import bundle, cli, generate, nn, sharding
 from fourdstar_jax.data import prepare
 from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.evaluate import unseen
-from fourdstar_jax.star.model import STAR
+from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text import pieces, t5
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.train import encode, star
+from fourdstar_jax.types import Cameras
 
 SIZES = dict(
     vocab_size=32128, dim=6, num_layers=2, num_heads=2, head_dim=3, hidden_dim=7, dtype="bfloat16"
@@ -157,11 +158,11 @@ def test_the_text_reaches_the_loss(trained):
     model = generate.load(trained / "bundle")
     network: STAR = model.star
     ids, values = model.encode_text("a red box, sliding")
-    condition = star.Condition(
+    condition = Condition(
         text_ids=jnp.asarray(ids)[None],
         video_tokens=jnp.zeros((1, 1, 4, 2), jnp.int32),
         times=jnp.zeros((1, 1)),
-        cameras=star.Cameras(*(jnp.asarray(x)[None] for x in model.rig.cameras(16))),
+        cameras=Cameras(*(jnp.asarray(x)[None] for x in model.rig.cameras(16))),
     )
     groups = jnp.ones((1, 1, 8, 2), jnp.int32)
 
@@ -176,7 +177,7 @@ def test_the_text_reaches_the_loss(trained):
 
 def test_evaluation_takes_the_bundles_encoder(trained, data_dir):
     model = generate.load(trained / "bundle")
-    clips = unseen._load(model, data_dir, "train")
+    clips = unseen.load(model, data_dir, "train")
     assert clips["text_features"].shape == (3, 120, 6)
     seen = {tuple(row) for row in clips["text_ids"]}
     assert len(seen) == 3 and (clips["text_ids"] != 0).any(axis=1).all()
