@@ -35,7 +35,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax import arguments, nn, outside, sharding, tokenizer
+from fourdstar_jax import arguments, nn, outside, remote, sharding, tokenizer
 from fourdstar_jax.folders import file_sha256, output_file, replace_file
 from fourdstar_jax.outside import SHA256, Fields
 from fourdstar_jax.star.model import STAR
@@ -290,7 +290,7 @@ def save_arrays(
 
 def read(folder: str | os.PathLike[str]) -> Bundle:
     """A bundle's description, checked. Raises ValueError for a folder that is not a bundle."""
-    folder = Path(folder)
+    folder = remote.fetched(folder)
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{folder} is not a model bundle: it has no {FILE}")

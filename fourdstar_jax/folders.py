@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fourdstar_jax import outside
+from fourdstar_jax import outside, remote
 
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
 _unfinished: set[Path] = set()  # what this process has begun to write
@@ -41,7 +41,7 @@ FEATURES = Kind("text features", "manifest.json", frozenset({"encoder", "rows", 
 def is_of_kind(path: str | os.PathLike[str], kind: Kind) -> bool:
     """Whether a folder is one that this project wrote."""
     try:
-        return kind.keys <= set(outside.read(Path(path) / kind.manifest))
+        return kind.keys <= set(outside.read(remote.fetched(os.path.join(path, kind.manifest))))
     except ValueError:
         return False
 
@@ -55,8 +55,13 @@ def output_folder(
     After an error nothing is left, and what a killed process left of the same target is removed.
     Raises ValueError, before anything is written, if `path` is a file or a folder that is not
     empty; `overwrite` allows the latter, but only for a folder of this kind, which is replaced
-    whole.
+    whole. In an object store, where nothing can be renamed, the files are sent when the block
+    succeeds, the manifest last; until then a folder that is replaced has none.
     """
+    if (url := remote.url_of(path)) is not None:
+        with _sent_folder(url, kind, overwrite) as partial:
+            yield partial
+        return
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise ValueError(f"output folder {path} is a file")
@@ -65,11 +70,7 @@ def output_folder(
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise ValueError(f"output folder {path} is not empty (--overwrite replaces it)")
-        if not is_of_kind(path, kind):
-            raise ValueError(
-                f"{path} is no {kind.name} folder that fourdstar_jax wrote (it has no such "
-                f"{kind.manifest}): it is not overwritten"
-            )
+        _check_kind(path, kind)
     partial = _sibling(path, "partial")
     with _begun(partial):
         try:
@@ -84,6 +85,34 @@ def output_folder(
             path.rename(replaced)
         partial.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sent_folder(url: str, kind: Kind, overwrite: bool) -> Iterator[Path]:
+    there = remote.names(url)
+    if there and not overwrite:
+        raise ValueError(f"output folder {url} is not empty (--overwrite replaces it)")
+    if there:
+        _check_kind(url, kind)
+    partial = _sibling(remote.cache() / "written" / url.replace("://", "/", 1), "partial")
+    with _begun(partial):
+        _remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        if there:
+            remote.remove(f"{url}/{kind.manifest}")
+        new = [path.relative_to(partial).as_posix() for path in partial.rglob("*")]
+        remote.send(partial, url, [name for name in new if (partial / name).is_file()])
+        for name in set(there) - set(new):
+            remote.remove(f"{url}/{name}")
+
+
+def _check_kind(path: str | os.PathLike[str], kind: Kind) -> None:
+    if not is_of_kind(path, kind):
+        raise ValueError(
+            f"{path} is no {kind.name} folder that fourdstar_jax wrote (it has no such "
+            f"{kind.manifest}): it is not overwritten"
+        )
 
 
 @contextlib.contextmanager

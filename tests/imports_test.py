@@ -19,7 +19,7 @@ ROOT = Path(fourdstar_jax.__file__).parent
 # Every module or package of fourdstar_jax and its floor. A module may import from lower floors
 # and from its own package.
 FLOORS = [
-    {"outside"},
+    {"outside", "remote"},
     {"types", "timing", "folders", "arguments"},
     {"geometry", "signals"},
     {"processes"},

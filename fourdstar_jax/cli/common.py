@@ -84,18 +84,18 @@ def real(low: float, high: float) -> Callable[[str], float]:
 
 
 def bundle_folder(text: str) -> Path:
-    """A flag's type: a folder, which is no bundle with impossible sizes.
+    """A flag's type: a folder, fetched if need be, which is no bundle with impossible sizes.
 
     That much is told before anything large is imported; `bundle.read` checks the rest.
     """
-    from fourdstar_jax import arguments
+    from fourdstar_jax import arguments, remote
 
-    path = Path(text)
-    if (path / "model.json").is_file():
-        try:
+    try:
+        path = remote.fetched(text)
+        if (path / "model.json").is_file():
             arguments.check_numbers(path / "model.json")
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return path
 
 

@@ -76,7 +76,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="checkpoints and metrics; a run that finds its checkpoints there continues",
+        help="checkpoints and metrics, a folder, gs:// or s3://; a run that finds its checkpoints "
+        "there continues",
     )
 
 

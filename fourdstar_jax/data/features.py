@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int32
 
-from fourdstar_jax import outside
+from fourdstar_jax import outside, remote
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.folders import FEATURES, file_sha256, output_folder
@@ -140,7 +140,7 @@ class TextFeatures:
     """
 
     def __init__(self, folder: str | Path):
-        self.path = Path(folder)
+        self.path = remote.fetched(folder)
         path = self.path / "manifest.json"
         if not path.is_file():
             raise ValueError(f"text_features={str(folder)!r} has no manifest.json: not features")

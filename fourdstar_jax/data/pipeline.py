@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fourdstar_jax import folders, outside
+from fourdstar_jax import folders, outside, remote
 from fourdstar_jax.data import splits, transforms
 from fourdstar_jax.data.quarantine import CorruptRecord, Quarantine, Readable
 from fourdstar_jax.data.settings import MAX_POINTS
@@ -44,7 +44,7 @@ SETTINGS = {"image_size": 1024, "views": 64, "extra_views": 64, "max_frames": 10
 
 def read_manifest(data_dir: str | Path) -> dict:
     """The dataset's manifest (settings, hash, splits, captions); ValueError if there is none."""
-    path = Path(data_dir) / folders.DATASET.manifest
+    path = remote.fetched(data_dir) / folders.DATASET.manifest
     if not path.is_file():
         raise ValueError(
             f"data_dir={str(data_dir)!r} has no manifest.json: `fourdstar prepare` makes datasets"
@@ -128,6 +128,7 @@ class Records:
 
         from fourdstar_jax.data.builder import features_of
 
+        data_dir = remote.fetched(data_dir)
         manifest = read_manifest(data_dir)
         if split not in manifest["splits"]:
             raise ValueError(f"{split=} is not one of the dataset's {sorted(manifest['splits'])}")
@@ -137,7 +138,7 @@ class Records:
         self._place, wanted = f"{data_dir}, split {split}", manifest["splits"][split]
         self.quarantine = Quarantine(self._place, wanted)
         files, corrupt = [], {}
-        for file in sorted(Path(data_dir).glob(f"*-{split}.array_record-*")):
+        for file in sorted(data_dir.glob(f"*-{split}.array_record-*")):
             try:
                 len(ArrayRecordDataSource(str(file)))
                 files.append(str(file))
@@ -192,11 +193,11 @@ class ClipSource:
         maps: Sequence[str] = MAPS,
         points: bool = False,
     ):
-        self.data_dir, self.split = str(data_dir), split
-        self.manifest = read_manifest(data_dir)
+        self.data_dir, self.split = str(remote.fetched(data_dir)), split
+        self.manifest = read_manifest(self.data_dir)
         self._without = [f"rig_{name}" for name in MAPS if name not in maps]
         self._without += [] if points else POINTS
-        self._source = Records(data_dir, split, without=self._without)
+        self._source = Records(self.data_dir, split, without=self._without)
         self.quarantine = self._source.quarantine
         self._room, self._cache = cache_bytes, {}
 

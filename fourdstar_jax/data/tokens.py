@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from fourdstar_jax import outside
+from fourdstar_jax import outside, remote
 from fourdstar_jax.data import pipeline, splits, transforms
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.folders import TOKENS, output_folder
@@ -108,7 +108,7 @@ class TokenFolder:
     """
 
     def __init__(self, token_dir: str | Path, *, spec: TokenizerSpec | None = None):
-        self.path = Path(token_dir)
+        self.path = remote.fetched(token_dir)
         path = self.path / "spec.json"
         if not path.is_file():
             raise ValueError(

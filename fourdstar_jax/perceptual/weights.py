@@ -5,7 +5,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from fourdstar_jax import remote
 from fourdstar_jax.types import Array
 
 
@@ -88,7 +88,7 @@ def read(
 
 def read_arrays(path: str | os.PathLike[str], names: str, *, made_by: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz, whatever they are. Raises ValueError as `read` does."""
-    path = Path(path)
+    path = remote.fetched(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the weights of {names} are made by {made_by}")
     try:

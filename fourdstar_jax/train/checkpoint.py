@@ -1,6 +1,7 @@
 """Checkpoints: training state, step and data iterator together, through Orbax (only here)."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -15,12 +16,18 @@ from typing import Any, NoReturn
 import grain
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from fourdstar_jax import folders, outside, signals
+from fourdstar_jax import folders, outside, remote, signals
 from fourdstar_jax.train.state import TrainState
+from fourdstar_jax.train.workdir import Workdir
 
 HASHES = "sha256.json"  # in the folder of a step: the SHA-256 of every other file in it
+COMPLETE = "commit_success.txt"  # Orbax' mark of a step in an object store, written last
+AnyPath = Path | epath.Path
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -32,7 +39,8 @@ def _flatten(tree: Any) -> dict[str, Any]:
 class Checkpoints:
     """Saves every `every` steps into `<workdir>/checkpoints`, keeps `keep`, restores the newest.
 
-    A save is visible only when it is complete (Orbax writes aside and renames). One that fails, as
+    A save is visible only when it is complete (Orbax writes aside and renames; in an object store
+    it marks what is complete). One that fails, as
     on a full disk, raises ValueError at the next save or at the end; those before it stay. Which
     there are is asked of the disk: Orbax forgets some after a failure.
 
@@ -41,12 +49,18 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, every: int, keep: int = 2):
-        self._path = Path(workdir).resolve() / "checkpoints"
+        self._workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
+        self._path = self._workdir.checkpoints
         self._hashing: threading.Thread | None = None  # the files of the last step that was saved
         self._failed = threading.Event()
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=every, max_to_keep=keep, cleanup_tmp_directories=True
         )
+        if self._workdir.url is not None:
+            options.atomicity_options = ocp.options.AtomicityOptions(
+                mode=ocp.options.AtomicityMode.COMMIT_FILE
+            )
+            let_orbax_write_s3()
         logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
         with self._explained("cannot be opened"):
             if jax.process_index() == 0:
@@ -56,7 +70,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint on the disk."""
-        return max(ocp.utils.checkpoint_steps(self._path), default=None)
+        return max(steps_in(self._path), default=None)
 
     def save(
         self, step: int, state: TrainState, iterator: grain.DatasetIterator, *, force: bool = False
@@ -69,6 +83,7 @@ class Checkpoints:
                 self._manager.check_for_errors()
                 return
             self._finish()  # the save before
+            self._workdir.send()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -111,7 +126,7 @@ class Checkpoints:
             )
             # of every process the same: as many batches (`data.pipeline.Share`)
             positions = sorted((self._path / str(step) / "data").glob("process_*.json"))
-            iterator.set_state(outside.read(positions[0]).values)
+            iterator.set_state(outside.parse(positions[0].read_bytes(), str(positions[0])))
         leaves = [restored["state"][name] for name in _flatten(state)]
         return jax.tree.unflatten(jax.tree.structure(state), leaves), iterator
 
@@ -135,11 +150,15 @@ class Checkpoints:
 
     def _write_hashes(self, step: int, failed: threading.Event) -> None:
         """As soon as the step has its name, if the save does not fail."""
-        folder = self._path / str(step)
-        while not folder.is_dir():
-            if failed.wait(0.05):
+        while step not in steps_in(self._path):
+            if failed.wait(0.05 if self._workdir.url is None else 1.0):
                 return
-        folders.replace_file(folder / HASHES, json.dumps(_hashes(folder), indent=0).encode())
+        file = self._path / str(step) / HASHES
+        data = json.dumps(_hashes(file.parent), indent=0).encode()
+        if isinstance(file, Path):
+            folders.replace_file(file, data)
+        else:  # there whole or not at all
+            file.write_bytes(data)
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -152,20 +171,61 @@ class Checkpoints:
             raise ValueError(f"checkpoints in {self._path} {what}: {line}") from error
 
 
-def set_damaged_aside(path: Path) -> None:
+def steps_in(path: AnyPath) -> list[int]:
+    """The complete steps in a folder of checkpoints."""
+    steps = ocp.utils.checkpoint_steps(path)
+    if isinstance(path, Path):
+        return steps
+    return [step for step in steps if (path / str(step) / COMPLETE).exists()]
+
+
+def let_orbax_write_s3() -> None:
+    """Makes Orbax 0.12.8 know `s3://`, as it knows `gs://`: it writes both through TensorStore.
+
+    The endpoint is that of `AWS_ENDPOINT_URL`, if given.
+    """
+    normal, gcs = tensorstore_utils._normalize_path, gcs_utils.get_kvstore_for_gcs
+    if hasattr(normal, "knows_s3"):
+        return
+
+    def normalized(path: str) -> str:
+        return remote.url_of(path) or normal(path)
+
+    def store(path: str) -> dict[str, Any]:
+        if not path.startswith("s3://"):
+            return gcs(path)
+        bucket, _, key = path.removeprefix("s3://").partition("/")
+        found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+            region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+            found |= {"endpoint": endpoint, "aws_region": region}
+        if "AWS_ACCESS_KEY_ID" in os.environ:  # else it looks for files first, and complains
+            found["aws_credentials"] = {"type": "environment"}
+        return found
+
+    normalized.knows_s3 = True  # pyright: ignore[reportFunctionMemberAccess]
+    tensorstore_utils._normalize_path = normalized
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith(("gs://", "s3://"))
+    gcs_utils.get_kvstore_for_gcs = store
+
+
+def set_damaged_aside(path: AnyPath) -> None:
     """Renames the newest steps below `path` until one is as it was written, and says why.
 
     A step without hashes, of a run that was killed while it took them, counts as sound: it has its
     name because Orbax had written all of it.
     """
-    for step in sorted(ocp.utils.checkpoint_steps(path), reverse=True) if path.is_dir() else ():
+    for step in sorted(steps_in(path), reverse=True):
         folder = path / str(step)
         problem = damage(folder)
         if problem is None:
             return
         aside = path / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        if isinstance(folder, Path):
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        else:
+            remote.move(str(folder), str(aside))
         print(
             f"checkpoint {folder} is damaged: {problem}. It is set aside as {aside.name}.",
             file=sys.stderr,
@@ -173,12 +233,14 @@ def set_damaged_aside(path: Path) -> None:
         )
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: AnyPath) -> str | None:
     """What is not as it was written in the folder of a step."""
-    if not (folder / HASHES).is_file():
+    file = folder / HASHES
+    if not file.is_file():
         return None
     try:
-        wanted, found = outside.read(folder / HASHES).values, _hashes(folder)
+        wanted = outside.Fields(outside.parse(file.read_bytes(), str(file)), str(file)).values
+        found = _hashes(folder)
     except ValueError as error:
         return str(error)
     for name in sorted(wanted | found):
@@ -190,12 +252,21 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _hashes(folder: AnyPath) -> dict[str, str]:
     """SHA-256 of each file below a folder, by its path in it."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != HASHES]
+    if isinstance(folder, Path):
+        found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    else:
+        found = remote.names(str(folder))
+    found = [name for name in found if name.rpartition("/")[2] != HASHES]
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(folders.file_sha256, files))
-    return {str(path.relative_to(folder)): sha for path, sha in zip(files, hashes, strict=True)}
+        hashes = list(pool.map(lambda name: _sha256(folder / name), found))
+    return dict(zip(found, hashes, strict=True))
+
+
+def _sha256(path: AnyPath) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore
 
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fourdstar_jax import bundle, nn, sharding
+from fourdstar_jax import bundle, nn, remote, sharding
 from fourdstar_jax.data import tokens
 from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.perceptual import lpips as perceptual
@@ -27,6 +27,7 @@ from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.free import condition_of
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
+from fourdstar_jax.train.workdir import kept
 
 # Those that the best weights can be kept by, by their name in the log; whether more is better.
 METRICS = {
@@ -163,7 +164,7 @@ def open_sampler(
     decoder, found = None, bundle.read(config.bundle)
     if "vqvae" in found.stages:
         lpips = None
-        if Path(config.lpips).is_file():
+        if remote.fetched(config.lpips).is_file():
             lpips = perceptual.load(config.lpips, dtype=jnp.dtype(config.model.dtype))
         decoder = free.Decoder(found.load("tokenizer"), found.load("vqvae"), lpips)
     return free.Sampler(
@@ -200,6 +201,7 @@ def best_metric(config: Any, sampler: free.Sampler | None, held_out: Any) -> str
     return config.best
 
 
+@kept
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/star.py) and leaves `<workdir>/bundle`.
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
+from fourdstar_jax.train.workdir import kept
 from fourdstar_jax.vqvae.losses import all_views
 
 
@@ -107,6 +109,7 @@ def eval_step(graphdef, state, frozen, batch, *, loss_config):
     return metrics, steadiness_counts(tokens, jnp.asarray(views)), code_counts(tokens, vocab_size)
 
 
+@kept
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/tokenizer.py) and leaves `<workdir>/bundle`.
 
@@ -206,7 +209,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
     if jax.process_index() == 0:
         bundle.save_stage(
-            f"{workdir}/bundle",
+            Path(workdir) / "bundle",
             "tokenizer",
             model,
             config,

@@ -24,6 +24,7 @@ from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
+from fourdstar_jax.train.workdir import kept
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import losses, measures, warm_start
 from fourdstar_jax.vqvae.decoder import NUM_CHANNELS, activate
@@ -236,6 +237,7 @@ def next_capacity(pairs, overflow, capacity: int | None) -> int | None:
     return pick_capacity(int(SPARE * pairs))
 
 
+@kept
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/vqvae.py) and leaves `<workdir>/bundle`.
 
@@ -372,9 +374,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         writer.close()
         model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
     if jax.process_index() == 0:
-        bundle.copy(config.bundle, f"{workdir}/bundle", stages=("tokenizer",))
+        bundle.copy(config.bundle, Path(workdir) / "bundle", stages=("tokenizer",))
         bundle.save_stage(
-            f"{workdir}/bundle",
+            Path(workdir) / "bundle",
             "vqvae",
             model,
             config,
