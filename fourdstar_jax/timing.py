@@ -120,6 +120,19 @@ def allocator_peak() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+def of_generation(start: float) -> dict[str, Any]:
+    """What a manifest tells of making an object since `start` of `time.perf_counter`.
+
+    Seconds, with what was compiled and loaded in them, and where the device tells it the largest
+    number of bytes that its allocator held so far in this process.
+    """
+    import jax
+
+    seconds, peak = time.perf_counter() - start, allocator_peak()
+    memory = {} if peak is None else {"peak_memory_bytes": peak}
+    return {"seconds": seconds, **memory, "device": jax.devices()[0].device_kind}
+
+
 def describe(commit: str | None = None) -> dict[str, Any]:
     """Machine, versions and commit, for the head of a results file."""
     import jax

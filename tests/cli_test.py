@@ -114,6 +114,10 @@ def test_generate_writes_a_whole_output_and_again_the_same(capsys, tmp_path, tin
     assert set(manifest["model"]["weights_sha256"]) == {"tokenizer", "vqvae", "star"}
     assert manifest["versions"]["jax"] and manifest["input"]["name"] == "a.png"
     assert (tmp_path / "one" / "ply" / "frame_0000.ply").is_file()
+    assert "generation" not in manifest
+    code, _, _ = run(capsys, *arguments, "--out", tmp_path / "timed", "--timing")
+    manifest = json.loads((tmp_path / "timed" / "manifest.json").read_text())
+    assert code == 0 and manifest["generation"]["seconds"] > 0
 
     code, _, lines = run(capsys, *arguments, "--out", tmp_path / "one", "--text", "a dog")
     assert code == 2 and "not empty" in lines[0] and len(lines) == 1

@@ -113,6 +113,12 @@ def output_flags(parser: argparse.ArgumentParser) -> None:
         "--size", type=whole(16, 2048), default=256, help="of the videos, pixels a side"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    parser.add_argument(
+        "--timing",
+        action="store_true",
+        help="keep seconds and peak memory in manifest.json, for `evaluate`; it then differs from "
+        "run to run",
+    )
 
 
 def load_model(folder: Path) -> "Model":

@@ -1,6 +1,7 @@
 """`fourdstar generate`: a video or picture to a moving 3D object."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,13 +90,14 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError("give --out DIR, or --preview FILE.png to see the input only")
         _see(load_model(arguments.model), source, arguments)
         return
-    from fourdstar_jax import export
+    from fourdstar_jax import export, timing
     from fourdstar_jax.folders import OBJECT, output_folder
 
     with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
         model = load_model(arguments.model)
         clip = _see(model, source, arguments)
         say_device()
+        start = time.perf_counter()
         object4d = model.generate(
             clip,
             text=arguments.text,
@@ -105,6 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
             cfg=arguments.cfg,
             progress=True,
         )
+        if arguments.timing:
+            object4d.meta["generation"] = timing.of_generation(start)
         export.write(object4d, folder, size=arguments.size, progress=True)
     print(f"{len(object4d.gaussians.means)} timesteps of 3D Gaussians: {arguments.out}")
     say_viewer(arguments.out)

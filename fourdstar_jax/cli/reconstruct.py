@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import time
 from pathlib import Path
 
 from fourdstar_jax.cli.common import (
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--tokenizer goes with --input: --data needs the whole bundle")
     import numpy as np
 
-    from fourdstar_jax import export
+    from fourdstar_jax import export, timing
     from fourdstar_jax.data import pipeline, transforms
     from fourdstar_jax.evaluate import metrics
     from fourdstar_jax.folders import OBJECT, output_folder
@@ -76,9 +77,12 @@ def run(arguments: argparse.Namespace) -> None:
         timesteps = min(model.max_timesteps, len(clip["frame_times"]))
         images, masks = transforms.on_white(clip["rig_rgba"][:timesteps])
         say_device()
+        start = time.perf_counter()
         object4d = model.reconstruct(
             images, clip=clip["clip_id"], split=arguments.split, licence=clip["licence"]
         )
+        if arguments.timing:
+            object4d.meta["generation"] = timing.of_generation(start)
         size = model.resolution
         renders = np.asarray(object4d.render(model.rig.cameras(size), width=size, height=size))
         psnr = {

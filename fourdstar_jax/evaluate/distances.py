@@ -49,14 +49,11 @@ def kernel_distance(first: Float[Array, "n d"], second: Float[Array, "m d2"]) ->
     """
     first, second = _checked(first, second)
 
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
     def within(x):
-        k = kernel(x, x)
+        k = _kernel(x, x)
         return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
 
-    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+    return float(within(first) + within(second) - 2 * _kernel(first, second).mean())
 
 
 def frechet_interval(
@@ -78,8 +75,7 @@ def frechet_interval(
     for _ in range(resamples):
         rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         values.append(frechet_distance(np.asarray(first)[rows], np.asarray(second)[rows]))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    return _middle(values)
 
 
 def kernel_interval(
@@ -93,8 +89,7 @@ def kernel_interval(
     """As `frechet_interval`; a row that is drawn twice is not paired with itself."""
     first, second = _checked(first, second)
     _, places = np.unique(groups, return_inverse=True)
-    kernels = [(x @ y.T / x.shape[1] + 1) ** 3 for x, y in
-               ((first, first), (second, second), (first, second))]  # fmt: skip
+    kernels = [_kernel(*pair) for pair in ((first, first), (second, second), (first, second))]
     rng = np.random.default_rng(seed)
     count = places.max() + 1
     values = []
@@ -106,6 +101,15 @@ def kernel_interval(
         a, b, between = (w @ k @ w for k in kernels)
         a, b = (x - np.square(w) @ np.diagonal(k) for x, k in ((a, kernels[0]), (b, kernels[1])))
         values.append((a + b) / pairs - 2 * between / w.sum() ** 2)
+    return _middle(values)
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
+    """The quantiles that 95 % lie between."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 

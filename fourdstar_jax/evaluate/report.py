@@ -6,7 +6,7 @@ import numpy as np
 
 from fourdstar_jax.evaluate.metrics import bootstrap_interval
 from fourdstar_jax.evaluate.protocols import Metric, find
-from fourdstar_jax.outside import Fields
+from fourdstar_jax.outside import SHA256, Fields
 
 ARROWS = {"higher": "↑", "lower": "↓"}
 TEX_ARROWS = {"higher": r"$\uparrow$", "lower": r"$\downarrow$"}
@@ -16,7 +16,7 @@ def compare(result: dict[str, Any], other: Fields) -> dict[str, Any]:
     """Mean differences (result less other) over the same objects, with paired 95 % intervals.
 
     `better` is the share of objects on which the result is better. Raises ValueError if the other
-    file's protocol or objects are not the same.
+    file's protocol, objects or truths are not the same.
     """
     told, ours = other.part("protocol"), result["protocol"]
     found = told.text("name"), told.integer("version", 0, 10**6)
@@ -24,6 +24,15 @@ def compare(result: dict[str, Any], other: Fields) -> dict[str, Any]:
         raise ValueError(
             f"{other.where}: scored by {found[0]} version {found[1]}, not by {ours['name']} "
             f"version {ours['version']}: their numbers do not compare"
+        )
+    hashes = (
+        other.part("truths").text("frames_sha256", pattern=SHA256),
+        result["truths"]["frames_sha256"],
+    )
+    if hashes[0] != hashes[1]:
+        raise ValueError(
+            f"{other.where}: its truths are others, of hash {hashes[0]}, not {hashes[1]}: their "
+            "numbers do not compare"
         )
     theirs = {}
     for row in other.parts("objects"):
@@ -57,6 +66,18 @@ def _columns(result: dict[str, Any]) -> list[Metric]:
     return [m for m in protocol.metrics if m.name in result["summary"]]
 
 
+def _summary(result: dict[str, Any], columns: list[Metric], mean: str, interval: str) -> list[str]:
+    """The figures over all objects, in the forms of a table."""
+    cells = []
+    for m in columns:
+        figure = result["summary"][m.name]
+        text = mean.format(f"{figure['value']:.{m.digits}f}")
+        if figure["interval_95"] is not None:
+            text += interval.format(*(f"{x:.{m.digits}f}" for x in figure["interval_95"]))
+        cells.append(text)
+    return cells
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table of a result, each object a row, with the protocol below."""
     columns = _columns(result)
@@ -66,14 +87,7 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [f"{row['metrics'][m.name]:.{m.digits}f}" if m.name in row["metrics"] else ""
                  for m in columns]  # fmt: skip
         lines.append("| " + " | ".join([row["object"].replace("|", r"\|"), *cells]) + " |")
-    cells = []
-    for m in columns:
-        figure = result["summary"][m.name]
-        text = f"**{figure['value']:.{m.digits}f}**"
-        if figure["interval_95"] is not None:
-            low, high = figure["interval_95"]
-            text += f" [{low:.{m.digits}f}, {high:.{m.digits}f}]"
-        cells.append(text)
+    cells = _summary(result, columns, "**{}**", " [{}, {}]")
     lines.append("| " + " | ".join([f"all {result['num_objects']}", *cells]) + " |")
     if "against" in result:
         lines += ["", *_against(result, columns)]
@@ -106,14 +120,7 @@ def latex(result: dict[str, Any]) -> str:
     """One row of figures under its head, for a paper; needs booktabs."""
     columns = _columns(result)
     head = " & ".join(["", *(f"{m.label} {TEX_ARROWS[m.better]}" for m in columns)])
-    cells = []
-    for m in columns:
-        figure = result["summary"][m.name]
-        text = f"{figure['value']:.{m.digits}f}"
-        if figure["interval_95"] is not None:
-            low, high = figure["interval_95"]
-            text += rf" {{\scriptsize [{low:.{m.digits}f}, {high:.{m.digits}f}]}}"
-        cells.append(text)
+    cells = _summary(result, columns, "{}", r" {{\scriptsize [{}, {}]}}")
     p = result["protocol"]
     comment = f"% protocol {p['name']}, version {p['version']}, {result['num_objects']} objects"
     return "\n".join(
@@ -142,14 +149,11 @@ def notes(result: dict[str, Any]) -> list[str]:
             lines.append(f"the interval of {name} is {figure['interval']}")
     for about in result["weights"].values():
         lines.append(f"weights of {about['network']}: {about['file']}, digest {about['digest']}")
-    if seconds := [
-        r["generation"]["seconds"] for r in result["objects"] if r["generation"].get("seconds")
-    ]:
-        lines.append(
-            f"generation: {np.mean(seconds):.1f} s an object, of {len(seconds)} that say so"
-        )
-    if peaks := [r["generation"]["peak_memory_bytes"] for r in result["objects"]
-                 if r["generation"].get("peak_memory_bytes")]:  # fmt: skip
-        lines.append(f"generation: at most {max(peaks) / 2**30:.2f} GiB of device memory")
+    if made := result["generation"]:
+        seconds, peak = made["seconds"], made["peak_memory_bytes"]
+        line = f"generation: {seconds['mean']:.1f} s an object (median {seconds['median']:.1f})"
+        line += "" if peak is None else f", at most {peak / 2**30:.2f} GiB of device memory"
+        devices = ", ".join(made["devices"]) or "a device not told"
+        lines.append(f"{line}, on {devices}; {made['objects']} objects say so")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return [*lines, f"{versions}; {result['device']}; {result['seconds']:.0f} s"]

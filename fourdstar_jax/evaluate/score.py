@@ -6,7 +6,9 @@ holds some clips, and for distances of sets one row of features a clip (or frame
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
+import json
 import os
 import time
 from collections import deque
@@ -38,6 +40,7 @@ class Clip:
     prediction: Frames
     truth: Frames
     at: dict[tuple[Resize, ...], tuple[np.ndarray, np.ndarray]]  # [T, h, w, 3], 0 to 255
+    truth_sha256: str  # of the true frames
     features: dict[Any, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def both(self, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
@@ -78,11 +81,13 @@ def score(
     values: dict[str, dict[str, dict[str, float]]] = {}  # object, view, metric
     sets: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
     shapes: dict[str, dict[str, Any]] = {}
+    hashes: dict[tuple[str, str], str] = {}
     begun = time.perf_counter()
     for done, clip in enumerate(_ahead(pairs, functools.partial(_read, protocol, sizes))):
         pair = clip.pair
         found = values.setdefault(pair.object, {}).setdefault(pair.view, {})
         count, height, width, _ = clip.truth.images.shape
+        hashes[pair.object, pair.view] = clip.truth_sha256
         shapes[pair.object] = {"frames": count, "size": [width, height]}
         for metric in chosen:
             if metric.name in left_out or metric.per == "object":
@@ -130,7 +135,13 @@ def score(
             | {m.name: "not chosen" for m in protocol.metrics if m not in chosen},
         },
         "predictions": {"path": predictions.path, "kind": predictions.kind, **predictions.about},
-        "truths": {"path": truths.path, "kind": truths.kind, **truths.about},
+        "truths": {
+            "path": truths.path,
+            "kind": truths.kind,
+            "frames_sha256": _digest(hashes),
+            **truths.about,
+        },
+        "generation": _generation(predictions),
         "azimuths_deg": truths.azimuths or predictions.azimuths,
         "num_objects": len(rows),
         "num_clips": len(pairs),
@@ -170,7 +181,31 @@ def _read(protocol: Protocol, sizes: tuple[tuple[Resize, ...], ...], pair: Pair)
     at = {}
     for steps in sizes:
         at[steps] = tuple(resized(x.images, steps) for x in (prediction, truth))
-    return Clip(pair, prediction, truth, at)
+    frames = np.ascontiguousarray(truth.images)
+    sha = hashlib.sha256(f"{frames.shape} ".encode())
+    sha.update(frames.data)
+    return Clip(pair, prediction, truth, at, sha.hexdigest())
+
+
+def _digest(hashes: dict[tuple[str, str], str]) -> str:
+    """SHA-256 of all true frames, whatever order and files they came in."""
+    return hashlib.sha256(
+        json.dumps(sorted([*k, v] for k, v in hashes.items())).encode()
+    ).hexdigest()
+
+
+def _generation(predictions: Source) -> dict[str, Any] | None:
+    """Seconds and peak memory of making the objects, over those that say so; None of none."""
+    made = [entry.about for entry in predictions.entries.values() if "seconds" in entry.about]
+    if not made:
+        return None
+    seconds = [about["seconds"] for about in made]
+    return {
+        "objects": len(made),
+        "seconds": {"mean": float(np.mean(seconds)), "median": float(np.median(seconds))},
+        "peak_memory_bytes": max(a.get("peak_memory_bytes") or 0 for a in made) or None,
+        "devices": sorted({about["device"] for about in made if "device" in about}),
+    }
 
 
 # What clips are measured by: [T] values of a clip, or one

@@ -152,15 +152,5 @@ def load(path: str | os.PathLike[str], network: str) -> CLIP:
     Raises ValueError where the file is absent or holds other names or shapes. Its digest is not
     pinned: the result of a measurement tells it.
     """
-    arrays = weights.read_arrays(
-        path, f"CLIP {network}", made_by=f"`fourdstar convert clip FILE {path}`"
-    )
-    wanted = shapes(NETWORKS[network])
-    found = {name: x.shape for name, x in arrays.items()}
-    if found != wanted:
-        names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
-        raise ValueError(
-            f"{path}: not the weights of CLIP {network}: {names[0]} is "
-            f"{found.get(names[0], 'missing')}, not {wanted.get(names[0], 'there')}"
-        )
-    return build(arrays, weights.digest(arrays))
+    wanted, made_by = shapes(NETWORKS[network]), f"`fourdstar convert clip FILE {path}`"
+    return build(*weights.read_shapes(path, f"CLIP {network}", wanted, made_by=made_by))

@@ -111,15 +111,5 @@ def load(path: str | os.PathLike[str]) -> ResNet3D:
     Raises ValueError where the file is absent or holds other names or shapes. Its digest is not
     pinned: the result of a measurement tells it.
     """
-    arrays = weights.read_arrays(
-        path, "3D-ResNet50", made_by=f"`fourdstar convert resnet3d FILE {path}`"
-    )
-    wanted = shapes()
-    found = {name: x.shape for name, x in arrays.items()}
-    if found != wanted:
-        names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
-        raise ValueError(
-            f"{path}: not the weights of 3D-ResNet50: {names[0]} is "
-            f"{found.get(names[0], 'missing')}, not {wanted.get(names[0], 'there')}"
-        )
-    return build(arrays, weights.digest(arrays))
+    made_by = f"`fourdstar convert resnet3d FILE {path}`"
+    return build(*weights.read_shapes(path, "3D-ResNet50", shapes(), made_by=made_by))

@@ -96,3 +96,25 @@ def read_arrays(path: str | os.PathLike[str], names: str, *, made_by: str) -> di
             return {name: stored[name] for name in stored.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: no .npz of arrays: {error}") from error
+
+
+def read_shapes(
+    path: str | os.PathLike[str],
+    network: str,
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    made_by: str,
+) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of a network whose digest is not pinned, and their digest.
+
+    Raises ValueError as `read` does, and for other names or shapes than those `wanted`.
+    """
+    arrays = read_arrays(path, network, made_by=made_by)
+    found = {name: x.shape for name, x in arrays.items()}
+    if found != wanted:
+        name = min(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        raise ValueError(
+            f"{path}: not the weights of {network}: {name} is {found.get(name, 'missing')}, "
+            f"not {wanted.get(name, 'there')}"
+        )
+    return arrays, digest(arrays)

@@ -97,6 +97,11 @@ def test_two_results_are_compared_object_by_object(folders):
         1 / 3
     )
     assert found["interval_95"] == pytest.approx([0, gain])
+    Image.new("RGB", (18, 16)).save(folders / "gt/o2/a/1.png")
+    with pytest.raises(
+        ValueError, match=f"truths are others, of hash {once['truths']['frames_sha256']}, not"
+    ):
+        report.compare(scored(folders), other)
     once["protocol"]["version"] = 1
     with pytest.raises(ValueError, match="version 1, not by .* version 2: .* do not compare"):
         report.compare(scored(folders), outside.Fields(once, "x.json"))
@@ -188,7 +193,8 @@ def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
     assert rows[0]["metrics"]["alpha_iou"] == 0 and rows[0]["metrics"]["warping_error"] < 1e-6
     assert all(row["metrics"]["alpha_iou"] > 0.1 for row in rows[1:])
     assert result["summary"]["psnr"]["interval_95"] is not None  # two objects, three clips
-    assert "generation: 2.5 s an object" in report.markdown(result)
+    assert result["generation"]["seconds"] == {"mean": 2.5, "median": 2.5}
+    assert "generation: 2.5 s an object (median 2.5), at most 2.00 GiB" in report.markdown(result)
     assert (
         result["truths"]["sha256"]
         == json.loads((dataset_dir / "manifest.json").read_text())["sha256"]
