@@ -135,6 +135,17 @@ def test_generate_writes_a_whole_output_and_again_the_same(capsys, tmp_path, tin
             assert file.read_bytes() == other.read_bytes(), file.name
 
 
+def test_demo_is_generate_with_the_package_s_clip(monkeypatch, capsys, tmp_path):
+    called = []
+    monkeypatch.setattr(MAIN.generate, "run", called.append)
+    assert run(capsys, "demo", "--out", tmp_path / "a", "--seed", 3)[0] == 0
+    (words,) = called
+    assert words.video == cli.BUNDLED_MODEL / "example.mp4" and words.video.is_file()
+    assert words.model == cli.BUNDLED_MODEL and words.fit == "none" and words.image is None
+    assert words.out == tmp_path / "a" and words.seed == 3 and not words.overwrite
+    assert run(capsys, "demo", "--video", "a.mp4")[0] == 2
+
+
 def make_frames(folder):
     folder.mkdir()
     for i in range(3):
@@ -364,6 +375,16 @@ def test_the_checkouts_configs_are_found_from_anywhere(monkeypatch, tmp_path, st
     monkeypatch.chdir(tmp_path)
     config = cli.read_config(f"configs/{stage}.py:tiny", ["--config.seed=3"])
     assert config.stage == stage and config.seed == 3
+
+
+def test_an_installed_package_has_the_configs_inside(monkeypatch, tmp_path, config):
+    monkeypatch.chdir(tmp_path)
+    inside = tmp_path / "site-packages" / "fourdstar_jax"
+    (inside / "cli").mkdir(parents=True)
+    config.parent.rename(inside / "configs")
+    module = importlib.import_module("fourdstar_jax.cli.train")
+    monkeypatch.setattr(module, "__file__", str(inside / "cli" / "train.py"))
+    assert cli.read_config("configs/star.py:tiny", []).scale == "tiny"
 
 
 def test_prepare_needs_its_folders(capsys, tmp_path):

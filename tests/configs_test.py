@@ -1,6 +1,7 @@
 """Every config of every stage and scale builds, shape-only, and fits the stages beside it."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -63,9 +64,12 @@ def shapes(stage, scale):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_builds_at_its_size(stage, scale):
-    millions = nn.count_parameters(shapes(stage, scale)) / 1e6
+    counted = nn.count_parameters(shapes(stage, scale))
     low, high = MILLIONS[scale][list(STAGES).index(stage)]
-    assert low < millions < high
+    assert low < counted / 1e6 < high
+    told = json.loads((CONFIGS.parent / "docs" / "results" / "sizes.json").read_text())
+    if scale in told:  # else `python docs/make.py --sizes`
+        assert told[scale][stage] == counted
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fourdstar_jax.cli.main import _parser
+from fourdstar_jax.cli.main import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("bash", "cat", "dirname", "env", "sha256sum")
@@ -108,6 +108,8 @@ def test_unknown_profile(checkout):
         "test.sh",
         "demo.sh",
         "tiny.sh",
+        "wheel.sh",
+        "release.sh",
         "slurm/train.sh",
         "tpu/train.sh",
         "tpu/verify.sh",
@@ -117,6 +119,55 @@ def test_scripts_can_be_run(script):
     path = ROOT / "launch" / script
     assert os.access(path, os.X_OK)
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+def test_a_release_stops_at_what_does_not_hold(tmp_path):
+    """Before anything is installed: the tree, the version, its tag, the changelog."""
+    for name in ("launch", "fourdstar_jax"):
+        (tmp_path / name).mkdir()
+    script = shutil.copy(ROOT / "launch" / "release.sh", tmp_path / "launch")
+    version = tmp_path / "fourdstar_jax" / "__init__.py"
+    changelog = tmp_path / "CHANGELOG.md"
+    version.write_text('__version__ = "1.2"\n')
+    changelog.write_text("# Changelog\n\n## Unreleased\n\n- New.\n\n## 1.2.3 - 2026-01-02\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def refused(words, commit=True):
+        if commit:
+            subprocess.run([*git, "add", "-A"], check=True)
+            subprocess.run([*git, "commit", "-qm", "x", "--allow-empty"], check=True)
+        result = subprocess.run(
+            ["bash", script, "--quick"], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result
+        assert words in result.stderr, result.stderr
+
+    subprocess.run([*git, "init", "-q"], check=True)
+    refused("not committed: ?? CHANGELOG.md", commit=False)
+    refused("version '1.2' of")
+    version.write_text('__version__ = "1.2.4"\n')
+    refused("no section '## 1.2.4 - YYYY-MM-DD'")
+    version.write_text('__version__ = "1.2.3"\n')
+    refused("has 1 lines under Unreleased")
+    subprocess.run([*git, "tag", "v1.2.3"], check=True)
+    refused("tag v1.2.3 is there already")
+
+
+@pytest.mark.slow
+def test_the_wheel_works_by_itself(tmp_path):
+    """Of a copy, so that no dist/ is left here."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    result = subprocess.run(
+        [tmp_path / "launch" / "wheel.sh"], capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "works" in result.stdout.splitlines()[-1]
 
 
 def test_requirements_are_pins():
@@ -222,7 +273,7 @@ def test_a_jobset_is_one_run_of_all_its_pods():
         volume["name"] for volume in pod["volumes"]
     }
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
-    arguments = _parser().parse_known_args(container["args"])[0]
+    arguments = make_parser().parse_known_args(container["args"])[0]
     assert arguments.config == "configs/star.py:paper" and arguments.workdir == "/data/run"
 
 

