@@ -47,6 +47,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 64  # objects
+    config.accumulate = 1  # parts of a batch that a step goes through, in the memory of one
     name = "_".join([scale, *more])
     config.data = ConfigDict(dict(dir=f"data/{name}_tokens", timesteps=8))
     # Shares of the steps whose clips have one timestep (a picture is a static object), and half.

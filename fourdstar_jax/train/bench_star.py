@@ -198,6 +198,7 @@ def run(
         step = functools.partial(
             star.train_step, graphdef, tx=tx, near=near,
             forcing_config=forcing, loss_config=config.loss.to_dict(),
+            accumulate=config.accumulate,
         )  # fmt: skip
         line, state, metrics = measure_step(step, state, (batch, jax.random.key(0)), repeats)
         per_second = 1 / line["step_s"]

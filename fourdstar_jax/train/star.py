@@ -46,21 +46,29 @@ def all_views(batch: dict) -> jax.Array:
     return views.reshape(*views.shape[:2], -1, views.shape[-1])
 
 
-def train_step(graphdef, state, batch, key, *, tx, forcing_config, loss_config, near=None):
+def train_step(
+    graphdef, state, batch, key, *, tx, forcing_config, loss_config, near=None, accumulate: int = 1
+):
     """One optimizer step. Pure; the randomness of step s is `key` folded with s.
 
-    `near`, of `quantize.near_codes`, is needed where `forcing_config` has noise.
+    Its gradient is that of the batch, or the mean of those of `accumulate` parts of it. `near`, of
+    `quantize.near_codes`, is needed where `forcing_config` has noise.
     """
 
-    def loss_fn(params):
-        model = nn.cast_weights(nnx.merge(graphdef, params, state.rest))  # once a step
-        tokens = all_views(batch)
-        wrong_key, forcing_key = jax.random.split(jax.random.fold_in(key, state.step))
-        wrong = None if near is None else quantize.corrupt(wrong_key, tokens, near, 1.0)
-        forcing = corrupt(forcing_key, tokens, wrong=wrong, **forcing_config)
-        return model.loss(tokens, condition_of(batch), forcing, **loss_config)
+    def gradients(batch, key):
+        def loss_fn(params):
+            model = nn.cast_weights(nnx.merge(graphdef, params, state.rest))  # once a part
+            tokens = all_views(batch)
+            wrong_key, forcing_key = jax.random.split(key)
+            wrong = None if near is None else quantize.corrupt(wrong_key, tokens, near, 1.0)
+            forcing = corrupt(forcing_key, tokens, wrong=wrong, **forcing_config)
+            return model.loss(tokens, condition_of(batch), forcing, **loss_config)
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        return jax.grad(loss_fn, has_aux=True)(state.params)
+
+    step_key = jax.random.fold_in(key, state.step)
+    grads, metrics = train_state.gradients_in_parts(gradients, accumulate, batch, step_key)
+    metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
     metrics |= {"grad_norm": train_state.norm(grads)}
     return train_state.apply_gradients(state, grads, tx), metrics
 
@@ -216,6 +224,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     folder = tokens.TokenFolder(config.data.dir)
     folder.spec.check(bundle.read(config.bundle).spec)
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
+        train_state.check_parts(config.accumulate, config.batch_size, mesh)
         features = text_features(config, folder)
         words = folder.word_tokenizer(config.model.text_length)
         loader = functools.partial(
@@ -261,6 +270,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 forcing_config=forcing,
                 loss_config=config.loss.to_dict(),
                 near=near,
+                accumulate=config.accumulate,
             ),
             donate_argnums=0,
         )

@@ -1,10 +1,23 @@
-"""STAR's trainer: the lengths of clips, and the orders of views, that it draws."""
+"""STAR's trainer: what clips and views it draws, and its step in parts and on many devices."""
 
 import collections
+import functools
 
+import jax
 import numpy as np
+import optax
 
-from fourdstar_jax.train import star
+from fourdstar_jax import sharding
+from fourdstar_jax.star.model import STAR
+from fourdstar_jax.train import bench_star, star
+from fourdstar_jax.train import state as train_state
+
+SIZES = dict(
+    num_codebooks=2, vocab_size=7, code_dim=6, resolution=10, grid=2, dim=24, num_layers=1,
+    num_heads=3, head_dim=10, head_layers=1, head_heads=1, container_slots=5,
+    container_neighbors=2, text_encoder="words", text_vocab=11, text_length=5, text_dim=6,
+    time_features=8, spe_octaves=2,
+)  # fmt: skip
 
 
 def test_some_steps_have_shorter_clips():
@@ -32,3 +45,30 @@ def test_views_come_in_another_order_with_their_cameras():
         assert order[0] == 0 and sorted(order) == list(range(5))
         orders.add(tuple(order))
     assert len(orders) > 5
+
+
+def step_of(mesh_shape, parts):
+    """The state and metrics after a step that draws nothing."""
+    devices = jax.devices()[: int(np.prod(list(mesh_shape.values())))]
+    tx = optax.adam(1e-3)
+    with sharding.use_mesh(mesh_shape, devices=devices) as mesh:
+        sizes = {name: x for name, x in SIZES.items() if name != "text_encoder"}
+        graphdef, state = train_state.create(STAR, sizes, tx, jax.random.key(0), mesh)
+        batch = bench_star.make_batch(SIZES, objects=16, timesteps=2, views=2)
+        step = functools.partial(
+            star.train_step, graphdef, tx=tx, loss_config={"z_loss": 1e-4}, accumulate=parts,
+            forcing_config=dict(drop_text=0.0, drop_video=0.0, drop_history=0.0, code_noise=0.0),
+        )  # fmt: skip
+        batch = train_state.to_device(batch, mesh)
+        return jax.device_get(jax.jit(step)(state, batch, jax.random.key(1)))
+
+
+def test_parts_of_a_batch_on_eight_devices_are_as_the_whole_on_one():
+    state, metrics = step_of({"data": 4, "fsdp": 2}, 2)
+    wanted, told = step_of({"data": 1}, 1)
+    assert set(metrics) == set(told)
+    for name, value in told.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    moments = [jax.tree.leaves(x.opt_state[0].mu) for x in (state, wanted)]  # of the gradients
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-10)
