@@ -28,6 +28,7 @@ from fourdstar_jax import folders, geometry, outside
 from fourdstar_jax.data import pipeline, transforms, video
 from fourdstar_jax.data.batching import filled_batches
 from fourdstar_jax.data.untrusted import PICTURES, natural
+from fourdstar_jax.evaluate import motion
 from fourdstar_jax.evaluate.protocols import Protocol
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.types import Cameras, Gaussians
@@ -46,6 +47,8 @@ class Frames(NamedTuple):
     alphas: UInt8[np.ndarray, "T h w"] | None  # None where nothing is known of it
     on_white: bool = True  # else colours are as stored, and alpha is still to be applied
     flow: Float[np.ndarray, "T h w 2"] | None = None  # pixels to the next frame
+    depths: Float[np.ndarray, "T h w"] | None = None  # camera z, scene units, 0 for nothing
+    cameras: Cameras | None = None  # the one of this view, where depths are known
 
 
 class View(NamedTuple):
@@ -53,6 +56,7 @@ class View(NamedTuple):
 
     name: str
     load: Callable[[tuple[int, int] | None], Frames]
+    flow: Callable[[tuple[int, int]], Float[np.ndarray, "P h w 2"]] | None = None  # if rendered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +212,20 @@ def _rendered(
         return read_splats(folder / "splats.safetensors")[0]
 
     def view(azimuth: float) -> View:
-        def load(size: tuple[int, int] | None) -> Frames:
-            width, height = size or (256, 256)
-            cameras = geometry.orbit_cameras(
+        def camera(width: int, height: int) -> Cameras:
+            return geometry.orbit_cameras(
                 [azimuth], radius=rig.radius, fov_deg=rig.fov_deg, width=width, height=height
             )
+
+        def flow(size: tuple[int, int]) -> np.ndarray:
+            width, height = size
+            return motion.rendered_flow(
+                gaussians(), camera(width, height), width=width, height=height
+            )
+
+        def load(size: tuple[int, int] | None) -> Frames:
+            width, height = size or (256, 256)
+            cameras = camera(width, height)
             arrays = [np.asarray(x) for x in gaussians()]
             parts = []
             for count, filled in filled_batches(arrays, RENDER_BATCH):
@@ -225,7 +238,7 @@ def _rendered(
             pictures = np.concatenate(parts)
             return Frames(pictures[..., :3], pictures[..., 3])
 
-        return View(f"azimuth {azimuth:g}", load)
+        return View(f"azimuth {azimuth:g}", load, flow)
 
     name = folder.name
     told = manifest.values.get("input")
@@ -256,7 +269,7 @@ def _dataset(
         raise ValueError(f"{path} has views at {has} degrees; those at {wanted} are scored")
     names = pipeline.Records(path, split, only=("clip_id", "object_id"))
     tracked = bool(manifest["settings"].get("points"))
-    clips = pipeline.ClipSource(path, split, cache_bytes=0, maps=("flow",), points=tracked)
+    clips = pipeline.ClipSource(path, split, cache_bytes=0, points=tracked)
     read = functools.lru_cache(maxsize=4)(clips.__getitem__)  # one clip has several views
 
     def entry(index: int) -> Entry:
@@ -269,7 +282,10 @@ def _dataset(
                 rgba = clip["rig_rgba"][:, place]
                 images = np.rint(255 * transforms.on_white(rgba)[0]).astype(np.uint8)
                 flow = clip["rig_flow"][:, place] if "rig_flow" in clip else None
-                return Frames(images, rgba[..., 3], flow=flow)
+                depths = clip["rig_depth"][:, place] if "rig_depth" in clip else None
+                one = slice(place, place + 1)
+                cameras = Cameras(clip["rig_viewmats"][one], clip["rig_Ks"][one])
+                return Frames(images, rgba[..., 3], flow=flow, depths=depths, cameras=cameras)
 
             return View(f"azimuth {azimuth:g}", load)
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 SIDES = (0.0, 90.0, 180.0, 270.0)  # front, right, back, left
 CONSISTENT4D = (-75.0, 15.0, 105.0, 195.0)
+SEEN = 0.02  # scene units that a point may lie behind what a view sees, of an object 0.8 high
 SAME_PSNR = 100.0  # dB, in place of infinity: of identical pictures
 
 
@@ -142,6 +143,15 @@ WARPING_ERROR = Metric(
     "truth itself stays within 0.1; needs a data set with flow",
     digits=4,
 )
+FLOW_ERROR = Metric(
+    "flow_error",
+    "flow EPE",
+    "lower",
+    "clip",
+    "mean length of the Gaussians' projected motion, blended as colours are (GaussianFlow, "
+    "arXiv:2403.12365), less the true flow, pixels inside the truth's mask; what is not covered "
+    "does not move; needs a data set with flow and objects made here",
+)
 ONE_VIDEO = Metric(
     "i3d_one_video",
     "one-video I3D distance",
@@ -242,6 +252,26 @@ F_SCORE = Metric(
     _GEOMETRY + "harmonic mean of the shares within 0.02 of the other, aligned as CD-4D",
 )
 
+JITTER = Metric(
+    "jitter",
+    "jitter",
+    "lower",
+    "object",
+    "mean |x(t-1) - 2 x(t) + x(t+1)| of Gaussian centres, weighted by the least of the three "
+    "opacities, scene units; what stands still has none: read it beside the flow error",
+    digits=5,
+)
+REPROJECTION = Metric(
+    "reprojection",
+    "reprojection",
+    "lower",
+    "object",
+    "mean |colour - colour| of the truth's tracked points between every two views that see them, "
+    f"channels averaged, [0, 1]; seen is what lies at most {SEEN:g} behind the true depth; the "
+    "truth's own, of light, is not 0; needs a data set with points and depth",
+    digits=4,
+)
+
 _LEGACY = tuple(
     dataclasses.replace(metric, resize=(TO_512, *metric.resize)) for metric in (CLIP_B32, LPIPS_VGG)
 )
@@ -313,8 +343,8 @@ PROTOCOLS = {
             "sets as sets, steadiness in time; every view that the truth has",
             (
                 *(PSNR, PSNR_IN_MASK, ALPHA_IOU, SSIM, LPIPS_VGG, LPIPS_ALEX),
-                *(CLIP_B32, CLIP_L14, TEMPORAL_LPIPS, WARPING_ERROR, FVD, MMD, FID, FID_VID),
-                *(FID_VID_RESNET, CD_3D, CD_4D, CD_M, F_SCORE),
+                *(CLIP_B32, CLIP_L14, TEMPORAL_LPIPS, WARPING_ERROR, FLOW_ERROR, FVD, MMD, FID),
+                *(FID_VID, FID_VID_RESNET, CD_3D, CD_4D, CD_M, F_SCORE, JITTER, REPROJECTION),
             ),
             background="white",
         ),

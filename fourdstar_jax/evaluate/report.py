@@ -43,12 +43,12 @@ def compare(result: dict[str, Any], other: Fields) -> dict[str, Any]:
         raise ValueError(f"{other.where}: object {unlike[0]} is in one of the two results only")
     out: dict[str, Any] = {"path": other.where, "metrics": {}}
     protocol = find(ours["name"])
-    groups = np.array([row["group"] for row in result["objects"]])
-    for name in result["objects"][0]["metrics"]:
-        if any(name not in metrics for metrics in theirs.values()):
-            continue
-        pairs = [(row["metrics"][name], theirs[row["object"]][name]) for row in result["objects"]]
-        differences = np.array([a - b for a, b in pairs])
+    for name in dict.fromkeys(m for row in result["objects"] for m in row["metrics"]):
+        rows = [row for row in result["objects"] if name in row["metrics"]]
+        if {row["object"] for row in rows} != {o for o, m in theirs.items() if name in m}:
+            continue  # measured of others
+        groups = np.array([row["group"] for row in rows])
+        differences = np.array([r["metrics"][name] - theirs[r["object"]][name] for r in rows])
         sign = 1 if protocol.metric(name).better == "higher" else -1
         interval = None
         if len(set(groups)) > 1:

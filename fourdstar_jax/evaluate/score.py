@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from fourdstar_jax.data.batching import in_batches
-from fourdstar_jax.evaluate import clips, distances, geometry
+from fourdstar_jax.evaluate import clips, distances, geometry, motion
 from fourdstar_jax.evaluate.clips import Frames, Pair, Source
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
 from fourdstar_jax.evaluate.networks import Networks
@@ -28,7 +28,6 @@ from fourdstar_jax.evaluate.protocols import SAME_PSNR, Metric, Protocol, Resize
 from fourdstar_jax.evaluate.resizing import resized
 from fourdstar_jax.perceptual import ssim
 
-STEADY = 0.1  # of the truth's own colour along its flow: above, the point was covered or lit anew
 WINDOW = 16  # frames that 3D-ResNet50 sees at once
 
 
@@ -83,6 +82,9 @@ def score(
     shapes: dict[str, dict[str, Any]] = {}
     hashes: dict[tuple[str, str], str] = {}
     begun = time.perf_counter()
+    whole = [m for m in chosen if m.per == "object"]
+    wholes: dict[str, dict[str, float]] = {}
+    views: list[Clip] = []  # of the object so far
     for done, clip in enumerate(_ahead(pairs, functools.partial(_read, protocol, sizes))):
         pair = clip.pair
         found = values.setdefault(pair.object, {}).setdefault(pair.view, {})
@@ -109,18 +111,29 @@ def score(
                 left_out[metric.name] = str(why)
             except ValueError as error:
                 raise ValueError(f"{_where(pair)}: {metric.name}: {error}") from error
+        if whole:
+            views.append(dataclasses.replace(clip, at={}, features={}))
+            if done + 1 == len(pairs) or pairs[done + 1].object != pair.object:
+                before = set(left_out)
+                wholes[pair.object] = _whole(
+                    pair.object, views, predictions, truths, whole, left_out
+                )
+                views = []
+                for name in set(left_out) - before if len(wholes) > 1 else ():
+                    raise ValueError(f"object {pair.object}: {name}: {left_out[name]}")
         now = time.perf_counter()
         if done == 0:
             log(f"{len(pairs)} clips of {len(truths.entries)} objects")
         elif done == 1 and len(pairs) > 2:  # the first one has compiled
             log(f"about {(now - begun) * (len(pairs) - 2) / 60:.1f} minutes to go")
         begun = now
-    shaped = [m.name for m in chosen if m.per == "object"]
-    geometries = _geometries(predictions, truths, shaped, left_out)
+    for name in {m.name for m in whole} - left_out.keys():
+        if not any(name in found for found in wholes.values()):
+            left_out[name] = "no two views of any object see a tracked point"
     kept = tuple(m for m in chosen if m.name not in left_out)
     if not kept:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
-    rows = _rows(values, shapes, geometries, predictions, truths)
+    rows = _rows(values, shapes, wholes, predictions, truths)
     summary = {m.name: _mean(m, rows) for m in kept if m.per != "set"}
     summary |= {m.name: _distance(m, sets[m.name], pairs) for m in kept if m.per == "set"}
     return {
@@ -286,50 +299,24 @@ def _warping_error(clip: Clip, metric: Metric, networks: Networks) -> float:
     if flow is None:
         raise NotHere("the truth has no flow: `fourdstar prepare` makes data sets that do")
     p, t = (x / 255 for x in clip.both(metric))
-    return warping_error(p, t, _alphas(clip.truth, "truth") > 127, np.asarray(flow, np.float32))
+    return motion.warping_error(
+        p, t, _alphas(clip.truth, "truth") > 127, np.asarray(flow, np.float32)
+    )
 
 
-def warping_error(
-    images: np.ndarray, truth: np.ndarray, masks: np.ndarray, flow: np.ndarray
-) -> float:
-    """Mean |p(t) - p(t+1) at x + flow| over the object's pixels that stay to be seen.
-
-    `images` and `truth` are `[T, h, w, 3]` in [0, 1], `masks` `[T, h, w]`, `flow` `[T, h, w, 2]` in
-    pixels to the next frame. A pixel counts if its target lies inside the next frame's mask and the
-    truth's own colour changes by less than STEADY along the way. Raises ValueError if none does.
-    """
-    height, width = masks.shape[1:]
-    y, x = np.mgrid[0:height, 0:width]
-    total, count = 0.0, 0
-    for f in range(len(images) - 1):
-        places = np.stack([y + flow[f, ..., 1], x + flow[f, ..., 0]])
-        within = masks[f] & (np.abs(_at(masks[f + 1].astype(np.float32), places)) > 0.99)
-        own = np.abs(truth[f] - _at(truth[f + 1], places)).max(axis=-1)
-        seen = within & (own < STEADY)
-        error = np.abs(images[f] - _at(images[f + 1], places)).mean(axis=-1)
-        total, count = total + float(error[seen].sum()), count + int(seen.sum())
-    if not count:
-        raise ValueError("no pixel of the object can be followed by the flow")
-    return total / count
-
-
-def _at(picture: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Bilinear values at (row, column) places; 0 outside."""
-    low = np.floor(places).astype(np.int64)
-    share = places - low
-    out = 0.0
-    for dy in (0, 1):
-        for dx in (0, 1):
-            rows, columns = low[0] + dy, low[1] + dx
-            inside = (rows >= 0) & (rows < picture.shape[0])
-            inside &= (columns >= 0) & (columns < picture.shape[1])
-            weight = (share[0] if dy else 1 - share[0]) * (share[1] if dx else 1 - share[1])
-            weight = np.where(inside, weight, 0)
-            value = picture[
-                rows.clip(0, picture.shape[0] - 1), columns.clip(0, picture.shape[1] - 1)
-            ]
-            out = out + (weight[..., None] if picture.ndim == 3 else weight) * value
-    return np.asarray(out)
+def _flow_error(clip: Clip, metric: Metric, networks: Networks) -> float:
+    flow, drawn = clip.truth.flow, clip.pair.prediction.flow
+    if flow is None:
+        raise NotHere("the truth has no flow: `fourdstar prepare` makes data sets that do")
+    if drawn is None:
+        raise NotHere("predictions are not Gaussians, as objects made here are")
+    count, height, width, _ = clip.truth.images.shape
+    if count < 2:
+        raise ValueError("a single frame has no flow")
+    masks = _alphas(clip.truth, "truth")[:-1] > 127
+    return motion.flow_error(
+        drawn((width, height)), np.asarray(flow[: count - 1], np.float32), masks
+    )
 
 
 def _one_video(clip: Clip, metric: Metric, networks: Networks) -> float:
@@ -357,6 +344,7 @@ VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
     "lpips_alex": _lpips,
     "temporal_lpips": _temporal_lpips,
     "warping_error": _warping_error,
+    "flow_error": _flow_error,
     "i3d_one_video": _one_video,
     "fid_vid": _fid_vid,
     "clip_b32": _cosine,
@@ -410,42 +398,75 @@ SETS: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
 }
 
 
-def _geometries(
-    predictions: Source, truths: Source, names: Sequence[str], left_out: dict[str, str]
-) -> dict[str, dict[str, float]]:
-    """Figures of geometry of each object; what lacks points is left out, and why."""
-    found: dict[str, dict[str, float]] = {}
-    for name, truth in truths.entries.items() if names else ():
-        prediction, why = predictions.entries[name], None
-        if prediction.gaussians is None:
-            why = "predictions are not Gaussians, as objects made here are"
-        if truth.points is None:
-            why = "the truth has no tracked points: `fourdstar prepare --points` makes data sets"
-        if prediction.gaussians is None or truth.points is None:
-            if found:
-                raise ValueError(f"object {name}: {names[0]}: {why}")
-            left_out |= dict.fromkeys(names, str(why))
-            return {}
-        gaussians = prediction.gaussians()
+def _whole(
+    name: str,
+    clips: Sequence[Clip],
+    predictions: Source,
+    truths: Source,
+    metrics: Sequence[Metric],
+    left_out: dict[str, str],
+) -> dict[str, float]:
+    """Figures of an object by all that is known of it; what lacks its inputs is left out."""
+    prediction, truth = predictions.entries[name], truths.entries[name]
+    gaussians = None if prediction.gaussians is None else prediction.gaussians()
+    points = None if truth.points is None else truth.points()
+    found: dict[str, float] = {}
+    for metric in metrics:
+        if metric.name in left_out or metric.name in found:
+            continue
         try:
-            measured = geometry.measure(
-                np.asarray(gaussians.means), np.asarray(gaussians.opacities), truth.points()
-            )
+            if metric.name == "reprojection":
+                if (value := _reprojection(clips, _points(points))) is not None:
+                    found["reprojection"] = value
+                continue
+            if gaussians is None:
+                raise NotHere("predictions are not Gaussians, as objects made here are")
+            means, opacities = np.asarray(gaussians.means), np.asarray(gaussians.opacities)
+            if metric.name == "jitter":
+                found["jitter"] = motion.jitter(means, opacities)
+            else:
+                found |= geometry.measure(means, opacities, _points(points))
+        except NotHere as why:
+            left_out[metric.name] = str(why)
         except ValueError as error:
-            raise ValueError(f"object {name}: {names[0]}: {error}") from error
-        found[name] = {metric: measured[metric] for metric in names}
-    return found
+            raise ValueError(f"object {name}: {metric.name}: {error}") from error
+    return {metric.name: found[metric.name] for metric in metrics if metric.name in found}
+
+
+def _points(points: np.ndarray | None) -> np.ndarray:
+    if points is None:
+        raise NotHere(
+            "the truth has no tracked points: `fourdstar prepare --points` makes data sets"
+        )
+    return points
+
+
+def _reprojection(clips: Sequence[Clip], points: np.ndarray) -> float | None:
+    """None where no two views see a point, as those of a flat object from two sides do not."""
+    truths = [clip.truth for clip in clips]
+    if any(truth.depths is None or truth.cameras is None for truth in truths):
+        raise NotHere("the truth has no depth: `fourdstar prepare --depth` makes data sets")
+    if len(clips) < 2:
+        raise NotHere("one view agrees with itself")
+    cameras = jax.tree.map(lambda *x: np.concatenate(x), *(truth.cameras for truth in truths))
+    sums = np.zeros(2)
+    for t, at_t in enumerate(points[: len(truths[0].images)]):
+        pictures = np.stack([clip.prediction.images[t] for clip in clips]) / 255
+        depths = np.stack([np.asarray(truth.depths)[t] for truth in truths])
+        depths = depths.astype(np.float32).reshape(pictures.shape[:3])
+        sums += motion.reprojection_error(pictures, depths, cameras, at_t)
+    return float(sums[0] / sums[1]) if sums[1] else None
 
 
 # From values to rows and figures
 
 
-def _rows(values, shapes, geometries, predictions: Source, truths: Source) -> list[dict[str, Any]]:
+def _rows(values, shapes, wholes, predictions: Source, truths: Source) -> list[dict[str, Any]]:
     rows = []
     for name, views in values.items():
         found = list(views.values())
         metrics = {m: float(np.mean([v[m] for v in found])) for m in found[0]}
-        metrics |= geometries.get(name, {})
+        metrics |= wholes.get(name, {})
         rows.append(
             {
                 "object": name,
@@ -460,6 +481,7 @@ def _rows(values, shapes, geometries, predictions: Source, truths: Source) -> li
 
 
 def _mean(metric: Metric, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [row for row in rows if metric.name in row["metrics"]]
     values = np.array([row["metrics"][metric.name] for row in rows])
     groups = np.array([row["group"] for row in rows])
     interval = None

@@ -183,7 +183,7 @@ def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
         manifest = {"timesteps": count, "gaussians": 1, "files": {}, "rig": rig.to_dict()}
         manifest["generation"] = {"seconds": 2.5, "peak_memory_bytes": 2**31}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    names = ("psnr", "psnr_in_mask", "alpha_iou", "ssim", "warping_error", "cd_m")
+    names = ("psnr", "psnr_in_mask", "alpha_iou", "ssim", "warping_error", "flow_error", "cd_m")
     pred = clips.open_source(
         tmp_path / "pred", OPEN, read_splats=read_splats, azimuths=source.azimuths
     )
@@ -192,6 +192,17 @@ def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
     assert [list(row["views"]) for row in rows] == [["azimuth 0", "azimuth 120", "azimuth 240"]] * 3
     assert rows[0]["metrics"]["alpha_iou"] == 0 and rows[0]["metrics"]["warping_error"] < 1e-6
     assert all(row["metrics"]["alpha_iou"] > 0.1 for row in rows[1:])
+    flows = [
+        np.linalg.norm(view.load(None).flow[:-1].astype(np.float32), axis=-1)[
+            view.load(None).alphas[:-1] > 127
+        ].mean()
+        for view in source.entries[rows[1]["object"]].views
+    ]
+    # nothing of the prediction moves: it is off by all that the truth moves
+    assert (
+        rows[1]["metrics"]["flow_error"] == pytest.approx(np.mean(flows), rel=1e-4)
+        and min(flows) > 0
+    )
     assert result["summary"]["psnr"]["interval_95"] is not None  # two objects, three clips
     assert result["generation"]["seconds"] == {"mean": 2.5, "median": 2.5}
     assert "generation: 2.5 s an object (median 2.5), at most 2.00 GiB" in report.markdown(result)
@@ -209,8 +220,10 @@ def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
 
 def test_tracked_points_against_gaussians(objects_dir, tmp_path):
     """Gaussians at the true points: nothing is amiss, and the hash without points stays."""
-    options = dict(image_size=16, views=1, extra_views=0, max_frames=2, workers=0, limit=1)
-    prepare.prepare(objects_dir / "pack", tmp_path / "set", **options, points=50, log=str)
+    options = dict(image_size=16, views=5, extra_views=0, max_frames=3, workers=0, limit=1)
+    prepare.prepare(
+        objects_dir / "pack", tmp_path / "set", **options, points=50, depth=True, log=str
+    )
     source = clips.open_source(tmp_path / "set", OPEN, read_splats=read_splats, split="train")
     assert pipeline.read_manifest(tmp_path / "set")["settings"]["points"] == 50
     clip = pipeline.ClipSource(tmp_path / "set", "train", points=True)[0]
@@ -228,27 +241,15 @@ def test_tracked_points_against_gaussians(objects_dir, tmp_path):
         for name, entry in source.entries.items()
     }
     pred = dataclasses.replace(source, entries=entries)
-    names = ("cd_3d", "cd_4d", "cd_m", "f_score")
+    names = ("cd_3d", "cd_4d", "cd_m", "f_score", "jitter", "reprojection")
     result = score.score(OPEN, pred, source, Networks(None), metrics=names)
     found = {name: figure["value"] for name, figure in result["summary"].items()}
+    bends, reprojection = found.pop("jitter"), found.pop("reprojection")
+    tracks = [entry.points() for entry in source.entries.values()]
+    wanted = np.mean([np.linalg.norm(p[0] - 2 * p[1] + p[2], axis=-1).mean() for p in tracks])
+    assert bends == pytest.approx(wanted, rel=1e-4) and wanted > 0.001
+    assert 0 <= reprojection < 0.5  # of two sides of it, lit as they are
     assert found == pytest.approx({"cd_3d": 0, "cd_4d": 0, "cd_m": 0, "f_score": 1}, abs=1e-5)
-
-
-def test_warping_error_by_hand():
-    """A square that moves by two pixels, on which the prediction flickers by 0.25."""
-    truth = np.ones((3, 12, 12, 3), np.float32)
-    masks = np.zeros((3, 12, 12), bool)
-    flow = np.zeros((3, 12, 12, 2), np.float32)
-    for t in range(3):
-        truth[t, 4:8, 2 * t : 2 * t + 4] = 0.5
-        masks[t, 4:8, 2 * t : 2 * t + 4] = True
-        flow[t, ..., 0] = 2
-    images = truth.copy()
-    assert score.warping_error(images, truth, masks, flow) == 0
-    images[1][masks[1]] += 0.25
-    assert score.warping_error(images, truth, masks, flow) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="no pixel"):
-        score.warping_error(images, truth, masks, flow + 100)
 
 
 def test_tensorflows_bilinear_by_hand():
