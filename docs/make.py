@@ -21,8 +21,11 @@ from figures import DOCS, RESULTS, ROOT, parity, results
 
 import fourdstar_jax
 from fourdstar_jax.cli import read_config
+from fourdstar_jax.cli.common import BUNDLED_MODEL
 from fourdstar_jax.cli.main import COMMANDS, make_parser
+from fourdstar_jax.evaluate import card
 
+BUNDLED_RESULTS = ("tiny_unseen_clip", "tiny_unseen_object")  # of the bundled model
 SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
 
 
@@ -410,6 +413,9 @@ def made() -> dict[Path, str]:
     """All files that are made here, whole or in part, with the text they should have."""
     texts = {DOCS / "commands" / name: text for name, text in command_pages().items()}
     texts[DOCS / "API.md"] = api_page()
+    texts[BUNDLED_MODEL / "README.md"] = card.card(
+        BUNDLED_MODEL, results=[RESULTS / f"{name}.json" for name in BUNDLED_RESULTS]
+    )
     for path in figures.documents():
         text = texts.get(path) or path.read_text()
         for name in re.findall(r"<!-- (\w+): begin -->", text):

@@ -13,6 +13,7 @@ import fourdstar_jax
 from fourdstar_jax import signals
 from fourdstar_jax.cli import (
     bench,
+    card,
     convert,
     demo,
     doctor,
@@ -45,6 +46,7 @@ COMMANDS = (
     evaluate,
     convert,
     inspect,
+    card,
     bench,
     doctor,
 )
