@@ -91,7 +91,7 @@ def sentences() -> dict[str, list[str]]:
     rate = min(x["pictures_per_s"] for x in viewer["sizes"].values())
     return {
         "README.md": [
-            f"{fast} as gsplat on large scenes",
+            f"{fast} as gsplat on large scenes (H200)",
             f"takes {demo['fresh_clone_s']:.0f} s on two cores",
         ],
         "docs/PERFORMANCE.md": [f"{fast} on scenes of 65,536 Gaussians or more"],
