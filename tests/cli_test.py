@@ -397,6 +397,12 @@ def test_prepare_needs_its_folders(capsys, tmp_path):
     code, _, lines = run(capsys, "prepare", "--tokens", "--out", tmp_path / "out")
     assert code == 2 and "--bundle" in lines[0]
     assert not (tmp_path / "out").exists()
+    code, _, lines = run(capsys, "prepare", "--assets", tmp_path, "--shard", "0/2")
+    assert code == 2 and "--shard needs --work DIR and no --out" in lines[0]
+    code, _, lines = run(capsys, "prepare", "--assets", tmp_path, "--shard", "2/2")
+    assert code == 2 and "argument --shard: must be I/N" in lines[0]
+    code, _, lines = run(capsys, "prepare", "--assets", tmp_path)
+    assert code == 2 and "--out DIR is needed" in lines[0]
 
 
 def test_reconstruct_needs_a_dataset(capsys, tmp_path, tiny_bundle):
@@ -524,7 +530,7 @@ NUMBERS = {
     "generate --video a --out b": ["seed", "frames", "fps", "start", "folder_fps"]
     + ["temperature", "top_k", "cfg", "size"],
     "prepare --assets a --out b": ["image_size", "views", "extra_views", "max_frames", "fps"]
-    + ["limit", "workers", "batch"],
+    + ["limit", "workers", "batch", "timeout", "memory"],
     "reconstruct --data a --out b": ["clip", "batch", "fps", "start", "size"],
     "encode-text --data a --bundle b --out c": ["batch"],
     "bench tokenizer": ["batch", "repeats"],

@@ -21,7 +21,7 @@ ROOT = Path(fourdstar_jax.__file__).parent
 FLOORS = [
     {"outside", "remote"},
     {"types", "timing", "folders", "arguments"},
-    {"geometry", "signals"},
+    {"geometry", "signals", "shards"},
     {"processes"},
     {"kernels", "sharding"},
     {"nn"},
@@ -34,6 +34,7 @@ FLOORS = [
     {"generate"},
     {"evaluate"},
     {"export"},
+    {"batch"},
     {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -111,6 +111,7 @@ def test_unknown_profile(checkout):
         "wheel.sh",
         "release.sh",
         "slurm/train.sh",
+        "slurm/prepare.sh",
         "tpu/train.sh",
         "tpu/verify.sh",
     ],
@@ -275,6 +276,64 @@ def test_a_jobset_is_one_run_of_all_its_pods():
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
     arguments = make_parser().parse_known_args(container["args"])[0]
     assert arguments.config == "configs/star.py:paper" and arguments.workdir == "/data/run"
+
+
+def test_prepare_is_an_array_of_shards(tmp_path):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    fake_python(tmp_path / ".venv/bin/fourdstar", "exit 0")
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "16"}
+    slurm |= {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "63"}
+    folders = {"ASSETS": "/shared/my glb", "WORK": "/shared/work"}
+    code, calls, _ = dry_run(
+        tmp_path, "slurm/prepare.sh", ["--rigs", "2"], {"srun": "exit 0"}, **slurm, **folders
+    )
+    words = ["prepare", "--assets", "/shared/my glb", "--work", "/shared/work", "--shard", "3/64"]
+    words += ["--workers", "16", "--rigs", "2"]
+    assert code == 0 and calls == [["srun", ".venv/bin/fourdstar", *words]]
+    assert _parser().parse_args(words).shard == (3, 64)
+    code, _, errors = dry_run(tmp_path, "slurm/prepare.sh", [], {}, **slurm)
+    assert code != 0 and "ASSETS: names the folder" in errors
+
+
+def test_prepare_is_a_job_with_an_index():
+    values = dict(NAME="n", IMAGE="i", CLAIM="c", SHARDS="4", CPUS="8", ASSETS="/data/glb")
+    text = filled("gke/prepare.yaml", **values, WORK="/data/work", SIZE="256")
+    assert "${" not in text
+    job = yaml.safe_load(text)
+    spec = job["spec"]
+    assert (job["apiVersion"], job["kind"], spec["completionMode"]) == (
+        "batch/v1",
+        "Job",
+        "Indexed",
+    )
+    assert spec["parallelism"] == spec["completions"] == 4
+    (container,) = spec["template"]["spec"]["containers"]
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", "2") for word in container["args"]]
+    arguments = _parser().parse_args(words)
+    assert arguments.shard == (2, 4) and (arguments.workers, arguments.image_size) == (8, 256)
+
+
+def test_prepare_keeps_its_work_in_a_bucket(tmp_path):
+    """What was kept comes back first; at the end nothing is named before it is there."""
+    task = yaml.safe_load(filled("skypilot/prepare.yaml", BUCKET="b"))
+    script = task["run"].replace("/data", str(tmp_path)).replace("/tmp/work", str(tmp_path / "w"))
+    kept = tmp_path / "work" / "1"
+    kept.mkdir(parents=True)
+    (kept / "settings.json").touch()
+    log = tmp_path / "log"
+    script = f'rsync() {{ echo rsync "$@" >> {log}; }}; sleep() {{ exit 0; }}\n' + script
+    script = script.replace(".venv/bin/fourdstar", f"echo fourdstar >> {log}; echo")
+    environment = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "PATH": os.environ["PATH"]}
+    environment |= {name: str(value) for name, value in task["envs"].items()}
+    result = subprocess.run(
+        ["bash", "-euc", script], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    arguments = _parser().parse_args(result.stdout.split())
+    assert arguments.shard == (1, 2) and arguments.image_size == 256
+    back, _, first, second = log.read_text().splitlines()
+    assert back == f"rsync -r {kept}/ {tmp_path}/w"
+    assert "--exclude=result.json" in first and "--exclude=result.json" not in second
 
 
 def test_skypilot_names_its_nodes():

@@ -85,7 +85,9 @@ def assets(tmp_path_factory):
 def test_prepare_with_workers(assets, tmp_path, number, code, word):
     argv = ["prepare", "--assets", assets, "--out", tmp_path / "o", "--workers", "2"]
     argv += ["--image_size", "512"]
-    result = end(argv, number, when=lambda pid: list(tmp_path.glob(".o.partial*/spool/*.npz")))
+    result = end(
+        argv, number, when=lambda pid: list(tmp_path.glob(".o.partial*/work/done/*/*/*.npz"))
+    )
     check(result, code, word)
     assert len(result[3]) >= 2 and list(tmp_path.iterdir()) == []
 
@@ -93,7 +95,9 @@ def test_prepare_with_workers(assets, tmp_path, number, code, word):
 def test_prepare_that_is_killed_leaves_no_workers(assets, tmp_path):
     argv = ["prepare", "--assets", assets, "--out", tmp_path / "o", "--workers", "2"]
     result = end(
-        argv, signal.SIGKILL, when=lambda pid: list(tmp_path.glob(".o.partial*/spool/*.npz"))
+        argv,
+        signal.SIGKILL,
+        when=lambda pid: list(tmp_path.glob(".o.partial*/work/done/*/*/*.npz")),
     )
     assert result[0] == -signal.SIGKILL and len(result[3]) >= 2 and result[4] == set()
 

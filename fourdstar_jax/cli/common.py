@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fourdstar_jax.shards import Shard
+
 if TYPE_CHECKING:
     from fourdstar_jax.generate import Model
 
@@ -92,6 +94,14 @@ def real(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def shard(text: str) -> Shard:
+    """A flag's type: part I of N of a list, as "I/N"."""
+    try:
+        return Shard.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def bundle_folder(text: str) -> Path:

@@ -4,16 +4,54 @@ import argparse
 from pathlib import Path
 
 from fourdstar_jax.cli import encode_text, tokenize
-from fourdstar_jax.cli.common import FPS, bundle_folder, real, whole
-from fourdstar_jax.data.settings import MAX_POINTS, Settings
+from fourdstar_jax.cli.common import FPS, bundle_folder, real, shard, whole
+from fourdstar_jax.data.settings import MAX_POINTS, Limits, Settings
 
 SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
+
+
+LIMITS = Limits()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     default = Settings()
     parser.add_argument("--assets", type=Path, metavar="DIR", help="folder of GLB files")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="only these: a path below --assets a line"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="keeps rendered assets, which a second run does not render again; all shards share "
+        "it, or have one each: what is in further folders counts as well",
+    )
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="render the I-th of N parts into --work, then what others left; no dataset is made",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=real(1, 1e6),
+        default=LIMITS.seconds,
+        metavar="SECONDS",
+        help="an asset that takes longer is quarantined",
+    )
+    parser.add_argument(
+        "--memory",
+        type=real(0.1, 4096),
+        default=LIMITS.memory / 2**30,
+        metavar="GIB",
+        help="an asset that needs more is quarantined",
+    )
+    parser.add_argument(
+        "--retry", action="store_true", help="try assets again that --work has quarantined"
+    )
     parser.add_argument("--licence", help="only assets of this licence in assets.csv, such as CC0")
     parser.add_argument("--limit", type=whole(1, 10**9), help="only so many assets")
     for name, kind, text in (
@@ -76,20 +114,39 @@ def run(arguments: argparse.Namespace) -> None:
         flag = "--tokens" if arguments.tokens else "--text_features"
         if arguments.data is None or arguments.bundle is None:
             raise ValueError(f"{flag} needs --data DIR and --bundle DIR")
+        _out(arguments)
         command = tokenize if arguments.tokens else encode_text
         return command.run(arguments)
     if arguments.assets is None:
         raise ValueError("--assets DIR is needed")
     if not arguments.assets.is_dir():
         raise ValueError(f"{arguments.assets} is not a folder")
+    if arguments.shard is not None and (not arguments.work or arguments.out is not None):
+        raise ValueError(
+            "--shard needs --work DIR and no --out: when all shards are "
+            "done, the same command with --out instead of --shard makes the dataset"
+        )
+    if arguments.retry and not arguments.work:
+        raise ValueError("--retry needs --work DIR")
     from fourdstar_jax.data import prepare
 
+    limits = Limits(arguments.timeout, int(arguments.memory * 2**30))
+    options = {name: getattr(arguments, name) for name in ("licence", "limit", "workers", "retry")}
+    options |= {name: getattr(arguments, name) for name in Settings._fields}
+    options |= {"list_file": arguments.list, "limits": limits, "more_work": arguments.work[1:]}
+    if arguments.shard is not None:
+        prepare.render(arguments.assets, arguments.work[0], shard=arguments.shard, **options)
+        return
     prepare.prepare(
         arguments.assets,
-        arguments.out,
-        licence=arguments.licence,
-        limit=arguments.limit,
-        workers=arguments.workers,
+        _out(arguments),
+        work_dir=arguments.work[0] if arguments.work else None,
         overwrite=arguments.overwrite,
-        **{name: getattr(arguments, name) for name in Settings._fields},
+        **options,
     )
+
+
+def _out(arguments: argparse.Namespace) -> Path:
+    if arguments.out is None:
+        raise ValueError("--out DIR is needed")
+    return arguments.out

@@ -1,57 +1,55 @@
-"""From a folder of animated GLB files to a dataset: what `fourdstar prepare` does.
+"""From animated GLB files to a dataset: what `fourdstar prepare` does.
 
-Files that cannot be read are quarantined, clips that hardly move are dropped; both are named with
-the reason in `report.json`. The dataset is written to a temporary folder beside the wanted one and
-renamed at the end, so that a folder of that name is complete.
+Every asset is rendered once, by a process of its own, into a work folder (`workers`), which many
+machines may share; the dataset is made of that. Files that cannot be read are quarantined, clips
+that hardly move are dropped; both are named with the reason in `report.json`. The dataset is
+written to a temporary folder beside the wanted one and renamed at the end, so that a folder of that
+name is complete.
 """
 
 import contextlib
 import csv
-import ctypes
+import errno
 import hashlib
 import importlib.metadata
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, NamedTuple
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from fourdstar_jax import geometry
-from fourdstar_jax.data import gltf, posing, render, splits
+from fourdstar_jax.data import render as rendering
+from fourdstar_jax.data import splits
+from fourdstar_jax.data.assets import Job, content_hash
 from fourdstar_jax.data.licences import UNKNOWN, has, listed
-from fourdstar_jax.data.settings import Settings
+from fourdstar_jax.data.settings import Limits, Settings
+from fourdstar_jax.data.workers import Work, run
 from fourdstar_jax.folders import DATASET, output_folder
+from fourdstar_jax.shards import WHOLE, Shard
 from fourdstar_jax.text import captions
-from fourdstar_jax.types import Cameras
 
-EXTRA_ELEVATIONS_DEG = (-30.0, 5.0)  # negative looks from above
-PNG_LEVEL = 4
-
-
-class _Job(NamedTuple):
-    path: str
-    object_id: str
-    licence: str
-    settings: Settings
-    spool: str
+LIMITS = Limits()
+POLL_S = 1.0  # while other processes finish what they are at
 
 
 def prepare(
     assets_dir: str | Path,
     out_dir: str | Path,
     *,
+    list_file: str | Path | None = None,
     licence: str | None = None,
     limit: int | None = None,
+    work_dir: str | Path | None = None,
+    more_work: Sequence[str | Path] = (),
     workers: int | None = None,
+    limits: Limits = LIMITS,
+    retry: bool = False,
     overwrite: bool = False,
     log: Callable[[str], None] = print,
     **settings: Any,
@@ -60,71 +58,66 @@ def prepare(
 
     Args:
       settings: fields of `Settings`.
+      list_file: the files to take, a path below `assets_dir` a line; otherwise all there are.
       licence: keep assets that have it in `assets_dir/assets.csv`, as `licences.has` says ("cc0").
-      limit: keep the first so many assets, in order of their paths.
-      workers: processes that render; None is one a core, 0 renders in this process.
+      limit: keep the first so many assets, in order of their paths or of the list.
+      work_dir: where rendered assets are kept; what is there already is not rendered again, and
+        what other processes are at is waited for. None is a temporary folder.
+      more_work: folders like it, of shards that had their own, which are only read.
+      workers: processes that render; None is one a core, 0 renders in this process, without limits.
+      retry: try assets again that are quarantined in `work_dir`.
       overwrite: replace `out_dir` if it holds a dataset.
 
-    Raises ValueError for settings out of range, a folder without usable clips and an `out_dir`
-    that is not empty; RuntimeError when there is no EGL.
+    Raises ValueError for settings out of range, a folder without usable clips, a `work_dir` of
+    other settings and an `out_dir` that is not empty; RuntimeError when there is no EGL.
     """
     chosen = Settings(**settings).check()
-    assets_dir, out_dir = Path(assets_dir), Path(out_dir)
-    if not assets_dir.is_dir():
-        raise ValueError(f"assets_dir={str(assets_dir)!r} is not a folder")
-    files, licences, skipped = _find(assets_dir, licence)
-    files = files[:limit]
-    if not files:
-        raise ValueError(f"no .glb file below {assets_dir}")
-    render.Renderer(chosen.image_size, 1).close()  # a missing EGL is said here, once
-
+    assets = _Assets(Path(assets_dir), list_file, licence, limit)
+    out_dir = Path(out_dir)
     with output_folder(out_dir, DATASET, overwrite=overwrite) as partial:
+        place = partial / "work" if work_dir is None else Path(work_dir)
+        work = Work(place, chosen, limits, [Path(folder) for folder in more_work])
         start = time.perf_counter()
-        spool = partial / "spool"
-        spool.mkdir()
-        jobs = [
-            _Job(
-                str(assets_dir / f),
-                f.removesuffix(".glb"),
-                licences.get(f, UNKNOWN),
-                chosen,
-                str(spool),
-            )
-            for f in files
-        ]
-        results = _run(jobs, os.cpu_count() or 1 if workers is None else workers, log)
-        clips = sorted((c for r in results for c in r["clips"]), key=lambda c: c["clip_id"])
-        render_s = time.perf_counter() - start
+        _render(work, assets, WHOLE, workers, retry, log)
+        seconds = time.perf_counter() - start
+        results = {file: work.result(file) for file in assets.files}
+        clips = sorted(
+            (c for r in results.values() for c in r["clips"]), key=lambda c: c["clip_id"]
+        )
+        told = {
+            name: [x for r in results.values() for x in r[name]]
+            for name in ("quarantined", "dropped", "warnings")
+        }
         if not clips:
-            left_out = [q for r in results for q in (*r["quarantined"], *r["dropped"])]
+            left_out = told["quarantined"] + told["dropped"]
             shown = [f"{q['file']}: {q['reason']}" for q in left_out[:3]]
             more = len(left_out) - len(shown)
             detail = "; ".join(shown) + (f" and {more} more" if more else "")
-            raise ValueError(f"no clip left of {len(files)} files below {assets_dir} ({detail})")
+            raise ValueError(
+                f"no clip left of {len(assets.files)} files below {assets_dir} ({detail})"
+            )
         _build(partial, clips, chosen)
-        frames = sum(c["num_frames"] for c in clips) * (chosen.views + chosen.extra_views)
+        images = sum(c["num_frames"] for c in clips) * (chosen.views + chosen.extra_views)
+        worker_s = sum(r["seconds"] for r in results.values())
         manifest = _manifest(clips, chosen)
         report = {
-            "assets": len(files),
-            "assets_without_the_licence": skipped,
+            "assets": len(assets.files),
+            "assets_without_the_licence": assets.without_the_licence,
             "clips_kept": len(clips),
             "counts": manifest["counts"],
-            "quarantined": sorted(
-                (q for r in results for q in r["quarantined"]), key=lambda q: q["file"]
-            ),
-            "dropped": sorted(
-                (d for r in results for d in r["dropped"]), key=lambda d: (d["file"], d["clip"])
-            ),
-            "warnings": sorted(
-                (w for r in results for w in r["warnings"]), key=lambda w: w["file"]
-            ),
-            "images": frames,
-            "render_seconds": round(render_s, 1),
-            "images_per_second": round(frames / render_s, 1),
+            "missing": sorted(q["file"] for q in told["quarantined"] if _missing(q)),
+            "quarantined": sorted(told["quarantined"], key=lambda q: q["file"]),
+            "dropped": sorted(told["dropped"], key=lambda d: (d["file"], d["clip"])),
+            "warnings": sorted(told["warnings"], key=lambda w: w["file"]),
+            "images": images,
+            "render_seconds": round(seconds, 1),  # of this run
+            "worker_seconds": round(worker_s, 1),  # of all processes that rendered, added up
+            "images_per_worker_second": round(images / max(worker_s, 1e-3), 1),
         }
         for name, content in (("report.json", report), (DATASET.manifest, manifest)):
             (partial / name).write_text(json.dumps(content, indent=1) + "\n")
-        shutil.rmtree(spool)
+        if work_dir is None:
+            shutil.rmtree(place)
     of_splits = ", ".join(f"{n} {s}" for s, n in manifest["splits"].items())
     log(
         f"{len(clips)} clips ({of_splits}), {len(report['dropped'])} dropped, "
@@ -133,234 +126,149 @@ def prepare(
     return manifest
 
 
-def _find(assets_dir: Path, licence: str | None) -> tuple[list[str], dict[str, str], int]:
-    """GLB files below the folder that have the licence, all licences, and how many lack it."""
-    files = sorted(p.relative_to(assets_dir).as_posix() for p in assets_dir.rglob("*.glb"))
-    found = {}
-    table = assets_dir / "assets.csv"
-    if table.is_file():
-        with open(table, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not {"file", "licence"} <= set(reader.fieldnames or ()):
-                raise ValueError(f"{table} has no columns file and licence")
-            found = {row["file"]: row["licence"] or UNKNOWN for row in reader}
-    if licence is None:
-        return files, found, 0
-    kept = [f for f in files if has(found.get(f, UNKNOWN), licence)]
-    if files and not kept:
-        there = listed(found.get(f, UNKNOWN) for f in files)
-        raise ValueError(
-            f"no file below {assets_dir} has the licence {licence!r}: there are {there}"
-        )
-    return kept, found, len(files) - len(kept)
+def render(
+    assets_dir: str | Path,
+    work_dir: str | Path,
+    *,
+    shard: Shard,
+    more_work: Sequence[str | Path] = (),
+    list_file: str | Path | None = None,
+    licence: str | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    limits: Limits = LIMITS,
+    retry: bool = False,
+    log: Callable[[str], None] = print,
+    **settings: Any,
+) -> None:
+    """Renders a part of the assets into `work_dir`, and then what other parts have not begun.
 
-
-def _run(jobs: list[_Job], workers: int, log: Callable[[str], None]) -> list[dict]:
-    results, start = [], time.perf_counter()
-
-    def done(result):
-        results.append(result)
-        n = len(results)
-        if n % max(1, len(jobs) // 10) == 0 or n == len(jobs):
-            elapsed = time.perf_counter() - start
-            left = elapsed / n * (len(jobs) - n)
-            log(f"rendered {n}/{len(jobs)} assets, {elapsed:.0f} s, about {left:.0f} s left")
-
-    if workers == 0:
-        for job in jobs:
-            done(_render_asset(job))
-        return results
-    context = multiprocessing.get_context("spawn")  # OpenGL and JAX do not survive a fork
-    initargs = (workers, os.getpid())
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=initargs
-    ) as pool:
-        # Ctrl-C reaches the workers too, which have nothing to say to it: this process ends them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            futures = [pool.submit(_render_asset, job) for job in jobs]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            for future in as_completed(futures):
-                done(future.result())
-        except BrokenProcessPool:
-            raise ValueError(
-                f"a worker of {workers} was killed, as when memory runs out: try fewer --workers"
-            ) from None
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
-
-
-def _start_worker(workers: int, parent: int) -> None:
-    """One thread of llvmpipe a process when there are several; none outlives its parent."""
-    if workers > 1:
-        os.environ.setdefault("LP_NUM_THREADS", "1")
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-_renderers: dict[tuple[int, int], render.Renderer] = {}
-
-
-def _render_asset(job: _Job) -> dict:
-    """Renders an asset's clips to the spool folder; returns what is to be said about them."""
-    s = job.settings
-    file = f"{job.object_id}.glb"
-    result = {"clips": [], "quarantined": [], "dropped": [], "warnings": []}
-    made: list[Path] = []
-    try:
-        asset = gltf.load(job.path, name=file)
-        result["warnings"] += [{"file": file, "warning": w} for w in asset.warnings]
-        if not asset.clips:
-            raise gltf.MalformedAsset("no animation")
-        key = (s.image_size, s.views + s.extra_views)
-        if key not in _renderers:
-            _renderers[key] = render.Renderer(*key)
-        renderer = _renderers[key]
-        renderer.load(asset)
-        for clip in asset.clips:
-            split = splits.split_of(asset.sha256, clip.index, job.object_id)
-            for rig in range(s.rigs if split == "train" else 1):
-                path = Path(job.spool) / f"{asset.sha256}-{clip.index}-{rig}.npz"
-                told = _render_clip(asset, clip, split, rig, renderer, job, path)
-                if isinstance(told, str):
-                    result["dropped"].append({"file": file, "clip": clip.name, "reason": told})
-                    break
-                made.append(path)
-                result["clips"].append(told)
-    except gltf.MalformedAsset as error:  # the file is set aside whole, its clips with it
-        for path in made:
-            path.unlink()
-        result = {
-            "clips": [],
-            "quarantined": [{"file": file, "reason": str(error)}],
-            "dropped": [],
-            "warnings": [],
-        }
-    return result
-
-
-def _render_clip(asset, clip, split: str, rig: int, renderer, job: _Job, path: Path) -> dict | str:
-    """Writes one record to `path`; returns what the report says of it, or why there is none."""
-    s = job.settings
-    if split == splits.LEFT_OUT:
-        reason = splits.reason_of(asset.sha256, clip.index)
-        return f"left out of the split {splits.CURRENT}: {reason}"
-    if posing.num_frames(clip, s.fps, s.max_frames) < min(2, s.max_frames):
-        return f"{clip.duration_s:.3f} s long: one frame at {s.fps:g} frames a second"
-    seed = hashlib.sha256(f"{asset.sha256}#{clip.index}@{rig}".encode()).digest()
-    rng = np.random.default_rng(np.frombuffer(seed, "<u4"))
-    turn_deg = rng.uniform(0, 360) if rig else 0.0
-    sequence = posing.sample_clip(
-        asset, clip, fps=s.fps, max_frames=s.max_frames, turn_deg=turn_deg
-    )
-    if sequence.motion < posing.MIN_MOTION and s.max_frames > 1:
-        return f"hardly moves: {sequence.motion:.4f} < {posing.MIN_MOTION}"
-    zoom = min(rng.uniform(*s.zoom), sequence.room) if split == "train" else 1.0
-    sequence = sequence._replace(positions=sequence.positions * np.float32(zoom))
-    record, areas = _record(asset, clip, sequence, renderer, job, rng)
-    if s.points:
-        draws = np.random.default_rng(np.frombuffer(seed, "<u4")[::-1])  # `rng` has its own uses
-        tracked = posing.track(sequence.positions, asset.triangles, s.points, draws)
-        record |= {"points": tracked.points, "point_normals": tracked.normals.astype(np.float16)}
-    seen = areas.max(axis=1).min() / zoom**2  # from where most of it is seen: it may be flat
-    if seen < posing.MIN_AREA:
-        return f"covers {seen:.2%} of each picture of a frame, less than {posing.MIN_AREA:.0%}"
-    record |= {
-        "clip_id": np.asarray(f"{job.object_id}#{clip.index}" + (f"@{rig}" if rig else "")),
-        "split": np.asarray(split),
-    }
-    np.savez(path, allow_pickle=False, **record)
-    told = {k: str(record[k]) for k in ("clip_id", "object_id", "split", "appearance", "motion")}
-    return told | {
-        "num_frames": len(sequence.positions),
-        "sha256": _content_hash(record),
-        "spool": str(path),
-        "coloured": asset.coloured(),
-        "textured": bool(asset.textures),
-        "mask_area": float(areas.mean()),
-    }
-
-
-def _record(asset, clip, sequence, renderer, job: _Job, rng) -> tuple[dict, np.ndarray]:
-    """The clip's fields as arrays, and the share [F, V] of each rig picture that is covered.
-
-    PNG files are kept as their bytes in a row and their lengths.
+    `prepare` with the same arguments makes the dataset. Raises as that does.
     """
-    s = job.settings
-    rig = geometry.Rig.around(s.views, fps=s.fps).cameras(s.image_size)
-    extra = geometry.orbit_cameras(
-        rng.uniform(0, 360, s.extra_views),
-        rng.uniform(*EXTRA_ELEVATIONS_DEG, s.extra_views),
-        width=s.image_size,
-        height=s.image_size,
-    )
-    cameras = Cameras(*(np.concatenate(pair) for pair in zip(rig, extra, strict=True)))
-    F, V = len(sequence.positions), s.views
-    pngs: dict[str, list[bytes]] = {"rig_rgba": [], "extra_rgba": []}
-    flow, depth, areas = [], [], []
-    for f in range(F):
-        frame = renderer.draw(
-            sequence.positions[f],
-            sequence.normals[f],
-            cameras,
-            next_positions=sequence.positions[(f + 1) % F] if s.flow else None,
-            depth=s.depth,
-        )
-        areas.append(frame.rgba[:V, ..., 3].mean(axis=(1, 2)) / 255)
-        for v, image in enumerate(frame.rgba):
-            pngs["rig_rgba" if v < V else "extra_rgba"].append(_png(image))
-        if frame.flow is not None:
-            flow.append(frame.flow[:V].astype(np.float16))
-        if frame.depth is not None:
-            depth.append(frame.depth[:V].astype(np.float16))
-    record: dict[str, Any] = {
-        "object_id": job.object_id,
-        "asset_sha256": asset.sha256,
-        "clip_index": clip.index,
-        "clip_name": clip.name,
-        "licence": job.licence,
-        "appearance": captions.appearance_caption(job.object_id),
-        "motion": captions.motion_caption(clip.name),
-        "fps": np.float32(s.fps),
-        "frame_times": (np.arange(F) / s.fps).astype(np.float32),
-        "rig_viewmats": rig.viewmats,
-        "rig_Ks": rig.Ks,
-        "extra_viewmats": extra.viewmats,
-        "extra_Ks": extra.Ks,
-    }
-    for key, images in pngs.items():
-        record[key] = np.frombuffer(b"".join(images), np.uint8)
-        record[f"{key}_lengths"] = np.array([len(p) for p in images], np.int64)
-    if s.flow:
-        record["rig_flow"] = np.stack(flow)
-    if s.depth:
-        record["rig_depth"] = np.stack(depth)
-    return {key: np.asarray(value) for key, value in record.items()}, np.array(areas)
+    chosen = Settings(**settings).check()
+    assets = _Assets(Path(assets_dir), list_file, licence, limit)
+    work = Work(Path(work_dir), chosen, limits, [Path(folder) for folder in more_work])
+    _render(work, assets, shard, workers, retry, log)
+    left = [file for file in assets.files if not work.done(file)]
+    told = f"{len(assets.files) - len(left)} of {len(assets.files)} assets are in {work_dir}"
+    log(told + (f"; other processes are at {len(left)}" if left else ""))
 
 
-def _png(image: np.ndarray) -> bytes:
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG", compress_level=PNG_LEVEL)
-    return out.getvalue()
+def _missing(quarantined: dict) -> bool:
+    return quarantined["reason"] == f"cannot be read: {os.strerror(errno.ENOENT)}"
 
 
-def _content_hash(record: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(record):
-        value = record[key]
-        digest.update(f"{key} {value.dtype.str} {value.shape} ".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
+class _Assets:
+    """The files to take, as they are listed at the moment, and what is known of them."""
+
+    def __init__(
+        self, folder: Path, list_file: str | Path | None, licence: str | None, limit: int | None
+    ):
+        if not folder.is_dir():
+            raise ValueError(f"assets_dir={str(folder)!r} is not a folder")
+        self.folder, self._list, self._licence, self._limit = folder, list_file, licence, limit
+        self._licences: dict[str, str] = {}
+        table = folder / "assets.csv"
+        if table.is_file():
+            with open(table, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                if not {"file", "licence"} <= set(reader.fieldnames or ()):
+                    raise ValueError(f"{table} has no columns file and licence")
+                self._licences = {row["file"]: row["licence"] or UNKNOWN for row in reader}
+        self.read()
+
+    def read(self) -> None:
+        """Looks again at what is listed."""
+        if self._list is not None:
+            files = _listed(Path(self._list))
+        else:
+            found = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*.glb"))
+            files = sorted(found)
+        kept = files
+        if self._licence is not None:
+            kept = [f for f in files if has(self._licences.get(f, UNKNOWN), self._licence)]
+            if files and not kept:
+                there = listed(self._licences.get(f, UNKNOWN) for f in files)
+                raise ValueError(
+                    f"no file below {self.folder} has the licence {self._licence!r}: "
+                    f"there are {there}"
+                )
+        self.without_the_licence = len(files) - len(kept)
+        self.files = kept[: self._limit]
+        if not self.files:
+            raise ValueError(
+                f"no .glb file below {self.folder}"
+                if self._list is None
+                else f"{self._list} lists no .glb file"
+            )
+
+    def job(self, file: str, settings: Settings) -> Job:
+        """What is to be made of a file."""
+        return Job(str(self.folder / file), file, self._licences.get(file, UNKNOWN), settings)
+
+
+def _listed(path: Path) -> list[str]:
+    """The paths in a list file: one a line, in order, each once."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ValueError(f"{path} cannot be read: {why}") from error
+    files: dict[str, None] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        parts = PurePosixPath(line).parts
+        if not line.endswith(".glb") or line.startswith("/") or ".." in parts or "\0" in line:
+            raise ValueError(
+                f"{path}, line {number}: {line[:80]!r} is no path of a .glb file below --assets"
+            )
+        files[PurePosixPath(line).as_posix()] = None
+    return list(files)
+
+
+def _render(
+    work: Work,
+    assets: _Assets,
+    shard: Shard,
+    workers: int | None,
+    retry: bool,
+    log: Callable[[str], None],
+) -> None:
+    """Does what is left to do: of the shard, then of the others; the only shard waits for more."""
+    rendering.Renderer(work.settings.image_size, 1).close()  # a missing EGL is said here, once
+    if retry:
+        for i in shard.own(len(assets.files)):
+            work.forget_quarantined(assets.files[i])
+
+    def claimed(numbers: Iterator[int]) -> Iterator[Job]:
+        for file in [assets.files[i] for i in numbers]:
+            if work.take(file):
+                yield assets.job(file, work.settings)
+
+    def jobs() -> Iterator[Job]:
+        yield from claimed(shard.own(len(assets.files)))
+        assets.read()  # it may have grown
+        yield from claimed(shard.own(len(assets.files)))
+        yield from claimed(shard.others(len(assets.files)))
+
+    workers = os.cpu_count() or 1 if workers is None else workers
+    start, count, waiting = time.perf_counter(), 0, False
+    total = sum(not work.done(assets.files[i]) for i in shard.own(len(assets.files)))
+    while True:
+        for _ in run(work, jobs(), workers):
+            count += 1
+            if count % max(1, total // 10) == 0 or count == total:
+                elapsed = time.perf_counter() - start
+                left = elapsed / count * max(0, total - count)
+                log(f"rendered {count}/{total} assets, {elapsed:.0f} s, about {left:.0f} s left")
+        left = sum(not work.done(file) for file in assets.files) if shard.parts == 1 else 0
+        if not left:
+            return
+        if not waiting:
+            log(f"waits for {left} assets that other processes are at")
+            waiting = True
+        time.sleep(POLL_S)
 
 
 def _build(folder: Path, clips: list[dict], s: Settings) -> None:
@@ -370,7 +278,7 @@ def _build(folder: Path, clips: list[dict], s: Settings) -> None:
     def records(split: str):
         for index, clip in enumerate(clips):
             if clip["split"] == split:
-                yield clip["clip_id"], _example(clip["spool"], index, s)
+                yield clip["clip_id"], _example(clip, index, s)
 
     config = FourdstarConfig(
         name=f"{s.image_size}px_{s.views}+{s.extra_views}views",
@@ -409,9 +317,14 @@ def _quiet():
         logging.set_verbosity(level)
 
 
-def _example(path: str, index: int, s: Settings) -> dict:
-    with np.load(path, allow_pickle=False) as stored:
-        record: dict[str, Any] = {key: stored[key] for key in stored.files}
+def _example(clip: dict, index: int, s: Settings) -> dict:
+    path = clip["record"]
+    record: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
+        with np.load(path, allow_pickle=False) as stored:
+            record = {key: stored[key] for key in stored.files}
+    if content_hash(record) != clip["sha256"]:
+        raise ValueError(f"{path} is damaged: remove its folder and prepare again")
     example: dict[str, Any] = {"index": index}
     for key, value in record.items():
         if key.endswith("_lengths") or (key.startswith("extra_") and s.extra_views == 0):

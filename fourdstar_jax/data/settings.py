@@ -39,3 +39,10 @@ class Settings(NamedTuple):
         if len(self.zoom) != 2 or not 0.1 <= self.zoom[0] <= self.zoom[1] <= 2:
             raise ValueError(f"zoom={self.zoom} must be two numbers of 0.1 to 2, in order")
         return self
+
+
+class Limits(NamedTuple):
+    """What an asset may take; more, and it is quarantined."""
+
+    seconds: float = 900.0
+    memory: int = 8 << 30  # bytes, besides what the renderer takes by itself
