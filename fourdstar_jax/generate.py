@@ -165,6 +165,19 @@ class Model:
             "cfg_scale": kept.number("cfg_scale", -1e6, 1e6),
         }
 
+    def settings(
+        self,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        cfg: float | None = None,
+    ) -> dict[str, Any]:
+        """`sampling`, but for what is given. Raises ValueError for values out of range."""
+        told = {"temperature": temperature, "top_k": top_k, "cfg_scale": cfg}
+        settings = {k: self.sampling[k] if value is None else value for k, value in told.items()}
+        sample.check_settings(**settings)
+        return settings
+
     def encode_text(
         self, prompt: str
     ) -> tuple[Int[np.ndarray, " L"], Shaped[np.ndarray, "L C"] | None]:
@@ -225,9 +238,7 @@ class Model:
         """
         if key is not None and seed is not None:
             raise ValueError("give key or seed, not both")
-        told = {"temperature": temperature, "top_k": top_k, "cfg_scale": cfg}
-        settings = {k: self.sampling[k] if value is None else value for k, value in told.items()}
-        sample.check_settings(**settings)
+        settings = self.settings(temperature=temperature, top_k=top_k, cfg=cfg)
         if not isinstance(video, Clip):
             video = self.read(
                 video, timesteps=timesteps, fit=fit, start=start, fps=fps, folder_fps=folder_fps,

@@ -111,7 +111,8 @@ _PLACE = _place()
 def _identity(pid: int) -> str:
     """Machine and process, which is told from a later one of the same number by its start."""
     try:
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        start = "gone" if state in "ZX" else fields[18]
     except OSError:
         start = "gone" if Path("/proc/self").exists() and pid != os.getpid() else ""
     return f"{_PLACE} {pid}.{start}"

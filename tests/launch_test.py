@@ -290,7 +290,7 @@ def test_prepare_is_an_array_of_shards(tmp_path):
     words = ["prepare", "--assets", "/shared/my glb", "--work", "/shared/work", "--shard", "3/64"]
     words += ["--workers", "16", "--rigs", "2"]
     assert code == 0 and calls == [["srun", ".venv/bin/fourdstar", *words]]
-    assert _parser().parse_args(words).shard == (3, 64)
+    assert make_parser().parse_args(words).shard == (3, 64)
     code, _, errors = dry_run(tmp_path, "slurm/prepare.sh", [], {}, **slurm)
     assert code != 0 and "ASSETS: names the folder" in errors
 
@@ -309,7 +309,7 @@ def test_prepare_is_a_job_with_an_index():
     assert spec["parallelism"] == spec["completions"] == 4
     (container,) = spec["template"]["spec"]["containers"]
     words = [word.replace("$(JOB_COMPLETION_INDEX)", "2") for word in container["args"]]
-    arguments = _parser().parse_args(words)
+    arguments = make_parser().parse_args(words)
     assert arguments.shard == (2, 4) and (arguments.workers, arguments.image_size) == (8, 256)
 
 
@@ -329,7 +329,7 @@ def test_prepare_keeps_its_work_in_a_bucket(tmp_path):
         ["bash", "-euc", script], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr
-    arguments = _parser().parse_args(result.stdout.split())
+    arguments = make_parser().parse_args(result.stdout.split())
     assert arguments.shard == (1, 2) and arguments.image_size == 256
     back, _, first, second = log.read_text().splitlines()
     assert back == f"rsync -r {kept}/ {tmp_path}/w"

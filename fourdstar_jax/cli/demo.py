@@ -16,6 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     generate.other_flags(parser)
     # The example has the training images' framing already.
     parser.set_defaults(video=EXAMPLE, image=None, out=Path("out/demo"), fit="none")
+    parser.set_defaults(videos=None, shard=None, retry=False)
 
 
 def run(arguments: argparse.Namespace) -> None:

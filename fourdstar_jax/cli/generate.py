@@ -1,9 +1,10 @@
 """`fourdstar generate`: a video or picture to a moving 3D object."""
 
 import argparse
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fourdstar_jax.cli.common import (
     FPS,
@@ -14,9 +15,11 @@ from fourdstar_jax.cli.common import (
     say_device,
     say_input,
     say_viewer,
+    shard,
     whole,
 )
 from fourdstar_jax.outside import MAX_SEED
+from fourdstar_jax.shards import WHOLE
 
 if TYPE_CHECKING:
     from fourdstar_jax.generate import Clip, Model
@@ -30,6 +33,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--video", type=Path, metavar="PATH", help="mp4, webm, gif, or a folder of frames"
     )
     source.add_argument("--image", type=Path, metavar="PATH", help="a picture: a static 3D object")
+    source.add_argument(
+        "--videos",
+        type=Path,
+        metavar="LIST",
+        help="many: a path a line, or a CSV file with columns video and perhaps text, name; each "
+        "becomes a folder of its name in --out, and what is there is not made again",
+    )
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="of --videos: the I-th of N parts, then what others have not begun",
+    )
+    parser.add_argument(
+        "--retry", action="store_true", help="of --videos: try again what was quarantined"
+    )
     other_flags(parser)
 
 
@@ -84,6 +103,10 @@ def other_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.videos is not None:
+        return _run_list(arguments)
+    if arguments.shard is not None or arguments.retry:
+        raise ValueError("--shard and --retry go with --videos LIST")
     source = arguments.video if arguments.video is not None else arguments.image
     if not source.exists():
         raise ValueError(f"{source} does not exist")
@@ -103,15 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         clip = _see(model, source, arguments)
         say_device()
         start = time.perf_counter()
-        object4d = model.generate(
-            clip,
-            text=arguments.text,
-            seed=arguments.seed,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            cfg=arguments.cfg,
-            progress=True,
-        )
+        object4d = model.generate(clip, **_options(arguments), progress=True)
         if arguments.timing:
             object4d.meta["generation"] = timing.of_generation(start)
         export.write(object4d, folder, size=arguments.size, progress=True)
@@ -119,17 +134,49 @@ def run(arguments: argparse.Namespace) -> None:
     say_viewer(arguments.out)
 
 
+def _run_list(arguments: argparse.Namespace) -> None:
+    if arguments.out is None or arguments.preview is not None or arguments.overwrite:
+        raise ValueError(
+            "--videos needs --out DIR, and takes neither --preview nor --overwrite: remove an "
+            "output to have it made again"
+        )
+    from fourdstar_jax import batch
+
+    def load() -> "Model":
+        model = load_model(arguments.model)
+        say_device()
+        return model
+
+    batch.generate(
+        load,
+        batch.read_list(arguments.videos),
+        arguments.out,
+        shard=arguments.shard or WHOLE,
+        reading=_reading(arguments),
+        options=_options(arguments),
+        size=arguments.size,
+        timed=arguments.timing,
+        retry=arguments.retry,
+        warn=lambda line: print(f"warning: {line}", file=sys.stderr),
+    )
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For `Model.read`."""
+    names = ("fit", "start", "fps", "folder_fps", "max_frames")
+    timesteps = 1 if arguments.image is not None else arguments.frames
+    return {name: getattr(arguments, name) for name in names} | {"timesteps": timesteps}
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For `Model.generate`."""
+    names = ("text", "seed", "temperature", "top_k", "cfg")
+    return {name: getattr(arguments, name) for name in names}
+
+
 def _see(model: "Model", source: Path, arguments: argparse.Namespace) -> "Clip":
     """Reads the input, says what of it is used, and writes the preview."""
-    clip = model.read(
-        source,
-        timesteps=1 if arguments.image is not None else arguments.frames,
-        fit=arguments.fit,
-        start=arguments.start,
-        fps=arguments.fps,
-        folder_fps=arguments.folder_fps,
-        max_frames=arguments.max_frames,
-    )
+    clip = model.read(source, **_reading(arguments))
     say_input(source, clip.info, fit=arguments.fit)
     if arguments.preview is not None:
         from fourdstar_jax.export import pictures

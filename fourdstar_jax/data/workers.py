@@ -26,7 +26,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fourdstar_jax import folders, outside
+from fourdstar_jax import folders, outside, remote
 from fourdstar_jax.data import splits
 from fourdstar_jax.data.assets import Job, quarantined, render_asset, renderer_of
 from fourdstar_jax.data.settings import Limits, Settings
@@ -50,6 +50,8 @@ class Work:
         self._all = (folder, *others)
         begun = {"schema": 1, "settings": settings._asdict(), "split_sha256": splits.SHA256}
         begun = json.loads(json.dumps(begun))
+        if (url := remote.url_of(folder)) is not None:
+            raise ValueError(f"--work {url} must be a folder: an object store knows no renaming")
         path = folder / folders.WORK.manifest
         if not path.exists():
             if folder.is_dir() and any(folder.iterdir()):
