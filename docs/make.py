@@ -287,6 +287,50 @@ def count_sizes() -> dict[str, dict[str, int]]:
     return found
 
 
+def count_ablations() -> dict[str, dict[str, float]]:
+    """Parameters and operations of STAR at `small` with other ways of the past."""
+    from fourdstar_jax import bundle, nn
+    from fourdstar_jax.train.bench_star import forward_flops
+
+    found = {}
+    dims = dict(objects=1, timesteps=8, views=4, groups=8)
+    for name in ABLATIONS:
+        config = read_config(f"{ROOT}/configs/star.py:small{name and ',' + name}", [])
+        shapes = bundle.shapes("star", config.model.to_dict() | {"text_vocab": 100})
+        flops = forward_flops(shapes, text=config.model.text_length, **dims)
+        found[name or "ours"] = dict(
+            parameters=nn.count_parameters(shapes), forward_flop=sum(flops.values())
+        )
+    return found
+
+
+ABLATIONS = {
+    "baseline": ["Baseline", "all their tokens, by attention; no container"],
+    "average": ["B, temporal average pooling", "at each place the mean of its features over time"],
+    "merging": [
+        "C, learned token merging",
+        "at each place a mean weighed by an MLP's scores, then an MLP",
+    ],
+    "explicit": [
+        "A, explicit state propagation",
+        "at each place the feature of the token a timestep before, and no more",
+    ],
+    "": ["ours", "the container"],
+}
+
+
+def ablations_table() -> str:
+    """The ablations of Table 4, how to train each, and what it costs."""
+    counted = results("ablations")
+    rows = []
+    for name, (paper, knows) in ABLATIONS.items():
+        r = counted[name or "ours"]
+        cells = [f"{r['parameters'] / 1e6:.1f}", f"{r['forward_flop'] / 1e9:.1f}"]
+        rows.append([paper, name and f"`{name}`", knows, *cells])
+    head = ["paper", "NAME", "what a group knows of those before", "M parameters", "GFLOP"]
+    return table(head, *rows)
+
+
 def sizes_table() -> str:
     """Parameters of every config, and what training keeps of STAR's."""
     rows = []
@@ -375,6 +419,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiny": tiny_table,
     "decoder_h200": decoder_table,
     "star_small_h200": star_table,
+    "ablations": ablations_table,
     "sizes": sizes_table,
     "training": training_table,
     "inference": inference_table,
@@ -393,7 +438,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     check = arguments.check
     if arguments.sizes:
-        (RESULTS / "sizes.json").write_text(json.dumps(count_sizes(), indent=1) + "\n")
+        for name, counted in (("sizes", count_sizes()), ("ablations", count_ablations())):
+            (RESULTS / f"{name}.json").write_text(json.dumps(counted, indent=1) + "\n")
     wrong = 0
     for path, text in made().items():
         if path.is_file() and path.read_text() == text:

@@ -1,4 +1,4 @@
-"""README's commands, one after the other, in a fresh checkout without an environment."""
+"""README's commands, and others', one after the other, in a fresh checkout without an environment."""
 
 import base64
 import os
@@ -19,6 +19,17 @@ TIMEOUT_S = 1800
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def other_documents() -> list[str]:
+    """Commands of docs/VIEWER.md, in a form that ends, and those that need nothing."""
+    text = (ROOT / "docs" / "VIEWER.md").read_text()
+    view, export = re.findall(r"^    (fourdstar .*)$", text, re.M)
+    served = f"code=0; timeout --preserve-status -s INT 20 {view} --port 0 || code=$?; [ $code = 130 ] || exit 1"
+    return [
+        "export PYTHONUNBUFFERED=1", served, export, "fourdstar evaluate --self-check",
+        "fourdstar inspect", "fourdstar card", "fourdstar doctor",
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -84,6 +95,8 @@ def test_every_command_in_order(checkout):
     run(checkout, use_it)
     assert (checkout / "out" / "fox" / "splats.safetensors").is_file()
     assert (checkout / "out" / "files" / "spz" / "frame_0000.spz").is_file()
+    run(checkout, "\n".join(["source .venv/bin/activate", *other_documents()]))
+    assert (checkout / "out" / "fox-files" / "orbit.mp4").is_file()
     (checkout / "readme.py").write_text(blocks("python")[0])
     run(checkout, ".venv/bin/python readme.py")
     assert (checkout / "out" / "clip" / "manifest.json").is_file()
