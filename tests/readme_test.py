@@ -1,4 +1,4 @@
-"""README's commands, and others', one after the other, in a fresh checkout without an environment."""
+"""README's commands, and others', in order, in a fresh checkout without an environment."""
 
 import base64
 import os
@@ -25,7 +25,8 @@ def other_documents() -> list[str]:
     """Commands of docs/VIEWER.md, in a form that ends, and those that need nothing."""
     text = (ROOT / "docs" / "VIEWER.md").read_text()
     view, export = re.findall(r"^    (fourdstar .*)$", text, re.M)
-    served = f"code=0; timeout --preserve-status -s INT 20 {view} --port 0 || code=$?; [ $code = 130 ] || exit 1"
+    view = f"timeout --preserve-status -s INT 20 {view} --port 0"
+    served = f"code=0; {view} || code=$?; [ $code = 130 ] || exit 1"
     return [
         "export PYTHONUNBUFFERED=1", served, export, "fourdstar evaluate --self-check",
         "fourdstar inspect", "fourdstar card", "fourdstar doctor",
