@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         clip = _see(model, source, arguments)
         say_device()
         start = time.perf_counter()
-        object4d = model.generate(clip, **_options(arguments), progress=True)
+        object4d = model.generate(clip, **options(arguments), progress=True)
         if arguments.timing:
             object4d.meta["generation"] = timing.of_generation(start)
         export.write(object4d, folder, size=arguments.size, progress=True)
@@ -152,8 +152,8 @@ def _run_list(arguments: argparse.Namespace) -> None:
         batch.read_list(arguments.videos),
         arguments.out,
         shard=arguments.shard or WHOLE,
-        reading=_reading(arguments),
-        options=_options(arguments),
+        reading=reading(arguments),
+        options=options(arguments),
         size=arguments.size,
         timed=arguments.timing,
         retry=arguments.retry,
@@ -161,14 +161,14 @@ def _run_list(arguments: argparse.Namespace) -> None:
     )
 
 
-def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+def reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """For `Model.read`."""
     names = ("fit", "start", "fps", "folder_fps", "max_frames")
     timesteps = 1 if arguments.image is not None else arguments.frames
     return {name: getattr(arguments, name) for name in names} | {"timesteps": timesteps}
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """For `Model.generate`."""
     names = ("text", "seed", "temperature", "top_k", "cfg")
     return {name: getattr(arguments, name) for name in names}
@@ -176,7 +176,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _see(model: "Model", source: Path, arguments: argparse.Namespace) -> "Clip":
     """Reads the input, says what of it is used, and writes the preview."""
-    clip = model.read(source, **_reading(arguments))
+    clip = model.read(source, **reading(arguments))
     say_input(source, clip.info, fit=arguments.fit)
     if arguments.preview is not None:
         from fourdstar_jax.export import pictures
