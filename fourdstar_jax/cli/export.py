@@ -7,13 +7,14 @@ from fourdstar_jax.cli.common import whole
 
 SUMMARY = "write an object in other formats"
 DESCRIPTION = """Write the object of an output folder of `generate` or `reconstruct` in other
-formats: files of 3D Gaussians, one a timestep (ply, splat, spz, compressed_ply, glb), the compact
-form that viewer.html holds (4dg), that page (viewer), where every Gaussian goes (tracks), a turn
-around it (mp4, gif, webp), and a picture of all views over time (sheet)."""
+formats: files of 3D Gaussians, one a timestep (ply, splat, spz, compressed_ply, glb), all of
+them in one (splat4d, where the program of that name is installed), the compact form that
+viewer.html holds (4dg), that page (viewer), where every Gaussian goes (tracks), a turn around it
+(mp4, gif, webp), and a picture of all views over time (sheet)."""
 # As in export.outputs, which is slow to import; a test compares them.
 FORMATS = (
-    *("ply", "splat", "spz", "compressed_ply", "glb", "4dg", "viewer", "tracks"),
-    *("mp4", "gif", "webp", "sheet"),
+    *("ply", "splat", "spz", "compressed_ply", "glb", "splat4d", "4dg", "viewer"),
+    *("tracks", "mp4", "gif", "webp", "sheet"),
 )
 
 

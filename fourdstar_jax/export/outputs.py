@@ -3,6 +3,9 @@
 import functools
 import json
 import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ SEQUENCES = {
     "compressed_ply": (".compressed.ply", formats.compressed_ply),
     "glb": (".glb", formats.glb),
 }
-FORMATS = ("ply", *SEQUENCES, "4dg", "viewer", "tracks", "mp4", "gif", "webp", "sheet")
+FORMATS = ("ply", *SEQUENCES, "splat4d", "4dg", "viewer", "tracks", "mp4", "gif", "webp", "sheet")
+SPLAT4D_MM = 1.0  # largest error of a position, thousandths of a scene unit
 SHEET_TIMESTEPS = 8  # at most, evenly over the clip
 
 
@@ -55,6 +59,8 @@ def export(
                 (out / name).mkdir()
                 for path, frame in _frames(out / name, suffix, gaussians):
                     path.write_bytes(written(frame))
+            case "splat4d":
+                _write_splat4d(out / "object.splat4d", gaussians, fps=rig.fps)
             case "4dg":
                 (out / "object.4dg").write_bytes(compact.encode(gaussians, fps=rig.fps))
             case "viewer":
@@ -85,6 +91,22 @@ def export(
 def _frames(folder: Path, suffix: str, gaussians: Gaussians) -> Iterable[tuple[Path, Gaussians]]:
     for t in range(len(gaussians.means)):
         yield folder / f"frame_{t:04d}{suffix}", Gaussians(*(x[t] for x in gaussians))
+
+
+def _write_splat4d(path: Path, gaussians: Gaussians, *, fps: float) -> None:
+    """The whole clip in one file, by the program `splat4d`, which checks its own error bounds."""
+    program = shutil.which("splat4d")
+    if program is None:
+        raise ValueError("format splat4d needs the program splat4d: pip install splats4d")
+    with tempfile.TemporaryDirectory() as folder:
+        for file, frame in _frames(Path(folder), ".splat", gaussians):
+            file.write_bytes(formats.splat(frame))
+        command = [program, "encode", "-i", folder, "-o", str(path), "--fps", f"{fps:g}"]
+        command += ["--pos-mm", f"{SPLAT4D_MM:g}"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode or not path.is_file():
+        told = (result.stderr or result.stdout).strip().splitlines() or ["no reason given"]
+        raise ValueError(f"splat4d encode failed with exit code {result.returncode}: {told[-1]}")
 
 
 def _write_tracks(path: Path, gaussians: Gaussians, *, fps: float) -> None:

@@ -1,6 +1,8 @@
 """`fourdstar export`: every format of an output folder, whole or not at all."""
 
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -28,6 +30,9 @@ def source(tmp_path_factory):
     return folder
 
 
+OURS = [name for name in FORMATS if name != "splat4d"]  # which another program writes
+
+
 def run(source, out, *more):
     return cli.main(["export", str(source), "--out", str(out), "--size", "16", *more])
 
@@ -37,7 +42,7 @@ def test_the_command_knows_all_formats():
 
 
 def test_every_format_is_written_and_again_the_same(source, tmp_path, capsys):
-    assert run(source, tmp_path / "a", "--to", *FORMATS) == 0
+    assert run(source, tmp_path / "a", "--to", *OURS) == 0
     assert capsys.readouterr().out.startswith("ply splat spz")
     endings = {"compressed_ply": "compressed.ply"}
     sequences = ("ply", "splat", "spz", "compressed_ply", "glb")
@@ -47,7 +52,7 @@ def test_every_format_is_written_and_again_the_same(source, tmp_path, capsys):
     files = [f for f in (tmp_path / "a").rglob("*") if f.is_file()]
     assert {f.relative_to(tmp_path / "a").as_posix() for f in files} == expected
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    assert manifest["exported_from"] == "fox" and manifest["formats"] == list(FORMATS)
+    assert manifest["exported_from"] == "fox" and manifest["formats"] == OURS
     assert set(manifest["files"]) == expected - {"manifest.json"}
 
     gaussians = moving(3, 40)
@@ -68,8 +73,49 @@ def test_every_format_is_written_and_again_the_same(source, tmp_path, capsys):
     assert run(source, tmp_path / "a", "--to", "ply") == 2
     assert "not empty" in capsys.readouterr().err
     before = (tmp_path / "a" / "manifest.json").read_bytes()
-    assert run(source, tmp_path / "a", "--overwrite", "--to", *FORMATS) == 0
+    assert run(source, tmp_path / "a", "--overwrite", "--to", *OURS) == 0
     assert (tmp_path / "a" / "manifest.json").read_bytes() == before  # with all files' hashes
+
+
+def program(folder, body):
+    path = folder / "splat4d"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_splat4d_is_written_by_its_program(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(source, tmp_path / "a", "--to", "splat4d") == 2
+    assert "pip install splats4d" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    program(tmp_path, "echo reading >&2; echo no room >&2; exit 3")
+    assert run(source, tmp_path / "a", "--to", "splat4d") == 2
+    assert capsys.readouterr().err.endswith("failed with exit code 3: no room\n")
+    assert not (tmp_path / "a").exists()
+    program(tmp_path, 'echo "$@" > "$5"; for file in "$3"/*; do echo "${file##*/}" >> "$5"; done')
+    assert run(source, tmp_path / "a", "--to", "splat4d") == 0
+    called, *frames = (tmp_path / "a" / "object.splat4d").read_text().splitlines()
+    assert called.startswith("encode -i /") and called.endswith("--fps 8 --pos-mm 1")
+    assert frames == [f"frame_{t:04d}.splat" for t in range(3)]
+
+
+def test_splat4d_of_the_real_program_holds_what_was_written(source, tmp_path):
+    found = shutil.which("splat4d")
+    if found is None:
+        pytest.skip("splat4d is not installed: pip install splats4d")
+    assert run(source, tmp_path / "a", "--to", "splat", "splat4d") == 0
+    file = tmp_path / "a" / "object.splat4d"
+    subprocess.run([found, "verify", str(file), "-i", str(tmp_path / "a" / "splat")], check=True)
+    frame = tmp_path / "frame.splat"
+    subprocess.run([found, "decode", str(file), "--frame", "2", "-o", str(frame)], check=True)
+
+    def places(path):
+        data = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 32)[:, :12]
+        return np.ascontiguousarray(data).view("<f4")
+
+    written = places(tmp_path / "a" / "splat" / "frame_0002.splat")
+    # the program sorts them
+    nearest = np.abs(places(frame)[:, None] - written[None]).max(axis=-1).min(axis=1)
+    assert len(written) == 40 and nearest.max() <= 1e-3 * outputs.SPLAT4D_MM + 1e-6
 
 
 def test_what_cannot_be_is_told_in_a_line(source, tmp_path, capsys, monkeypatch):
