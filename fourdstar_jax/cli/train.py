@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fourdstar_jax.cli.common import real, whole
 from fourdstar_jax.outside import MAX_SEED
 
 SUMMARY = "train one stage: tokenizer, vqvae or star"
@@ -16,6 +17,10 @@ Train one stage. Any value of the config can be overridden: --config=configs/sta
 The same command on every machine of a TPU pod, and under Slurm's srun, mpirun or Kubernetes, is one
 run; elsewhere JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID make it one.
 SIGTERM or SIGINT saves after the step that runs and ends; a second one ends at once.
+
+--dry-run trains nothing and prints what a step needs on this machine's devices, on --devices N
+simulated ones, or on a --topology of TPUs; --plan finds out how a step fits into --memory, and
+prints the command.
 """
 # Numbers of a config by the end of their name; those of `model` are checked by its constructor.
 COUNT = (1, 1e9)
@@ -74,15 +79,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workdir",
-        required=True,
         metavar="DIR",
         help="checkpoints and metrics, a folder, gs:// or s3://; a run that finds its checkpoints "
         "there continues",
+    )
+    look = parser.add_argument_group("before a run (star and vqvae)")
+    look.add_argument("--dry-run", action="store_true", help="tell parameters, memory, FLOPs")
+    look.add_argument("--plan", action="store_true", help="find what fits into --memory")
+    look.add_argument("--memory", type=real(0.001, 1e6), metavar="GB", help="of a device")
+    where = look.add_mutually_exclusive_group()
+    where.add_argument(
+        "--devices", type=whole(1, 4096), metavar="N", help="so many simulated ones (CPUs)"
+    )
+    where.add_argument("--topology", metavar="NAME", help="TPUs such as v5p:4x4x4; needs libtpu")
+    look.add_argument(
+        "--views", type=whole(2, 64), metavar="N", help="of the rig, without a dataset"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, arguments.overrides)
+    if arguments.dry_run or arguments.plan:
+        look(config, arguments)
+        return
+    if arguments.workdir is None:
+        raise ValueError("--workdir DIR is missing: where checkpoints and metrics go")
     if Path(arguments.workdir).exists() and not Path(arguments.workdir).is_dir():
         raise ValueError(f"--workdir {arguments.workdir} is a file")
     import importlib
@@ -98,6 +119,43 @@ def run(arguments: argparse.Namespace) -> None:
         trainer = importlib.import_module(f"fourdstar_jax.train.{config.stage}")
         with signals.answered():
             trainer.train(config, arguments.workdir)
+
+
+def look(config: Any, arguments: argparse.Namespace) -> None:
+    """`--dry-run` and `--plan`."""
+    import os
+    import shlex
+
+    if arguments.plan and arguments.memory is None:
+        raise ValueError("--plan needs --memory GB, of a device")
+    if arguments.devices is not None:  # before JAX is imported
+        flags = f"--xla_force_host_platform_device_count={arguments.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from fourdstar_jax.train import dry_run
+
+    devices = dry_run.topology(arguments.topology) if arguments.topology else None
+    if arguments.dry_run:
+        for line in dry_run.told(dry_run.look(config, devices, views=arguments.views)):
+            print(line, flush=True)
+    if not arguments.plan:
+        return
+    found = dry_run.plan(config, arguments.memory, devices, views=arguments.views)
+    if found is None:
+        raise ValueError(
+            f"--plan: no step of {arguments.config} fits into {arguments.memory:g} GB on this "
+            "mesh: spread the weights over more devices (--config.mesh.fsdp) or make the batch "
+            "smaller"
+        )
+    overrides = [word for word in arguments.overrides if not _is_of(word, found)]
+    overrides += [f"--config.{name}={value}" for name, value in found.items()]
+    workdir = arguments.workdir or "WORKDIR"
+    words = [f"--config={arguments.config}", f"--workdir={workdir}", *overrides]
+    print("fourdstar train " + " ".join(shlex.quote(word) for word in words))
+
+
+def _is_of(word: str, names: Any) -> bool:
+    return word.lstrip("-").partition("=")[0].removeprefix("config.") in names
 
 
 def _described(place: Any) -> str:

@@ -1,6 +1,7 @@
 """The discriminator beside a decoder in training: made, and its turn in each step (section 3.1)."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,14 +79,16 @@ def create(
     r1_every: int,
     dtype: Dtype,
     steps: int,
-    key: jax.Array,
+    key: Any,
     mesh: Mesh,
+    make_state: Callable[..., Any] = train_state.create,
 ) -> tuple[Adversary | None, TrainState | None]:
     """A discriminator of pictures of `resolution` and its state; none where `weight` is 0.
 
     `weight` is that in the decoder's loss, `start` a share of all `steps`, `multiplier` that of the
     discriminator's channels; `r1_*` are those of `nn.adversarial.discriminator_loss`. Its optimizer
-    has StyleGAN2's betas, and keeps no average.
+    has StyleGAN2's betas, and keeps no average. With `make_state=train_state.abstract` the state is
+    one of shapes.
 
     Raises ValueError for a resolution that the discriminator has no form for.
     """
@@ -95,5 +98,5 @@ def create(
         optax.constant_schedule(learning_rate), b1=0.0, b2=0.99, weight_decay=0.0, clip_norm=10.0
     )
     arguments = dict(resolution=resolution, multiplier=multiplier, dtype=dtype)
-    graphdef, judge = train_state.create(Discriminator, arguments, tx, key, mesh)
+    graphdef, judge = make_state(Discriminator, arguments, tx, key, mesh)
     return Adversary(graphdef, tx, weight, round(start * steps), r1_weight, r1_every), judge

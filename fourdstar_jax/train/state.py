@@ -37,6 +37,23 @@ def create(
     The optimizer's moments lie over the mesh as their parameters do. No host ever holds the
     whole state.
     """
+    graphdef, init_state, shapes = _described(make, kwargs, tx, key, mesh)
+    # It runs once: optimising hundreds of little random-number loops costs more than it gains.
+    options = {"xla_backend_optimization_level": 0}
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+    return graphdef, jax.jit(init_state, out_shardings=places, compiler_options=options)(key)
+
+
+def abstract(
+    make: Callable[..., nnx.Module], kwargs: dict[str, Any], tx, key: Any, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """What `create` would make, as shapes with their places; `key` may be a shape, too."""
+    graphdef, _, shapes = _described(make, kwargs, tx, key, mesh)
+    return graphdef, shapes
+
+
+def _described(make, kwargs, tx, key, mesh) -> tuple[nnx.GraphDef, Callable[..., Any], TrainState]:
+    """A new state's graph, what makes its arrays, and their shapes with their places."""
 
     def init(key):
         model = nn.build(make, key, **kwargs)
@@ -51,11 +68,12 @@ def create(
         graphdefs.append(graphdef)
         return state
 
-    abstract = jax.eval_shape(init_state, key)
-    # It runs once: optimising hundreds of little random-number loops costs more than it gains.
-    options = {"xla_backend_optimization_level": 0}
-    places = shardings(abstract.params, abstract.rest, tx, mesh)
-    return graphdefs[0], jax.jit(init_state, out_shardings=places, compiler_options=options)(key)
+    shapes = jax.eval_shape(init_state, key)
+    places = shardings(shapes.params, shapes.rest, tx, mesh)
+    placed = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    return graphdefs[0], init_state, placed
 
 
 def shardings(params: nnx.State, rest: nnx.State, tx, mesh: Mesh) -> TrainState:
@@ -70,18 +88,17 @@ def shardings(params: nnx.State, rest: nnx.State, tx, mesh: Mesh) -> TrainState:
         pairs = zip(leaves, shardings, strict=True)
         return jax.tree.unflatten(structure, [_divisible(x.shape, s) for x, s in pairs])
 
-    placed = place(params)
+    placed, moments = place(params), jax.eval_shape(tx.init, params)
+    # optax makes counts while it looks, which a mesh that is only described has no device for
+    with sharding.use_mesh(devices=jax.local_devices()[:1]):
+        opt_state = optax.tree_map_params(
+            tx, lambda _, s: s, moments, placed, transform_non_params=lambda _: replicated
+        )
     return TrainState(
         step=replicated,  # pyright: ignore[reportArgumentType] the same tree, of shardings
         params=placed,
         rest=place(rest),
-        opt_state=optax.tree_map_params(
-            tx,
-            lambda _, s: s,
-            jax.eval_shape(tx.init, params),
-            placed,
-            transform_non_params=lambda _: replicated,
-        ),
+        opt_state=opt_state,
     )
 
 
