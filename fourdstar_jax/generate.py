@@ -370,7 +370,9 @@ class Model:
     def _object(self, tokens: Int[Array, "T N K"], meta: dict[str, Any]) -> Object4D:
         views = self.rig.num_views
         by_view = tokens.reshape(1, len(tokens), views, -1, tokens.shape[-1])
-        gaussians = _decode(self.tokenizer, self.vqvae, by_view, self.rig.cameras(self.resolution))
+        gaussians = decode_tokens(
+            self.tokenizer, self.vqvae, by_view, self.rig.cameras(self.resolution)
+        )
         return Object4D(
             gaussians=Gaussians(*(np.asarray(x[0], np.float32) for x in gaussians)),
             rig=self.rig,
@@ -403,9 +405,10 @@ def encode_images(tokenizer: Tokenizer, images: Float[Array, "*b h w 3"]) -> Int
 
 
 @jax.jit
-def _decode(
+def decode_tokens(
     tokenizer: Tokenizer, vqvae: VQVAE4D, tokens: Int[Array, "B T V n K"], cameras: Cameras
 ) -> Gaussians:
+    """Gaussians `[B, T, G, ...]` of tokens that cameras `[V, ...]` saw."""
     batch, timesteps = tokens.shape[:2]
     cameras = Cameras(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in cameras))
     times = jnp.broadcast_to(jnp.arange(timesteps, dtype=jnp.float32), (batch, timesteps))

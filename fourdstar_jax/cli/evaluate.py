@@ -24,7 +24,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pred", type=Path, metavar="DIR", help="predictions (--protocol)")
     parser.add_argument("--gt", type=Path, metavar="DIR", help="truths (--protocol)")
     parser.add_argument(
-        "--weights", type=Path, metavar="DIR", help="the measuring networks' .npz (--protocol)"
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="the measuring networks' .npz; with --model default `weights`, if there",
     )
     parser.add_argument(
         "--metrics", nargs="+", default=(), metavar="NAME", help="only these of the protocol's"
@@ -52,6 +55,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="score made pictures with known answers; with --weights by the networks as well",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (--model)")
+    parser.add_argument(
+        "--clips", type=whole(1, 1 << 16), help="how many are generated (--model); default 16"
+    )
     parser.add_argument("--split", help="of a dataset; default unseen_clip")
     parser.add_argument(
         "--out",
@@ -67,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         return _self_check(arguments)
     if arguments.protocol is not None:
         return _score(arguments)
-    for flag in ("pred", "gt", "against", "weights", "metrics", "background", "azimuths"):
+    for flag in ("pred", "gt", "against", "metrics", "background", "azimuths"):
         if getattr(arguments, flag):
             raise ValueError(f"--{flag} needs --protocol")
     if arguments.data is None:
@@ -78,14 +84,41 @@ def run(arguments: argparse.Namespace) -> None:
     from fourdstar_jax.folders import replace_file
 
     load_model(arguments.model)  # says what is wrong with it before the data is read
-    split = arguments.split or "unseen_clip"
-    text = json.dumps(unseen.evaluate(arguments.model, arguments.data, split), indent=1)
+    lpips, why = _lpips(arguments.weights)
+    found = unseen.evaluate(
+        arguments.model,
+        arguments.data,
+        arguments.split or "unseen_clip",
+        lpips=lpips,
+        sampled=arguments.clips or unseen.SAMPLED,
+    )
+    if why:
+        found["lpips"] = {"left_out": why}
+    text = json.dumps(found, indent=1)
     print(text)
     if arguments.out is not None:
         replace_file(arguments.out, f"{text}\n".encode())
 
 
+def _lpips(folder: Path | None) -> tuple[Path | None, str]:
+    """LPIPS' weights with AlexNet, or VGG16; without any in the default folder, why."""
+    from fourdstar_jax.evaluate.networks import Networks
+
+    why = ""
+    for name in ("lpips_alex", "lpips_vgg"):
+        try:
+            return Networks(Path("weights") if folder is None else folder).check(name), ""
+        except ValueError as error:
+            why = why or str(error).removesuffix("; or choose --metrics")
+    if folder is not None:
+        raise ValueError(why)
+    print(f"LPIPS is left out: {why}", file=sys.stderr)
+    return None, why
+
+
 def _score(arguments: argparse.Namespace) -> None:
+    if arguments.clips is not None:
+        raise ValueError("--clips goes with --data, without --protocol")
     if arguments.pred is None or arguments.gt is None:
         raise ValueError("--protocol needs --pred DIR and --gt DIR")
     import dataclasses

@@ -9,19 +9,19 @@ with a 95 % bootstrap interval over objects; clips are seen from their first fra
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 
-from fourdstar_jax.data import pipeline
+from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import filled_batches, in_batches
-from fourdstar_jax.evaluate import counts
-from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
+from fourdstar_jax.evaluate import comparisons, counts
+from fourdstar_jax.evaluate.metrics import bootstrap_interval, by_object, psnr
 from fourdstar_jax.generate import Model, encode_images
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.perceptual import lpips as perceptual
@@ -41,18 +41,22 @@ def evaluate(
     split: str = "unseen_clip",
     *,
     lpips: str | os.PathLike[str] | None = None,
+    sampled: int = SAMPLED,
 ) -> dict[str, Any]:
     """All figures of a split as a JSON-ready dict; dB for PSNR, nats a code for likelihoods.
 
-    Samples are compared by LPIPS, too, where its weights are at `lpips`. Raises ValueError if the
-    dataset's rig is not the bundle's, for an unknown split, and for clips of one object only.
+    `sampled` clips are generated from their videos, of as many objects as may be. Pictures are
+    compared by LPIPS, too, where its weights are at `lpips`. `figures` of the result has those that
+    a table of models needs under one name each. Raises ValueError if the dataset's rig is not the
+    bundle's, for an unknown split, and for clips of one object only.
     """
     model, data_dir = Model(bundle_dir), Path(data_dir)
     rig = pipeline.rig(data_dir)
     if rig != model.rig:
         raise ValueError(f"the dataset's rig {rig} is not the bundle's {model.rig}")
+    network = None if lpips is None else perceptual.load(lpips)
     clips = load(model, data_dir, split)
-    train = load(model, data_dir, "train")
+    train = load_train(model, data_dir)
     report: dict[str, Any] = {
         "split": split,
         "num_clips": len(clips["images"]),
@@ -60,16 +64,84 @@ def evaluate(
         "timesteps": model.max_timesteps,
         **pipeline.provenance(data_dir),
     }
-    report["reconstruction"] = _reconstruction(model, clips, train["images"])
+    report["lpips"] = {"left_out": "its weights are not given"}
+    if network is not None:
+        about = perceptual.NETWORKS[network.network]
+        report["lpips"] = {"network": network.network, "digest": about.digest}
+    report["reconstruction"] = _reconstruction(model, clips, train["mean_image"], network)
+    report["codes_used"] = _codes_used(train["tokens"], model.bundle.spec.vocab_size)
+    samples = None
     if "star" in model.bundle.stages:
         report["likelihood"] = _likelihood(model, clips, train)
-        network = None if lpips is None else perceptual.load(lpips)
-        report["samples"] = sampler(model, clips, SAMPLED, network)(model.star)[0]
+        drawn = sampler(model, clips, sampled, network)
+        found = drawn.sample(model.star)
+        report["samples"] = drawn.measure(found)[0]
+        samples = sampled_clips(clips, sampled), found["real"]
+    report["comparisons"] = comparisons.compare(model, clips, train, samples, network)
+    report["figures"] = figures(report)
     return report
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a table of models, each under one name; those that were not measured lack."""
+    compared, likelihood = report["comparisons"], report.get("likelihood", {})
+    found = {f"tokenizer_{k}": report["reconstruction"].get(f"tokenizer_{k}") for k in
+             ("psnr", "psnr_in_mask", "lpips")}  # fmt: skip
+    found["codes_used_least"] = min(report["codes_used"])
+    names = ("psnr", "psnr_in_mask", "alpha_iou", "lpips")
+    ratios = ("flow_ratio", "change_ratio", "retrieval_top1")
+    for row in ("ceiling_novel_views", "ceiling", "generation", "flat_card", "nearest_clip"):
+        for name in (*names, *ratios):
+            found[f"{row}_{name}"] = compared.get(row, {}).get(name, {}).get("value")
+    for swap in ("container", "video"):
+        rise = likelihood.get(f"rise_after_first_with_another_{swap}")
+        found[f"nll_rise_{swap}"] = None if rise is None else rise[0]
+    for name in ("propagation", "propagation_frozen", "frozen_change"):
+        found[name] = report.get("samples", {}).get(name)
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
     """A split's first windows, one array an entry, with their tokens `[clips, T, V, n, K]`."""
+    parts = list(_batches(model, data_dir, split))
+    clips = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    manifest = pipeline.read_manifest(data_dir)["clips"]
+    clips["object"] = np.array([manifest[i]["clip_id"].partition("#")[0] for i in clips["clip"]])
+    if len(set(clips["object"])) < 2 and split != "train":
+        raise ValueError(f"{data_dir}: comparing objects needs two or more of them in {split=}")
+    return clips
+
+
+def load_train(model: Model, data_dir) -> dict[str, Any]:
+    """What others are compared with: training clips' tokens, input views, mean image of each view.
+
+    `input_images` and `input_masks` are uint8 `[clips, T, 1, h, w, c]`; all views' pictures would
+    not fit, `read(i)` gives those of one clip.
+    """
+    parts, total, count = [], np.zeros(()), 0
+    for batch in _batches(model, data_dir, "train", maps=()):
+        total = total + batch["images"].sum(axis=(0, 1), dtype=np.float64)
+        count += batch["images"].shape[0] * batch["images"].shape[1]
+        inputs = {
+            f"input_{name}": np.rint(255 * batch[name][:, :, :1]).astype(np.uint8)
+            for name in ("images", "masks")
+        }
+        parts.append({"tokens": batch["tokens"], "clip": batch["clip"], **inputs})
+    train = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    source = pipeline.ClipSource(data_dir, "train", cache_bytes=0, maps=())
+
+    def read(i: int) -> tuple[np.ndarray, np.ndarray]:
+        clip = source[i]
+        assert clip["index"] == train["clip"][i], "the split is read in its order"
+        frames = transforms.window(len(clip["frame_times"]), model.max_timesteps, None)
+        return transforms.on_white(clip["rig_rgba"][frames])
+
+    return train | {"mean_image": (total / count).astype(np.float32), "read": read}
+
+
+def _batches(
+    model: Model, data_dir, split: str, maps: Sequence[str] = ("flow",)
+) -> Iterator[dict[str, np.ndarray]]:
     encoder = model.text_encoder if "star" in model.bundle.stages else None
 
     def features(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -83,22 +155,20 @@ def load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
         batch_size=BATCH,
         timesteps=model.max_timesteps,
         train=False,
+        maps=maps,
         words=model.words if encoder == "words" else None,
         features=functools.cache(features) if encoder == "t5" else None,
     )
     wanted = ["images", "masks", "viewmats", "Ks", "times", "text_ids", "clip"]
     wanted += ["text_features"] if encoder == "t5" else []
-    parts = [{k: batch[k] for k in wanted} for batch in loader]
-    clips = {k: np.concatenate([part[k] for part in parts]) for k in wanted}
-    manifest = pipeline.read_manifest(data_dir)["clips"]
-    clips["object"] = np.array([manifest[i]["clip_id"].partition("#")[0] for i in clips["clip"]])
-    if len(set(clips["object"])) < 2 and split != "train":
-        raise ValueError(f"{data_dir}: comparing objects needs two or more of them in {split=}")
+    wanted += ["flow"]
     encode = functools.partial(encode_images, model.tokenizer)
-    return clips | {"tokens": in_batches(encode, (clips["images"],), BATCH)}
+    for batch in loader:
+        tokens = in_batches(encode, (batch["images"],), BATCH)
+        yield {k: batch[k] for k in wanted if k in batch} | {"tokens": tokens}
 
 
-def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
+def _reconstruction(model: Model, clips, train_image, lpips) -> dict[str, Any]:
     size = model.resolution
 
     @jax.jit
@@ -112,7 +182,7 @@ def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
         tokenized = tokenizer.decode(tokens)
         return both[0].renders, both[1].renders, tokenized, both[0].overflow | both[1].overflow
 
-    mean_image = np.broadcast_to(train_images.mean(axis=(0, 1)), clips["images"].shape[1:])
+    mean_image = np.broadcast_to(train_image, clips["images"].shape[1:])
     rows: dict[str, list[float]] = {}
     names = ["viewmats", "Ks", "times", "tokens", "images", "masks"]
     for count, arrays in filled_batches([clips[name] for name in names], BATCH):
@@ -130,6 +200,10 @@ def _reconstruction(model: Model, clips, train_images) -> dict[str, Any]:
             for name, picture in pictures.items():
                 rows.setdefault(f"{name}_psnr", []).append(psnr(picture, truth))
                 rows.setdefault(f"{name}_psnr_in_mask", []).append(psnr(picture, truth, mask))
+            if lpips is not None:
+                for name in ("model", "tokenizer"):
+                    distance = comparisons.distance(lpips, pictures[name], truth)
+                    rows.setdefault(f"{name}_lpips", []).append(distance)
     objects = clips["object"]
     out: dict[str, Any] = {name: float(by_object(x, objects).mean()) for name, x in rows.items()}
     for where in ("psnr", "psnr_in_mask"):
@@ -181,7 +255,7 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
         return values.reshape(count, timesteps, -1, n, codes)
 
     def mean(values: np.ndarray) -> np.ndarray:
-        """One value an object."""
+        """One value an object; none of no timesteps."""
         return by_object(values.reshape(count, -1).mean(axis=1), clips["object"])
 
     true = nlls()
@@ -198,16 +272,16 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
         "nll_first_row_by_timestep": [float(x) for x in first],
     }
     for swap in ("video", "container", "text"):
-        out[f"rise_with_another_{swap}"] = bootstrap_interval(mean(nlls(swap)) - right)
+        rise = nlls(swap) - true
+        out[f"rise_with_another_{swap}"] = bootstrap_interval(mean(rise))
+        if timesteps > 1:
+            out[f"rise_after_first_with_another_{swap}"] = bootstrap_interval(mean(rise[:, 1:]))
     return out
 
 
-def by_object(
-    values: Sequence[float] | Float[np.ndarray, " n"], objects: Shaped[np.ndarray, " n"]
-) -> Float[np.ndarray, " m"]:
-    """The mean of each object's clips: clips of one object are not independent of each other."""
-    values = np.asarray(values, np.float64)
-    return np.array([values[objects == name].mean() for name in np.unique(objects)])
+def _codes_used(tokens: Int[np.ndarray, "*b K"], vocab: int) -> list[float]:
+    """The share of each book's codes that these tokens have."""
+    return [len(np.unique(tokens[..., k])) / vocab for k in range(tokens.shape[-1])]
 
 
 def another_object(objects: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
@@ -222,10 +296,7 @@ def another_object(objects: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 def sampler(model: Model, clips: Mapping[str, Any], count: int, lpips: Any = None) -> free.Sampler:
     """What samples `count` of the clips as the bundle says, of as many objects as may be."""
-    turn = np.zeros(len(clips["object"]), np.int64)  # how many of its object come before a clip
-    for name in np.unique(clips["object"]):
-        turn[clips["object"] == name] = np.arange(np.sum(clips["object"] == name))
-    chosen = np.sort(np.argsort(turn, kind="stable")[:count])
+    chosen = sampled_clips(clips, count)
     names = ("tokens", "viewmats", "Ks", "times", "text_ids", "text_features")
     batch = {name: clips[name][chosen] for name in names if name in clips}
     return free.Sampler(
@@ -237,3 +308,11 @@ def sampler(model: Model, clips: Mapping[str, Any], count: int, lpips: Any = Non
         blank_code=model.bundle.stage("star").model.get("blank_code"),
         settings=model.sampling,
     )
+
+
+def sampled_clips(clips: Mapping[str, Any], count: int) -> Int[np.ndarray, " m"]:
+    """`count` of the clips, or all, of as many objects as may be."""
+    turn = np.zeros(len(clips["object"]), np.int64)  # how many of its object come before a clip
+    for name in np.unique(clips["object"]):
+        turn[clips["object"] == name] = np.arange(np.sum(clips["object"] == name))
+    return np.sort(np.argsort(turn, kind="stable")[:count])

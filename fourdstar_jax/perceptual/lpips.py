@@ -92,6 +92,14 @@ class LPIPS:
             found.append(x)
         return found
 
+    def vectors(self, images: Float[Array, "*b h w 3"]) -> Float[Array, "*b d"]:
+        """Pictures as vectors: the squared distance of two of them is LPIPS."""
+        parts = []
+        for found, head in zip(self.features(images), self.heads, strict=True):
+            weights = jnp.sqrt(head / (found.shape[1] * found.shape[2]))
+            parts.append((_unit(found) * weights).reshape(len(found), -1))
+        return jnp.concatenate(parts, axis=1).reshape(*images.shape[:-3], -1)
+
     def __call__(
         self, images: Float[Array, "*b h w 3"], truth: Float[Array, "..."]
     ) -> Float[Array, "*b"]:

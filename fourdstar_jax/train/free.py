@@ -203,9 +203,19 @@ class Sampler(NamedTuple):
 
     def __call__(self, model: STAR) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Figures of the clips' samples, and pictures by name where there is a decoder."""
+        return self.measure(self.sample(model))
+
+    def sample(self, model: STAR) -> dict[str, Int[np.ndarray, "B T V n K"]]:
+        """Tokens of all views, by name of `SAMPLES`, and the `truth`."""
         truth = self.batch["tokens"]
         found = sampled(model, self.condition, self.key, self.mesh, **self.settings)
-        found = {name: x.reshape(truth.shape) for name, x in found.items()} | {"truth": truth}
+        return {name: x.reshape(truth.shape) for name, x in found.items()} | {"truth": truth}
+
+    def measure(
+        self, found: Mapping[str, Int[np.ndarray, "B T V n K"]]
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Figures and pictures of what `sample` gave."""
+        truth = found["truth"]
         figures = accuracies(found["real"], truth, self.blank_code)
         figures |= shares_of_the_past(found, truth, self.blank_code)
         if self.decoder is None:

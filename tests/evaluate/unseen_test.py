@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import generate
-from fourdstar_jax.evaluate import sampling, unseen
+from fourdstar_jax.evaluate import metrics, sampling, unseen
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,22 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
     assert {"accuracy", "propagation", "propagation_frozen", "psnr_in_mask"} <= whole[
         "samples"
     ].keys()
+    compared = whole["comparisons"]
+    assert compared["views_deg"] == [180] and whole["lpips"] == {
+        "left_out": "its weights are not given"
+    }
+    for row in ("flat_card", "nearest_clip", "ceiling", "generation"):
+        assert {"psnr", "psnr_in_mask", "alpha_iou"} <= compared[row].keys()
+        assert len(compared["clips"][row]) == 3 and compared[row]["psnr"]["objects"] == 2
+    # the clips are those of training: each is its own nearest, and seen as it is
+    assert compared["nearest_clip"]["alpha_iou"]["value"] == 1
+    assert compared["nearest_training_clips"] == [
+        row["clip"] for row in compared["clips"]["ceiling"]
+    ]
+    assert compared["flat_card"]["flow_ratio"]["value"] == 0
+    assert 0 <= whole["figures"]["generation_retrieval_top1"] <= 1
+    assert {"ceiling_flow_ratio", "nll_rise_container", "propagation"} <= whole["figures"].keys()
+    assert 0 < whole["figures"]["codes_used_least"] <= 1
     for part in ("reconstruction", "likelihood"):
         assert whole[part].keys() == split[part].keys()
         for name, value in whole[part].items():
@@ -46,7 +62,7 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
 def test_clips_are_paired_and_averaged_by_object():
     objects = np.array(["a", "a", "b", "a", "c", "c"])
     np.testing.assert_array_equal(unseen.another_object(objects), [2, 2, 3, 4, 0, 0])
-    np.testing.assert_allclose(unseen.by_object([1, 2, 7, 6, 1, 2], objects), [3, 7, 1.5])
+    np.testing.assert_allclose(metrics.by_object([1, 2, 7, 6, 1, 2], objects), [3, 7, 1.5])
     with pytest.raises(ValueError, match="two objects"):
         unseen.another_object(objects[:2])
 
