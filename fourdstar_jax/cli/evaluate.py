@@ -17,11 +17,15 @@ PROTOCOLS = (
     "set-fvd",
     "fourdstar-open-v2",
 )
+SYSTEMS = ("l4gm", "stag4d", "sv4d2", "gvfdiffusion", "actionmesh", "motion324")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, help="what exactly is computed")
     parser.add_argument("--pred", type=Path, metavar="DIR", help="predictions (--protocol)")
+    parser.add_argument(
+        "--reader", choices=SYSTEMS, help="of --pred as this system's scripts write it"
+    )
     parser.add_argument("--gt", type=Path, metavar="DIR", help="truths (--protocol)")
     parser.add_argument(
         "--weights",
@@ -73,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         return _self_check(arguments)
     if arguments.protocol is not None:
         return _score(arguments)
-    for flag in ("pred", "gt", "against", "metrics", "background", "azimuths"):
+    for flag in ("pred", "gt", "reader", "against", "metrics", "background", "azimuths"):
         if getattr(arguments, flag):
             raise ValueError(f"--{flag} needs --protocol")
     if arguments.data is None:
@@ -125,7 +129,7 @@ def _score(arguments: argparse.Namespace) -> None:
     import json
 
     from fourdstar_jax import outside
-    from fourdstar_jax.evaluate import clips, protocols, report, score
+    from fourdstar_jax.evaluate import clips, protocols, readers, report, score
     from fourdstar_jax.evaluate.networks import Networks
     from fourdstar_jax.export import read_splats
     from fourdstar_jax.folders import replace_file
@@ -141,7 +145,12 @@ def _score(arguments: argparse.Namespace) -> None:
     options = {"read_splats": read_splats, "split": arguments.split or "unseen_clip"}
     truths = clips.open_source(arguments.gt, protocol, azimuths=azimuths, **options)
     azimuths = truths.azimuths
-    predictions = clips.open_source(arguments.pred, protocol, azimuths=azimuths, **options)
+    if arguments.reader is None:
+        predictions = clips.open_source(arguments.pred, protocol, azimuths=azimuths, **options)
+    else:
+        predictions = readers.open_source(
+            arguments.pred, arguments.reader, protocol, azimuths=azimuths
+        )
     result = score.score(
         protocol,
         predictions,
