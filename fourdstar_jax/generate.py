@@ -223,6 +223,8 @@ class Model:
         start: float = 0.0,
         fps: float | None = None,
         folder_fps: float = video_input.FPS,
+        masks: str | os.PathLike[str] | None = None,
+        rembg: str | os.PathLike[str] | None = None,
         max_frames: int = video_input.MAX_FRAMES,
         progress: bool = False,
     ) -> Object4D:
@@ -242,7 +244,7 @@ class Model:
         if not isinstance(video, Clip):
             video = self.read(
                 video, timesteps=timesteps, fit=fit, start=start, fps=fps, folder_fps=folder_fps,
-                max_frames=max_frames,
+                masks=masks, rembg=rembg, max_frames=max_frames,
             )  # fmt: skip
         images, info = video
         if key is None:
@@ -317,6 +319,8 @@ class Model:
         start: float = 0.0,
         fps: float | None = None,
         folder_fps: float = video_input.FPS,
+        masks: str | os.PathLike[str] | None = None,
+        rembg: str | os.PathLike[str] | None = None,
         max_frames: int = video_input.MAX_FRAMES,
     ) -> Clip:
         """What `generate` sees of a video.
@@ -338,9 +342,11 @@ class Model:
         if isinstance(video, str | os.PathLike):
             images, info = video_input.read_video(
                 video, resolution=self.resolution, timesteps=most, fit=fit, start=start, fps=fps,
-                folder_fps=folder_fps, max_frames=max_frames,
+                folder_fps=folder_fps, masks=masks, rembg=rembg, max_frames=max_frames,
             )  # fmt: skip
             info |= {"name": Path(video).name, "sha256": _sha256_of(Path(video))}
+        elif masks is not None or rembg is not None:
+            raise ValueError("masks and rembg are for files: give arrays an alpha channel instead")
         else:
             images, info = self._frames(video, most, fit, fps)
         if timesteps is not None:

@@ -111,7 +111,7 @@ def test_lists_that_cannot_be_used_are_told(tmp_path, name, text, words):
 
 def test_flags_that_do_not_go_together(capsys, tmp_path):
     for argv, words in (
-        (["--videos", "l", "--out", "o", "--overwrite"], "takes neither --preview nor --overwrite"),
+        (["--videos", "l", "--out", "o", "--overwrite"], "takes no --overwrite: remove an output"),
         (["--videos", "l"], "--videos needs --out DIR"),
         (["--video", "v", "--out", "o", "--shard", "0/2"], "go with --videos LIST"),
     ):

@@ -86,6 +86,18 @@ def other_flags(parser: argparse.ArgumentParser) -> None:
         help="cut the object out and scale it as in training, or only resize",
     )
     parser.add_argument(
+        "--masks",
+        type=Path,
+        metavar="FOLDER",
+        help="what the object is: a picture for each frame of the video, in order, white on black",
+    )
+    parser.add_argument(
+        "--rembg",
+        type=Path,
+        metavar="MODEL.onnx",
+        help="cut the object out of a video without alpha by a network of yours (extra rembg)",
+    )
+    parser.add_argument(
         "--temperature", type=real(0, 1000), help="0 takes the likeliest; default the model's"
     )
     parser.add_argument(
@@ -135,11 +147,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run_list(arguments: argparse.Namespace) -> None:
-    if arguments.out is None or arguments.preview is not None or arguments.overwrite:
-        raise ValueError(
-            "--videos needs --out DIR, and takes neither --preview nor --overwrite: remove an "
-            "output to have it made again"
-        )
+    unfit = [name for name in ("preview", "overwrite", "masks") if getattr(arguments, name)]
+    if arguments.out is None or unfit:
+        named = f", and takes no --{unfit[0]}" if unfit else ""
+        again = ": remove an output to have it made again" if "overwrite" in unfit else ""
+        raise ValueError(f"--videos needs --out DIR{named}{again}")
     from fourdstar_jax import batch
 
     def load() -> "Model":
@@ -163,7 +175,7 @@ def _run_list(arguments: argparse.Namespace) -> None:
 
 def reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """For `Model.read`."""
-    names = ("fit", "start", "fps", "folder_fps", "max_frames")
+    names = ("fit", "start", "fps", "folder_fps", "masks", "rembg", "max_frames")
     timesteps = 1 if arguments.image is not None else arguments.frames
     return {name: getattr(arguments, name) for name in names} | {"timesteps": timesteps}
 

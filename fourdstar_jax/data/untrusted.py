@@ -74,6 +74,21 @@ def shrink(picture: Image.Image, aspect: fractions.Fraction = fractions.Fraction
     return np.asarray(picture)
 
 
+def lighter(picture: Image.Image) -> Image.Image:
+    """A picture far larger than WORKING_SIDE at a fraction of its size, for speed.
+
+    JPEG is decoded so; other pictures without transparency are averaged over whole pixels.
+    """
+    enough = 2 * WORKING_SIDE
+    if picture.format == "JPEG":
+        picture.draft(None, (enough, enough))
+    factor = max(picture.size) // enough
+    kinds = picture.format in ("JPEG", "PNG", "WEBP") and picture.mode in ("L", "RGB", "CMYK")
+    if factor < 2 or not kinds or "transparency" in picture.info:
+        return picture
+    return picture.reduce(factor)
+
+
 def natural(name: str) -> list[Any]:
     """Sort key under which 2.png comes before 10.png."""
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name.lower())]
@@ -118,15 +133,18 @@ def folder_frames(folder: Path, request: dict[str, Any], info: dict[str, Any]) -
         def decode(name=name):
             nonlocal size
             try:
-                picture = pictures.upright_srgb(open_picture(folder / name, request))
+                picture = open_picture(folder / name, request)
+                found_size, picture = picture.size, pictures.upright_srgb(lighter(picture))
             except UnidentifiedImageError:
                 refuse(f"{folder / name} is not a picture that can be read")
             except Exception as error:
                 refuse_damaged(folder / name, error)
-            if size is not None and picture.size != size:
-                found, before = ("{}x{}".format(*x) for x in (picture.size, size))
+            if (picture.width > picture.height) != (found_size[0] > found_size[1]):
+                found_size = found_size[::-1]  # it was turned
+            if size is not None and found_size != size:
+                found, before = ("{}x{}".format(*x) for x in (found_size, size))
                 refuse(f"{folder / name} is {found} pixels, the pictures before it {before}")
-            info["file_size"] = size = picture.size
+            info["file_size"] = size = found_size
             return shrink(picture)
 
         yield index / request["folder_fps"], 1 / request["folder_fps"], decode
@@ -144,7 +162,7 @@ def picture_frames(
         refuse(f"{path} has {count} frames; at most max_frames = {request['max_frames']}")
     info |= {"kind": "animation" if count > 1 else "picture", "seconds": 0.0}
     if count == 1:
-        yield 0.0, 0.0, lambda: shrink(pictures.upright_srgb(picture))
+        yield 0.0, 0.0, lambda: shrink(pictures.upright_srgb(lighter(picture)))
         return
     time = 0.0
     # an APNG's picture for viewers that only know PNG is not part of the animation
@@ -254,7 +272,12 @@ def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> I
             context.options = {"max_pixels": str(request["max_pixels"])}
         first, previous, decoded, described = None, 0.0, 0, None
         indexed = INDEXED_FORMATS & set(container.format.name.split(","))
-        if request["start"] > 1 and stream.start_time is not None and indexed:
+        if (
+            request["start"] > 1
+            and not request.get("counted")
+            and stream.start_time is not None
+            and indexed
+        ):
             container.seek(stream.start_time + int((request["start"] - 1) / base), stream=stream)
             first = stream.start_time * base
         try:
@@ -282,33 +305,42 @@ def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> I
             refuse(f"{path} has zero frames")
 
 
-def sample(source: Iterator, fps: float, most: int, start: float) -> tuple[list[np.ndarray], float]:
+def sample(
+    source: Iterator, fps: float, most: int, start: float
+) -> tuple[list[np.ndarray], list[int], float]:
     """The frames nearest to the times start, start + 1/fps, ... within the clip, at most `most`.
 
-    Stops reading as soon as it has them. Also returns the end of what it saw, in seconds.
+    Stops reading as soon as it has them. Also returns their numbers among the frames that were
+    read, and the end of what it saw, in seconds.
     """
     chosen: list[np.ndarray] = []
-    held: tuple[float, Any] | None = None  # the frame before the current one
+    numbers: list[int] = []
+    held: tuple[float, Any, int] | None = None  # the frame before the current one
     end = 0.0
+
+    def choose() -> None:
+        assert held is not None
+        chosen.append(held[1]())
+        numbers.append(held[2])
 
     def wanted() -> float:
         return start + len(chosen) / fps
 
-    for time, duration, decode in source:
+    for number, (time, duration, decode) in enumerate(source):
         while held is not None and len(chosen) < most and wanted() <= time:
             if time - wanted() < wanted() - held[0]:
                 break
-            chosen.append(held[1]())
+            choose()
         end = max(end, time + duration)
         if len(chosen) == most:
             break
-        held = (time, decode)
+        held = (time, decode, number)
     # the last frame lasts until `end`; the first is there however short the clip
     while held and len(chosen) < most:
         if wanted() >= end - 1e-6 and (chosen or start > 0):
             break
-        chosen.append(held[1]())
-    return chosen, end
+        choose()
+    return chosen, numbers, end
 
 
 def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -331,11 +363,19 @@ def read(path: Path, request: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any
             info["file_size"] = picture.size
             source = picture_frames(picture, path, request, info)
     fps, start = request["fps"], request["start"]
+    if (wanted := request.get("numbers")) is not None:  # these frames, in this order
+        kept = {n: decode() for n, (_, _, decode) in enumerate(source) if n in wanted}
+        if missing := sorted(set(wanted) - set(kept)):
+            refuse(f"{path} has no frame {missing[0] + 1}, which is wanted")
+        info["frames"] = len(kept)
+        return _stacked([kept[n] for n in wanted], path, info), info
     if fps is None:  # every frame, whatever its time
         frames = [decode() for _, _, decode in source]
         info["frames"] = len(frames)
         return _stacked(frames, path, info), info
-    frames, end = sample(source, fps, request["timesteps"], start)
+    frames, numbers, end = sample(source, fps, request["timesteps"], start)
+    if request.get("counted"):
+        info["numbers"] = numbers
     if info["kind"] == "animation":  # which tells its length only frame by frame
         for _ in source:
             pass

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from fourdstar_jax.data import cutout
 from fourdstar_jax.data.posing import root_motion
 from fourdstar_jax.geometry import OCCUPANCY, apparent_size
 
@@ -45,6 +46,8 @@ def read_video(
     fps: float = FPS,
     folder_fps: float = FPS,
     fit: str = "object",
+    masks: str | os.PathLike[str] | None = None,
+    rembg: str | os.PathLike[str] | None = None,
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
     timeout_s: int = 120,
@@ -61,6 +64,10 @@ def read_video(
     middle square and resizes it bilinearly, as UniTok and LlamaGen evaluate photographs. Values are
     in [0, 1]; the second result tells what was read (`described` puts it in words).
 
+    What the object is, is told by alpha or a plain background; or by `masks`, a folder of pictures
+    or a video with one for each frame of the file, in order (white, or opaque, is object); or,
+    where the clip has no alpha, by `rembg`, an ONNX file of a network that `data.cutout` runs.
+
     Decoding happens in a process of its own with limits on time and memory, and opens no network
     connection. Raises ValueError, in one line that names the file, for anything that cannot be
     used.
@@ -76,22 +83,56 @@ def read_video(
         raise ValueError(f"{fps=} and {folder_fps=} must be positive")
     if not 0 <= start < math.inf:
         raise ValueError(f"{start=} must be a number of seconds from 0 on")
+    limits = {"max_frames": max_frames, "max_pixels": max_pixels}
+    limits |= {"timeout_s": timeout_s, "max_memory": max_memory}
+    cutter = None if rembg is None else cutout.load(rembg)
     frames, info = _decode(
         path,
         start=start,
         fps=fps,
         folder_fps=folder_fps,
         timesteps=timesteps,
-        max_frames=max_frames,
-        max_pixels=max_pixels,
-        timeout_s=timeout_s,
-        max_memory=max_memory,
+        counted=masks is not None,
+        **limits,
     )
+    numbers, found = info.pop("numbers", []), None
+    if masks is not None:
+        frames, found = _masked(frames, path, Path(masks), numbers, limits), "mask"
+    elif cutter is not None and frames[..., 3].min() == 255:
+        frames, found = cutter(frames), f"mask by {Path(os.fspath(rembg or '')).name}"
     try:
         images, framing = frame_object(frames, resolution=resolution, fit=fit)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if found is not None:
+        framing |= {"object": found if fit == "object" else None, "background": "masked"}
     return images, {**info, **framing, "start": start, "fps": fps, "timesteps": len(images)}
+
+
+def _masked(
+    frames: UInt8[np.ndarray, "T h w 4"],
+    path: Path,
+    masks: Path,
+    numbers: list[int],
+    limits: dict[str, Any],
+) -> UInt8[np.ndarray, "T h w 4"]:
+    """Frames whose alpha is at most their masks': those of the same numbers."""
+    if not masks.exists():
+        raise ValueError(f"masks {masks} do not exist")
+    found, _ = _decode(
+        masks, start=0.0, fps=None, folder_fps=FPS, timesteps=1, numbers=numbers, **limits
+    )
+    alphas = found[..., 3] if found[..., 3].min() < 255 else found[..., :3].max(axis=-1)
+    size, wanted = alphas.shape[2:0:-1], frames.shape[2:0:-1]
+    if abs(size[0] * wanted[1] - size[1] * wanted[0]) > max(*size, *wanted):
+        raise ValueError(
+            f"masks {masks} are {size[0]}x{size[1]} pixels, the frames of {path} {wanted[0]}x"
+            f"{wanted[1]}: the same shape is needed"
+        )
+    if size != wanted:
+        resized = [Image.fromarray(a).resize(wanted, Image.Resampling.BILINEAR) for a in alphas]
+        alphas = np.stack([np.asarray(a) for a in resized])
+    return np.concatenate([frames[..., :3], np.minimum(alphas, frames[..., 3])[..., None]], axis=-1)
 
 
 def read_frames(
@@ -145,13 +186,14 @@ def described(info: dict[str, Any], *, fit: str) -> list[str]:
         ]
     found = info["object"]
     if fit != "object":
-        told = f"; its object, by {found}, is not cut out" if found else ""
+        by = FOUND_BY.get(info["background"], "mask")
+        told = f"; its object, by {by}, is not cut out" if by else ""
         return [*lines, f"the whole frame is used (fit={fit}){told}"]
     if found is None:
         return [
             *lines,
             "warning: no object was found, for lack of transparency or a plain background: "
-            "the whole frame counts as the object",
+            "the whole frame counts as the object (--masks or --rembg cut it out)",
         ]
     return [*lines, f"object found by its {found}, {100 * info['object_area']:.1f} % of the frame"]
 
@@ -222,7 +264,8 @@ def frame_object(
     )
     info: dict[str, Any] = {
         "background": background,
-        "object": FOUND_BY[background],
+        "fit": fit,
+        "object": FOUND_BY[background] if fit == "object" else None,
         "object_area": float(mask.mean()),
         "source_size": [width, height],
         "crop": [left, top, side],

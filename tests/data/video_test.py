@@ -267,3 +267,109 @@ def test_decoding_limits_hold(tmp_path):
     Image.fromarray(disc((40, 40))).save(tmp_path / "a.png")
     with pytest.raises((ValueError, subprocess.SubprocessError)):
         video.read_video(tmp_path / "a.png", resolution=64, timesteps=1, max_memory=1 << 20)
+
+
+BUSY = np.random.default_rng(0).integers(150, 255, (96, 96, 1), np.uint8).repeat(3, -1)
+
+
+def on_busy(frames):
+    """The discs before a background that tells them by nothing but their colour."""
+    red = [frame[..., 1:2] < 100 for frame in frames]
+    return [np.where(r, f, BUSY) for r, f in zip(red, frames, strict=True)], red
+
+
+def lossless(path, frames):
+    write_mp4(path, frames, codec="libx264rgb", pix_fmt="rgb24")
+
+
+def test_masks_tell_the_object_of_each_frame_that_is_used(tmp_path):
+    """The frames that are used have numbers 12, 15, 18: their masks, and no others, fit."""
+    plain = moving(30)
+    frames, red = on_busy(plain)
+    lossless(tmp_path / "a.mkv", frames)
+    (tmp_path / "masks").mkdir()
+    for i, mask in enumerate(red):
+        half = Image.fromarray(np.uint8(mask[..., 0] * 255)).resize((48, 48))
+        half.save(tmp_path / "masks" / f"{i}.png")
+    options = dict(resolution=96, timesteps=3, start=0.5)
+    found, info = video.read_video(tmp_path / "a.mkv", masks=tmp_path / "masks", **options)
+    assert info["object"] == "mask"
+    assert "found by its mask" in video.described(info, fit="object")[1]
+    lossless(tmp_path / "b.mkv", plain)
+    wanted, _ = video.read_video(tmp_path / "b.mkv", **options)
+    assert np.abs(found - wanted).mean() < 0.02
+    assert np.abs(centers(found) - centers(wanted)).max() < 0.01
+    late = dict(resolution=96, timesteps=1, start=1.1)  # it may not be sought by time alone
+    found, _ = video.read_video(tmp_path / "a.mkv", masks=tmp_path / "masks", **late)
+    assert np.abs(found - video.read_video(tmp_path / "b.mkv", **late)[0]).mean() < 0.02
+
+
+def test_masks_that_do_not_fit_are_told(tmp_path):
+    Image.fromarray(disc((40, 40))).save(tmp_path / "a.png")
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (96, 48)).save(tmp_path / "masks" / "a.png")
+    options = dict(resolution=32, timesteps=1, masks=tmp_path / "masks")
+    with pytest.raises(ValueError, match="are 96x48 pixels, the frames of .*a.png 96x96"):
+        video.read_video(tmp_path / "a.png", **options)
+    Image.new("L", (96, 96)).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(ValueError, match="nothing but background"):
+        video.read_video(tmp_path / "a.png", **options)
+    write_mp4(tmp_path / "a.mp4", moving(12))
+    with pytest.raises(ValueError, match="masks has no frame 4, which is wanted"):
+        video.read_video(tmp_path / "a.mp4", **options | {"timesteps": 2})
+    with pytest.raises(ValueError, match="nowhere do not exist"):
+        video.read_video(tmp_path / "a.png", **options | {"masks": tmp_path / "nowhere"})
+
+
+# y = -(r + g + b) as one Conv of [1, 3, 32, 32], made with onnx 1.23
+NETWORK = bytes.fromhex(
+    "08083a6b0a0f0a01780a01771201792204436f6e761201672a1b080108030801080110014201774a0c000080bf"
+    "000080bf000080bf5a1b0a017812160a14080112100a0208010a0208030a0208200a020820621b0a017912160a"
+    "14080112100a0208010a0208010a0208200a02082042040a00100d"
+)
+
+
+def test_a_network_cuts_the_object_out(tmp_path):
+    pytest.importorskip("onnxruntime", reason="the extra rembg is not installed")
+    (tmp_path / "u2net.onnx").write_bytes(NETWORK)
+    frames, _ = on_busy([disc((40, 40), radius=20)])
+    Image.fromarray(frames[0]).save(tmp_path / "a.png")
+    options = dict(resolution=96, timesteps=1, rembg=tmp_path / "u2net.onnx")
+    found, info = video.read_video(tmp_path / "a.png", **options)
+    assert info["object"] == "mask by u2net.onnx"
+    assert abs(info["object_area"] - np.pi * 20**2 / 96**2) < 0.03
+    assert np.abs(np.array(extents(found)) / 96 - 0.58).max() < 0.06  # as large as in training
+    clear = np.dstack([frames[0], np.uint8(255 * (np.indices((96, 96))[0] > 50))])
+    Image.fromarray(clear).save(tmp_path / "b.png")
+    _, info = video.read_video(tmp_path / "b.png", **options)
+    assert info["object"] == "alpha"  # which is surer
+
+
+def test_what_is_no_network_is_told(tmp_path):
+    Image.fromarray(disc((40, 40))).save(tmp_path / "a.png")
+    (tmp_path / "u2net.onnx").write_bytes(NETWORK[:60])
+    with pytest.raises(ValueError, match="none.onnx is no file"):
+        video.read_video(
+            tmp_path / "a.png", resolution=32, timesteps=1, rembg=tmp_path / "none.onnx"
+        )
+    words = "u2net.onnx cannot be run|pip install 'fourdstar-jax.rembg.'"
+    with pytest.raises(ValueError, match=words):
+        video.read_video(
+            tmp_path / "a.png", resolution=32, timesteps=1, rembg=tmp_path / "u2net.onnx"
+        )
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_large_pictures_are_read_at_a_fraction(tmp_path, name):
+    """They look the same as when all is read, and their size is told."""
+    picture = Image.fromarray(disc((40, 30))).resize((5000, 4500), Image.Resampling.BILINEAR)
+    picture.save(
+        tmp_path / name, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    )
+    found, info = video.read_video(tmp_path / name, resolution=64, timesteps=1)
+    small = (
+        Image.fromarray(disc((40, 30))).resize((1024, 922)).transpose(Image.Transpose.ROTATE_270)
+    )
+    wanted, _ = video.frame_object(np.asarray(small)[None], resolution=64)
+    assert np.abs(found - wanted).mean() < 0.01
+    assert list(info["file_size"]) == [5000, 4500] and info["source_size"] == [922, 1024]
