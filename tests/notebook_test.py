@@ -45,9 +45,9 @@ def test_it_runs(tmp_path):
     """In a process of its own, without this session's checks: a minute."""
     *most, last = ["".join(cell["source"]) for cell in cells()]
     page = last.rpartition("\n")[2]  # the last expression, which a notebook shows
-    script = [*most, STUB, last.removesuffix(page), f"seen = {page}"]
+    script = [*most, STUB, last.removesuffix(page), f"shown_page = {page}"]
     script += ["assert losses[-1] < 0.3 * losses[0], losses"]
-    script += ["assert pictures.shape == (4, 4, 128, 128, 3) and 'srcdoc' in seen"]
+    script += ["assert pictures.shape == (4, 4, 128, 128, 3) and 'srcdoc' in shown_page"]
     keep = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(script)],
