@@ -5,6 +5,7 @@ a unit that is in none of them, and in no table of `make.py`, is a problem, unle
 as a setting or as somebody else's figure.
 """
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,11 @@ FIGURE = re.compile(rf"(?<![\w.,/-])\d[\d,.]*\d?(?:e-?\d+|\s?(?:{UNITS})(?!\w))"
 def documents() -> list[Path]:
     """README and the pages in docs, but for those that are made from the source as a whole."""
     return [ROOT / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "API.md"})]
+
+
+def sources() -> list[Path]:
+    """What figures are looked for in: documents and the docstrings of configs."""
+    return [*documents(), *sorted((ROOT / "configs").glob("*.py"))]
 
 
 def results(name: str) -> dict[str, Any]:
@@ -89,7 +95,22 @@ def sentences() -> dict[str, list[str]]:
 
     slowest = max(x["picture_ms"] for x in viewer["sizes"].values()) / 1e3
     rate = min(x["pictures_per_s"] for x in viewer["sizes"].values())
+    minutes, tokenizer = noted["tiny_minutes"], star["tokenizer"]["clip"]
+    seen = results("tiny_unseen_clip")["reconstruction"]
     return {
+        "configs/tokenizer.py": [
+            f"takes {minutes['tokenizer']} minutes on two CPU cores",
+            f"gives {seen['tokenizer_psnr']:.1f} dB on unseen clips "
+            f"({seen['tokenizer_psnr_in_mask']:.1f} inside the mask",
+            f"{star['tokenizer']['steps']:,} steps ({tokenizer['psnr']:.1f} dB, "
+            f"{tokenizer['masked']:.1f} inside the mask)",
+        ],
+        "configs/vqvae.py": [f"about {minutes['vqvae']} minutes on two CPU cores"],
+        "configs/star.py": [
+            f"{minutes['star']} minutes on two CPU cores, and {_tiny('nll_novel'):.2f} nats a code "
+            f"for the novel views of unseen clips, where counting gives "
+            f"{_tiny('count_model_nll_novel'):.2f}",
+        ],
         "README.md": [
             f"{fast} as gsplat on large scenes (H200)",
             f"takes {demo['fresh_clone_s']:.0f} s on two cores",
@@ -201,7 +222,10 @@ CHOSEN = {
 
 def prose(path: Path) -> str:
     """A document in one line, without code and without the tables that are made."""
-    text = re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", path.read_text(), flags=re.S)
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    text = re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", text, flags=re.S)
     text = re.sub(r"```.*?```", "", text, flags=re.S)
     return " ".join(text.split())
 
@@ -210,7 +234,7 @@ def problems() -> list[str]:
     """Sentences that are not there, and figures without a source."""
     found = []
     wanted = sentences()
-    for path in documents():
+    for path in sources():
         name = str(path.relative_to(ROOT))
         text = prose(path)
         for sentence in wanted.get(name, []):

@@ -88,7 +88,7 @@ def test_a_figure_of_nowhere_or_one_that_has_changed_is_found(making, monkeypatc
         "In 40 % of all cases\nit is 2.5 times as fast, off by 3e-7."
     )
     monkeypatch.setattr(figures, "ROOT", tmp_path)
-    monkeypatch.setattr(figures, "documents", lambda: [tmp_path / "A.md"])
+    monkeypatch.setattr(figures, "sources", lambda: [tmp_path / "A.md"])
     monkeypatch.setattr(figures, "CHOSEN", {"A.md": ["40 % of all cases it"]})
     monkeypatch.setattr(figures, "sentences", lambda: {"A.md": ["takes 3.2 ms", "by 3e-7"]})
     said, *rest = figures.problems()
