@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fourdstar_jax.cli.common import load_model, model_flag, whole
+from fourdstar_jax.outside import MAX_SEED
 
 SUMMARY = "score predictions by a named protocol, or a bundle on the unseen clips of a dataset"
 DESCRIPTION = """With --protocol, score the folder --pred against --gt: OBJECT/VIEW/0.png ... or
@@ -58,6 +59,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score made pictures with known answers; with --weights by the networks as well",
     )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="two folders as --pred: write --out PAGE.html, by which people say which is better",
+    )
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the order (--pairs)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (--model)")
     parser.add_argument(
         "--clips", type=whole(1, 1 << 16), help="how many are generated (--model); default 16"
@@ -75,6 +84,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.self_check:
         return _self_check(arguments)
+    if arguments.pairs is not None:
+        return _pairs(arguments)
     if arguments.protocol is not None:
         return _score(arguments)
     for flag in ("pred", "gt", "reader", "against", "metrics", "background", "azimuths"):
@@ -167,6 +178,29 @@ def _score(arguments: argparse.Namespace) -> None:
         replace_file(arguments.out, f"{json.dumps(result, indent=1)}\n".encode())
         replace_file(arguments.out.with_suffix(".md"), table.encode())
         replace_file(arguments.out.with_suffix(".tex"), report.latex(result).encode())
+
+
+def _pairs(arguments: argparse.Namespace) -> None:
+    for flag in ("pred", "reader", "against", "metrics", "weights", "data"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag} does not go with --pairs")
+    if arguments.out is None or arguments.out.suffix.lower() != ".html":
+        raise ValueError("--pairs needs --out PAGE.html")
+    from fourdstar_jax.evaluate import clips, pairs, protocols
+    from fourdstar_jax.export import read_splats
+
+    protocol = protocols.find(arguments.protocol or "fourdstar-open-v2")
+    azimuths = None if arguments.azimuths is None else tuple(arguments.azimuths)
+    options = {"read_splats": read_splats, "split": arguments.split or "unseen_clip"}
+    truths = None
+    if arguments.gt is not None:
+        truths = clips.open_source(arguments.gt, protocol, azimuths=azimuths, **options)
+        azimuths = truths.azimuths
+    first, second = (
+        clips.open_source(path, protocol, azimuths=azimuths, **options) for path in arguments.pairs
+    )
+    count = pairs.write(arguments.out, first, second, protocol, truths=truths, seed=arguments.seed)
+    print(f"{count} pairs: {arguments.out}")
 
 
 def _self_check(arguments: argparse.Namespace) -> None:

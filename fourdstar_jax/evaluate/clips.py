@@ -382,12 +382,13 @@ def load(pair: Pair, protocol: Protocol) -> tuple[Frames, Frames]:
             f"predicted, {counts[1]} are true"
         )
     return (
-        _on_background(prediction, protocol, f"{where}: the prediction"),
-        _on_background(truth, protocol, f"{where}: the truth"),
+        on_background(prediction, protocol, f"{where}: the prediction"),
+        on_background(truth, protocol, f"{where}: the truth"),
     )
 
 
-def _on_background(frames: Frames, protocol: Protocol, where: str) -> Frames:
+def on_background(frames: Frames, protocol: Protocol, where: str) -> Frames:
+    """Frames on the protocol's background. Raises ValueError if there is need of one."""
     if frames.on_white or frames.alphas is None:
         return frames
     if protocol.background is None:
