@@ -22,6 +22,7 @@ LABELS = {
     "reconstruction": "4D VQ-VAE on true tokens (PSNR in dB)",
     "likelihood": "STAR's likelihood (nats a code)",
     "samples": "STAR's samples",
+    "comparisons": "videos to objects beside what costs nothing, and the ceiling",
 }
 
 
@@ -198,8 +199,17 @@ def _shown(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 continue
             case int() | float():
                 yield _plain(name), f"{value:.4g}"
-            case [float() | int() as mean, float() | int() as low, float() | int() as high]:
+            case [float() | int() as mean, float() | int() as low, float() | int() as high] if (
+                low <= mean <= high
+            ):
                 yield _plain(name), f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+            case {
+                "value": float() | int() as mean,
+                "interval_95": [float() | int() as low, float() | int() as high],
+            }:
+                yield _plain(name), f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+            case {"value": float() | int() as mean}:
+                yield _plain(name), f"{mean:.4g}"
             case dict():
                 for below, shown in _shown(value):
                     yield f"{_plain(name)}, {below}", shown

@@ -13,6 +13,11 @@ UNSEEN = {
     "num_clips": 9,
     "num_objects": 4,
     "reconstruction": {"model_psnr": 25.8284, "gain": [0.51, -0.25, 1.25]},
+    "comparisons": {
+        "views_deg": [90.0, 180.0, 270.0],
+        "ceiling": {"psnr": {"value": 20.5, "interval_95": [19.25, 21.5], "clips": 9}},
+        "generation": {"psnr": {"value": 17.5, "interval_95": None, "clips": 9}},
+    },
     "samples": {"lpips": {"own": 0.125}, "what": "left out"},
 }
 
@@ -51,6 +56,8 @@ def test_a_card_tells_what_the_files_say(model, tmp_path, capsys):
     assert "At most 2 timesteps, 8 a second; 2 views" in limits
     assert "9 clips" not in text and "### unseen_clip: 4 objects" in text
     assert "| model_psnr | 25.83 |" in text and "| gain | 0.51 [-0.25, 1.25] |" in text
+    assert "| ceiling, psnr | 20.5 [19.25, 21.5] |" in text
+    assert "| generation, psnr | 17.5 |" in text and "views_deg" not in text
     assert "| lpips, own | 0.125 |" in text and "left out" not in text
     d = metric.digits
     assert f"{protocol.name}, version {protocol.version}: 7 objects" in text
