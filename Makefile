@@ -18,7 +18,7 @@ test-slow:
 	./launch/test.sh --slow
 
 requirements:  ## every package's version, for uv and for pip
-	.venv/bin/uv pip compile --quiet --no-header --no-annotate --extra train --extra heic --extra plots --extra remote --group dev \
+	.venv/bin/uv pip compile --quiet --no-header --no-annotate --extra train --extra heic --extra plots --extra remote --extra wandb --group dev \
 		--universal --python-version 3.12 --output-file requirements.txt pyproject.toml
 
 demo:

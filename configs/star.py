@@ -87,6 +87,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.watchdog = 30.0
     # so many steps may have a loss or gradients that are not finite, and teach nothing
     config.nonfinite_steps = 0
+    config.profile = placeholder(str)  # "10:13": a trace of these steps in WORKDIR/profile
+    config.wandb = placeholder(str)  # a project of Weights & Biases that the log goes to as well
     config.eval_every = 5000
     config.checkpoint_every = 5000
     config.storage = "float16"  # of the bundle's weights

@@ -290,7 +290,7 @@ def count_sizes() -> dict[str, dict[str, int]]:
 def count_ablations() -> dict[str, dict[str, float]]:
     """Parameters and operations of STAR at `small` with other ways of the past."""
     from fourdstar_jax import bundle, nn
-    from fourdstar_jax.train.bench_star import forward_flops
+    from fourdstar_jax.train.work import forward_flops
 
     found = {}
     dims = dict(objects=1, timesteps=8, views=4, groups=8)

@@ -50,7 +50,7 @@ install() {
   local environment_tools=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
   echo "setup: installing into .venv (profile $profile)" >&2
   local packages=(-c requirements.txt -e .)
-  [ "$profile" = dev ] && packages=(-r requirements.txt -e '.[train,heic,plots,remote]')
+  [ "$profile" = dev ] && packages=(-r requirements.txt -e '.[train,heic,plots,remote,wandb]')
   if [ -x .venv/bin/uv ] || "${environment_tools[@]}" install uv; then
     # System certificates, as pip uses: networks that inspect traffic add theirs there.
     if env -u VIRTUAL_ENV UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=true \

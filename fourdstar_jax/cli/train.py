@@ -83,6 +83,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="checkpoints and metrics, a folder, gs:// or s3://; a run that finds its checkpoints "
         "there continues",
     )
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", help="a trace of these steps in WORKDIR/profile"
+    )
     look = parser.add_argument_group("before a run (star and vqvae)")
     look.add_argument("--dry-run", action="store_true", help="tell parameters, memory, FLOPs")
     look.add_argument("--plan", action="store_true", help="find what fits into --memory")
@@ -98,7 +101,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = read_config(arguments.config, arguments.overrides)
+    overrides = arguments.overrides
+    if arguments.profile is not None:
+        overrides = [*overrides, f"--config.profile={arguments.profile}"]
+    config = read_config(arguments.config, overrides)
     if arguments.dry_run or arguments.plan:
         look(config, arguments)
         return

@@ -9,13 +9,9 @@ their own beside it, so they need not add up to the step: all but `clustering`, 
 - compile_s, trace_s, program_bytes, temporary_bytes, allocator_peak_bytes: as for the VQ-VAE.
 - tokens_per_s: tokens that are predicted; slots_per_s: all that go through the trunk, the prefix's
   and the container's, too.
-- tflop: 3 x what the forward pass multiplies and adds (`forward_flops`): 2 x (weights of a matrix)
-  x (rows that go through it), and for attention 4 x width x (pairs of slots that see one another),
-  so that the causal half of a group counts as a half. Of the container its matrices and attention
-  are counted, not clustering and merging; nor norms, softmaxes, the optimizer, and what the
-  backward pass makes again.
+- tflop: 3 x what the forward pass multiplies and adds; `work` says what counts.
 - tflops: that, a second of the step. mfu: tflops / (devices x the card's dense bfloat16 peak),
-  where it is in `PEAK_TFLOPS`.
+  where it is in `work.PEAK_TFLOPS`.
 """
 
 import functools
@@ -39,66 +35,10 @@ from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.train import optim, star
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.bench import measure, measure_step, with_gradient
+from fourdstar_jax.train.work import container_slots, forward_flops, peak_tflops
 
 VIEWS = {"paper": 8}  # four at the other sizes
 PARTS = ("clustering", "container", "trunk", "head", "optimizer", "data")
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # NVIDIA's data sheets, SXM, without sparsity
-
-
-def weights(module: Any) -> int:
-    """Numbers in the matrices of a module's linear layers."""
-    leaves = jax.tree_util.tree_leaves_with_path(module)
-    return sum(x.size for path, x in leaves if "kernel" in jax.tree_util.keystr(path))
-
-
-def forward_flops(
-    model: STAR, *, objects: int, timesteps: int, views: int, groups: int, text: int
-) -> dict[str, int]:
-    """Multiplications and additions of a forward pass by part; see the top for what counts.
-
-    `model` may be of shapes. `text` slots come before the video's.
-    """
-    trunk, head, box = model.trunk, model.head, model.container
-    n = model.grid**2
-    prefix, tokens = text + timesteps * n, views * n - n + model.num_known
-    open_slots = container_slots(model, tokens)
-    slots = open_slots + tokens
-    width = trunk.layers.num_heads * trunk.layers.head_dim
-    pairs = prefix * (prefix + 1) // 2 if trunk.causal_prefix else prefix**2
-    pairs += groups * (slots * (prefix + open_slots) + tokens * (tokens + 1) // 2)
-    pairs += sum(min(t, model.window) for t in range(timesteps)) * tokens**2
-    flops = dict(
-        embedding=2 * weights(model.image) * timesteps * (n + tokens)
-        + 2 * weights(model.text) * text,
-        trunk=2 * weights(trunk.layers) * (prefix + groups * slots),
-        attention=4 * width * pairs * trunk.num_layers,
-    )
-    rows, codes = groups * tokens, 1 if head.parallel else head.num_codebooks
-    seen = len(head.layers) * codes * (codes + 1) // 2 * head.output.shape[1]
-    flops["head"] = rows * (
-        2 * weights(head.input) + 2 * codes * weights(head.layers) + 4 * seen + 2 * head.output.size
-    )
-    if isinstance(box, Container):
-        first, *others = box.blocks
-        keys = [first.k, first.v, first.score_up, first.score_down]
-        history = timesteps * tokens
-        count = 2 * weights(keys) * history + 4 * box.dim * groups * box.num_slots * history // 2
-        count += 2 * groups * box.num_slots * (weights(box.blocks) - weights(keys))
-        count += len(others) * 4 * box.dim * groups * box.num_slots**2
-        if box.as_tokens:
-            count += 2 * groups * box.num_slots * weights(box.mlp)
-        if box.by_place:
-            count += 2 * groups * tokens * weights(box.aligned)
-        flops["container"] = count
-    return {name: objects * x for name, x in flops.items()}
-
-
-def container_slots(model: STAR, tokens: int) -> int:
-    """How many slots before those of a group's tokens hold the state."""
-    box = model.container
-    if box is None or not box.as_tokens:
-        return 0
-    return box.num_slots if isinstance(box, Container) else tokens
 
 
 def make_batch(
@@ -209,8 +149,8 @@ def run(
         line["tokens_per_s"] = objects * groups * tokens * per_second
         line["slots_per_s"] = objects * slots * per_second
         line["tflops"] = results["tflop"] * per_second
-        peaks = [v for k, v in PEAK_TFLOPS.items() if k in results["device"]]
-        line["mfu"] = line["tflops"] / (devices * peaks[0]) if peaks else None
+        peak = peak_tflops(results["device"])
+        line["mfu"] = line["tflops"] / (devices * peak) if peak else None
         line["loss"] = float(metrics["loss"])
         results["step"] = line
         share = "" if line["mfu"] is None else f" ({100 * line['mfu']:.1f} %)"

@@ -26,7 +26,7 @@ from fourdstar_jax.data import pipeline, tokens
 from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.timing import count_flops, program_bytes
-from fourdstar_jax.train import adversarial, bench, bench_star, optim, star, vqvae
+from fourdstar_jax.train import adversarial, bench, bench_star, optim, star, vqvae, work
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.model import VQVAE4D
@@ -90,11 +90,6 @@ def star_step(config: Any, mesh: jax.sharding.Mesh, views: int | None) -> Step:
     arguments = bundle.module_arguments("star", sizes)
     graphdef, state = train_state.abstract(STAR, arguments, tx, key_shape(mesh), mesh)
     model = nnx.merge(graphdef, state.params, state.rest)
-    groups = min(config.forcing.num_groups or timesteps, timesteps)
-    flops = bench_star.forward_flops(
-        model, objects=objects, timesteps=timesteps, views=views, groups=groups,
-        text=sizes["text_length"],
-    )  # fmt: skip
     with here():
         host = bench_star.make_batch(sizes, objects=1, timesteps=timesteps, views=views)
     batch = {
@@ -113,14 +108,15 @@ def star_step(config: Any, mesh: jax.sharding.Mesh, views: int | None) -> Step:
             loss_config=config.loss.to_dict(), accumulate=config.accumulate,
         )  # fmt: skip
 
-    per_group = (views - 1) * sizes["grid"] ** 2 + model.num_known
+    counted = work.of_batches(model, groups=config.forcing.num_groups, text=sizes["text_length"])
+    done = counted(batch)
     return Step(
         step,
         state,
         on_mesh(batch, mesh, "batch"),
         (None, key_shape(mesh), near),
-        3 * sum(flops.values()) / 1e12,
-        objects * groups * per_group,
+        done["tflop"],
+        int(done["tokens"]),
         nn.count_parameters(state.params),
     )
 

@@ -20,7 +20,7 @@ from fourdstar_jax.star.forcing import corrupt
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.train import free, optim, pictures
+from fourdstar_jax.train import free, optim, pictures, work
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.best import Best
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -308,7 +308,15 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         best = None
         if metric is not None:
             best = Best(workdir, metric, write, higher=METRICS[metric], first_step=first)
-        writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
+        counted = work.of_batches(
+            nnx.merge(graphdef, *jax.eval_shape(lambda: (state.params, state.rest))),
+            groups=config.forcing.num_groups,
+            text=config.model.text_length,
+        )
+        writer = MetricWriter(
+            workdir, total_steps=config.steps, first_step=first, config=config,
+            work=counted,
+        )  # fmt: skip
         watch = Watch(config.nonfinite_steps)
         ending = Ending(mesh, times=config.watchdog)
         for step in range(first, config.steps):
@@ -321,6 +329,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             if config.data.shuffle_views:
                 batch = reordered(batch, config.seed, step)
             batch = train_state.to_device(batch, mesh)
+            writer.count(batch)
             state, metrics = step_fn(state, batch, key)
             done = step + 1
             last = done == config.steps

@@ -16,7 +16,7 @@ from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.perceptual.ssim import ssim
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.tokenizer.measures import code_counts, code_use, steadiness, steadiness_counts
-from fourdstar_jax.train import adversarial, inputs, optim
+from fourdstar_jax.train import adversarial, inputs, optim, work
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
@@ -165,7 +165,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         )
         eval_fn = jax.jit(functools.partial(eval_step, graphdef, loss_config=loss_config))
         first = int(state.step)
-        writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
+        writer = MetricWriter(
+            workdir, total_steps=config.steps, first_step=first, config=config,
+            work=work.objects,
+        )  # fmt: skip
         watch = Watch(config.nonfinite_steps)
         ending = Ending(mesh, times=config.watchdog)
         for step in range(first, config.steps):
@@ -174,6 +177,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 read = next(batches)
             done = step + 1
             batch = train_state.to_device(read, mesh)
+            writer.count(batch)
             repair_key = jax.random.fold_in(key, step)
             if step == 0:  # the codebooks start from data
                 state, _ = repair_fn(state, frozen, batch, repair_key, max_idle_steps=0)

@@ -19,7 +19,7 @@ from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.perceptual.ssim import ssim
 from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.tokenizer.measures import code_counts, code_use
-from fourdstar_jax.train import adversarial, inputs, optim, pictures
+from fourdstar_jax.train import adversarial, inputs, optim, pictures, work
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
@@ -308,7 +308,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             functools.partial(pictures.render_step, graphdef), static_argnames="capacity"
         )
         first = int(state.step)
-        writer = MetricWriter(workdir, total_steps=config.steps, first_step=first)
+        writer = MetricWriter(
+            workdir, total_steps=config.steps, first_step=first, config=config,
+            work=work.objects,
+        )  # fmt: skip
         watch = Watch(config.nonfinite_steps)
         # By the timesteps of a batch, which decide how many pictures are rendered.
         capacities: dict[int, int | None] = {}
@@ -326,6 +329,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             if config.loss.capacity is None and timesteps not in capacities:
                 capacities[timesteps] = first_capacity(config, read, train_state.sharers(mesh))
             batch = train_state.to_device(read, mesh)
+            writer.count(batch)
             capacity = capacities.get(timesteps)
             state, metrics = step_fn(state, frozen, batch, key, capacity=capacity)
             seen = watch.add(done, read["clip"], metrics)

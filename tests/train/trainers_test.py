@@ -22,7 +22,9 @@ from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.vqvae.model import VQVAE4D
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CLOCKS = ("steps_per_s", "data_wait")  # what differs between two runs
+# What differs between two runs.
+CLOCKS = ("steps_per_s", "data_wait", "objects_per_s", "tokens_per_s", "tflops")
+CLOCKS += ("goodput", "time", "kept_s")
 QUIET = dict(log=lambda line: None)
 
 
