@@ -66,6 +66,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B"),
         help="two folders as --pred: write --out PAGE.html, by which people say which is better",
     )
+    parser.add_argument(
+        "--table",
+        metavar="FILE",
+        help="a table of the paper (configs/tables/*.py) on --data; --out is a folder",
+    )
+    parser.add_argument(
+        "--rows", nargs="+", default=(), metavar="ROW=PATH", help="bundles and folders (--table)"
+    )
     parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the order (--pairs)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (--model)")
     parser.add_argument(
@@ -86,6 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
         return _self_check(arguments)
     if arguments.pairs is not None:
         return _pairs(arguments)
+    if arguments.table is not None:
+        return _table(arguments)
+    if arguments.rows:
+        raise ValueError("--rows needs --table")
     if arguments.protocol is not None:
         return _score(arguments)
     for flag in ("pred", "gt", "reader", "against", "metrics", "background", "azimuths"):
@@ -178,6 +190,33 @@ def _score(arguments: argparse.Namespace) -> None:
         replace_file(arguments.out, f"{json.dumps(result, indent=1)}\n".encode())
         replace_file(arguments.out.with_suffix(".md"), table.encode())
         replace_file(arguments.out.with_suffix(".tex"), report.latex(result).encode())
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    for flag in ("protocol", "pred", "reader", "against", "gt"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag} does not go with --table")
+    if arguments.data is None or arguments.out is None:
+        raise ValueError("--table needs --data DIR and --out DIR")
+    if wrong := [row for row in arguments.rows if not all(row.partition("=")[::2])]:
+        raise ValueError(f"--rows {wrong[0]} must be ROW=PATH")
+    from fourdstar_jax.cli.train import read_config
+    from fourdstar_jax.evaluate import tables
+    from fourdstar_jax.evaluate.networks import Networks
+    from fourdstar_jax.export import read_splats
+
+    table = tables.run(
+        read_config(arguments.table, []).to_dict(),
+        arguments.data,
+        arguments.out,
+        Networks(arguments.weights, batch=arguments.batch),
+        read_splats=read_splats,
+        paths=dict(row.split("=", 1) for row in arguments.rows),
+        split=arguments.split,
+        metrics=arguments.metrics,
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    print(table, end="")
 
 
 def _pairs(arguments: argparse.Namespace) -> None:

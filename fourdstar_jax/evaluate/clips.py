@@ -211,6 +211,23 @@ def _rendered(
     def gaussians() -> Gaussians:
         return read_splats(folder / "splats.safetensors")[0]
 
+    name = folder.name
+    told = manifest.values.get("input")
+    if isinstance(told, dict) and isinstance(told.get("clip"), str):
+        name = file_name(told["clip"])  # of `fourdstar reconstruct --data`
+    views = rendered_views(gaussians, rig, azimuths, where=str(folder))
+    return Entry(name, name, views, named=False, about=_making(folder), gaussians=gaussians)
+
+
+def rendered_views(
+    gaussians: Callable[[], Gaussians],
+    rig: geometry.Rig,
+    azimuths: tuple[float, ...],
+    *,
+    where: str,
+) -> tuple[View, ...]:
+    """Views of moving Gaussians, drawn as they are asked for; `where` says in errors whose."""
+
     def view(azimuth: float) -> View:
         def camera(width: int, height: int) -> Cameras:
             return geometry.orbit_cameras(
@@ -233,19 +250,14 @@ def _rendered(
                     Gaussians(*filled), cameras=cameras, width=width, height=height
                 )
                 if overflow:
-                    raise ValueError(f"{folder}: more Gaussians in a tile than can be rendered")
+                    raise ValueError(f"{where}: more Gaussians in a tile than can be rendered")
                 parts.append(np.asarray(pixels)[:count])
             pictures = np.concatenate(parts)
             return Frames(pictures[..., :3], pictures[..., 3])
 
         return View(f"azimuth {azimuth:g}", load, flow)
 
-    name = folder.name
-    told = manifest.values.get("input")
-    if isinstance(told, dict) and isinstance(told.get("clip"), str):
-        name = file_name(told["clip"])  # of `fourdstar reconstruct --data`
-    views = tuple(view(a) for a in azimuths)
-    return Entry(name, name, views, named=False, about=_making(folder), gaussians=gaussians)
+    return tuple(view(a) for a in azimuths)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "height"))

@@ -66,7 +66,7 @@ def _columns(result: dict[str, Any]) -> list[Metric]:
     return [m for m in protocol.metrics if m.name in result["summary"]]
 
 
-def _summary(result: dict[str, Any], columns: list[Metric], mean: str, interval: str) -> list[str]:
+def summary(result: dict[str, Any], columns: list[Metric], mean: str, interval: str) -> list[str]:
     """The figures over all objects, in the forms of a table."""
     cells = []
     for m in columns:
@@ -87,7 +87,7 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [f"{row['metrics'][m.name]:.{m.digits}f}" if m.name in row["metrics"] else ""
                  for m in columns]  # fmt: skip
         lines.append("| " + " | ".join([row["object"].replace("|", r"\|"), *cells]) + " |")
-    cells = _summary(result, columns, "**{}**", " [{}, {}]")
+    cells = summary(result, columns, "**{}**", " [{}, {}]")
     lines.append("| " + " | ".join([f"all {result['num_objects']}", *cells]) + " |")
     if "against" in result:
         lines += ["", *_against(result, columns)]
@@ -120,7 +120,7 @@ def latex(result: dict[str, Any]) -> str:
     """One row of figures under its head, for a paper; needs booktabs."""
     columns = _columns(result)
     head = " & ".join(["", *(f"{m.label} {TEX_ARROWS[m.better]}" for m in columns)])
-    cells = _summary(result, columns, "{}", r" {{\scriptsize [{}, {}]}}")
+    cells = summary(result, columns, "{}", r" {{\scriptsize [{}, {}]}}")
     p = result["protocol"]
     comment = f"% protocol {p['name']}, version {p['version']}, {result['num_objects']} objects"
     return "\n".join(

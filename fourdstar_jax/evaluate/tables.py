@@ -1,0 +1,242 @@
+"""The paper's tables as commands: rows of bundles and other systems' folders, on one data set.
+
+What has no bundle or folder is named as not run. The paper's values stand beside ours only where
+the true frames are the paper's, by their hash; else they are a table of their own.
+"""
+
+import dataclasses
+import functools
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fourdstar_jax import bundle
+from fourdstar_jax.data import pipeline, transforms
+from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.evaluate import clips, protocols, readers, report, score
+from fourdstar_jax.evaluate.clips import Entry, Frames, Source, View
+from fourdstar_jax.evaluate.networks import Networks
+from fourdstar_jax.folders import replace_file
+from fourdstar_jax.generate import Model, encode_images
+from fourdstar_jax.types import Gaussians
+
+BATCH = 8  # pictures through a tokenizer
+
+
+def run(
+    config: Mapping[str, Any],
+    data_dir: Path,
+    out: Path,
+    networks: Networks,
+    *,
+    read_splats: clips.ReadSplats,
+    paths: Mapping[str, str] | None = None,
+    split: str | None = None,
+    metrics: Sequence[str] = (),
+    log: Callable[[str], None] = print,
+) -> str:
+    """Runs the rows of a table (configs/tables), and returns it as Markdown.
+
+    Each row's result is `out`/ROW.json, the table `out`/table.md. `paths` are rows' own bundles
+    and folders. Metrics whose weights are missing are left out, and named. Raises ValueError for
+    rows that the table has not, and for a data set without the protocol's views.
+    """
+    own = dict(paths or {})
+    if unknown := own.keys() - config["rows"].keys():
+        names = ", ".join(config["rows"])
+        raise ValueError(f"--rows: the table has no row {min(unknown)!r}, only {names}")
+    protocol = protocols.find(config["protocol"])
+    part: str = split or config["split"]
+    truths = clips.open_source(data_dir, protocol, read_splats=read_splats, split=part)
+    truths = first_frames(truths, config["frames"])
+    kept, left_out = _measured(protocol, networks, metrics)
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, Any]] = {}
+    not_run: dict[str, str] = {}
+    for name, row in config["rows"].items():
+        path = Path(own.get(name) or row["path"])
+        log(f"{row['label']}: {path}")
+        if not path.exists():
+            not_run[name] = f"{path} does not exist"
+            continue
+        try:
+            predictions = predicted(row["how"], path, data_dir, part, truths, protocol)
+        except ValueError as error:
+            not_run[name] = str(error)
+            continue
+        results[name] = score.score(protocol, predictions, truths, networks, metrics=kept, log=log)
+        replace_file(out / f"{name}.json", f"{json.dumps(results[name], indent=1)}\n".encode())
+    text = markdown(config, results, not_run, left_out)
+    replace_file(out / "table.md", text.encode())
+    return text
+
+
+def _measured(
+    protocol: protocols.Protocol, networks: Networks, metrics: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Metrics whose weights are there, and why the others are left out; chosen ones must be."""
+    kept, left_out = [], {}
+    for metric in [protocol.metric(m) for m in metrics] or protocol.metrics:
+        try:
+            if metric.network is not None:
+                networks.check(metric.network)
+            kept.append(metric.name)
+        except ValueError as error:
+            if metrics:
+                raise
+            left_out[metric.name] = str(error).removesuffix("; or choose --metrics")
+    if not kept:
+        raise ValueError("; ".join(left_out.values()))
+    return kept, left_out
+
+
+def first_frames(source: Source, count: int) -> Source:
+    """A source of which the first `count` frames alone are looked at."""
+
+    def cut(view: View) -> View:
+        def load(size: tuple[int, int] | None) -> Frames:
+            found = view.load(size)
+            arrays = {k: getattr(found, k) for k in ("images", "alphas", "flow", "depths")}
+            return found._replace(**{k: x if x is None else x[:count] for k, x in arrays.items()})
+
+        return view._replace(load=load)
+
+    def points(entry: Entry):
+        return None if entry.points is None else lambda: entry.points()[:count]  # type: ignore[misc]
+
+    entries = {
+        name: dataclasses.replace(e, views=tuple(map(cut, e.views)), points=points(e))
+        for name, e in source.entries.items()
+    }
+    about = source.about | {"frames": f"the first {count} of each clip"}
+    return dataclasses.replace(source, entries=entries, about=about)
+
+
+def predicted(
+    how: str, path: Path, data_dir: Path, split: str, truths: Source, protocol: protocols.Protocol
+) -> Source:
+    """A row's predictions, made as they are asked for. Raises ValueError if it cannot be run."""
+    azimuths = truths.azimuths
+    assert azimuths is not None, "of a data set"
+    if how in readers.SYSTEMS:
+        return readers.open_source(path, how, protocol, azimuths=azimuths)
+    data = pipeline.ClipSource(data_dir, split, cache_bytes=0, maps=())
+    rig = pipeline.rig(data_dir)
+    frames = [len(view.load(None).images) for e in truths.entries.values() for view in e.views[:1]]
+
+    def images(i: int) -> np.ndarray:
+        return transforms.on_white(data[i]["rig_rgba"][: frames[i]])[0]
+
+    if how == "tokenizer":
+        found = bundle.read(path)
+        if found.tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer")
+        return _pictures(path, found, truths, azimuths)
+    model = Model(path)
+    if how == "generate" and "star" not in model.bundle.stages:
+        raise ValueError(f"{path} has no STAR: it cannot generate")
+    if dataclasses.replace(model.rig, fps=rig.fps) != rig:
+        raise ValueError(f"the data set's rig {rig} is not that of {path}, {model.rig}")
+    if max(frames) > model.max_timesteps:
+        raise ValueError(
+            f"{path} makes {model.max_timesteps} timesteps at most, {max(frames)} are scored"
+        )
+    lock = threading.Lock()
+
+    @functools.lru_cache(maxsize=2)  # views of an object come one after the other
+    def made(i: int) -> Gaussians:
+        if how == "reconstruct":
+            return model.reconstruct(images(i)).gaussians
+        return model.generate(images(i)[:, 0], fit="none", fps=rig.fps).gaussians
+
+    def gaussians(i: int) -> Gaussians:
+        with lock:
+            return made(i)
+
+    entries = {}
+    for i, (name, truth) in enumerate(truths.entries.items()):
+        own = functools.partial(gaussians, i)
+        views = clips.rendered_views(own, rig, azimuths, where=f"{path}: {name}")
+        entries[name] = Entry(name, truth.group, views, named=False, gaussians=own)
+    about = {"how": how, "weights_sha256": {s: e.sha256 for s, e in model.bundle.stages.items()}}
+    return Source(str(path), "bundle", entries, azimuths, about)
+
+
+def _pictures(path: Path, found: Any, truths: Source, azimuths: tuple[float, ...]) -> Source:
+    """Every true view through a 2D tokenizer and back."""
+    tokenizer, size = found.load("tokenizer"), found.spec.resolution
+
+    def through(images):
+        return tokenizer.decode(encode_images(tokenizer, jnp.asarray(images)))
+
+    def view(truth: View) -> View:
+        def load(asked: tuple[int, int] | None) -> Frames:
+            images = truth.load(None).images
+            if images.shape[1:3] != (size, size):
+                told = "{1}x{0}".format(*images.shape[1:3])
+                raise ValueError(f"{path} takes {size}x{size} pixels; the data set has {told}")
+            decoded = in_batches(through, (images / np.float32(255),), BATCH)
+            return Frames(np.rint(255 * decoded.clip(0, 1)).astype(np.uint8), None)
+
+        return View(truth.name, load)
+
+    entries = {
+        name: Entry(name, e.group, tuple(map(view, e.views)), named=False)
+        for name, e in truths.entries.items()
+    }
+    about = {"how": "tokenizer", "weights_sha256": found.spec.weights_sha256}
+    return Source(str(path), "bundle", entries, azimuths, about)
+
+
+def markdown(
+    config: Mapping[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    not_run: Mapping[str, str],
+    left_out: Mapping[str, str],
+) -> str:
+    """The table with its caption, rows that were not run, and the paper's own apart."""
+    protocol = protocols.find(config["protocol"])
+    columns = [m for m in protocol.metrics if m.name not in left_out]
+    first = next(iter(results.values()), None)
+    if first is not None:
+        columns = [m for m in columns if m.name in first["summary"]]
+
+    def table(rows: Mapping[str, list[str]]) -> list[str]:
+        head = ["", *(f"{m.label} {report.ARROWS[m.better]}" for m in columns)]
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        return lines + ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()]
+
+    same = first is not None and first["truths"]["frames_sha256"] == config["paper_sha256"]
+    rows = {}
+    for name, row in config["rows"].items():
+        rows[row["label"]] = ["not run", *[""] * (len(columns) - 1)]
+        if name in results:
+            rows[row["label"]] = report.summary(results[name], columns, "{}", " [{}, {}]")
+    paper = {
+        f"{label}, the paper's": [
+            f"{values[m.name]:.{m.digits}f}" if m.name in values else "" for m in columns
+        ]
+        for label, values in config["paper"].items()
+    }
+    lines = [f"# {config['title']}", "", *table(rows | paper if same else rows), ""]
+    if first is not None:
+        truths = first["truths"]
+        lines += [
+            f"{first['num_objects']} clips of {truths['path']} ({truths['split']}, "
+            f"{truths['frames']}), true frames {truths['frames_sha256'][:16]}; protocol "
+            f"{protocol.name}, version {protocol.version}; 95 % intervals over objects.",
+            "",
+        ]
+    lines += [
+        f"- {config['rows'][name]['label']} was not run: {why}" for name, why in not_run.items()
+    ]
+    lines += [f"- left out: {name}: {why}" for name, why in left_out.items()]
+    if not same:
+        apart = "The paper's own, of its 100 objects, which are other data than those above:"
+        lines += ["", apart, "", *table(paper)]
+    return "\n".join(lines) + "\n"
