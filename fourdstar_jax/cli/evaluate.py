@@ -48,6 +48,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="views of datasets and of objects that are rendered; default the protocol's first",
     )
     parser.add_argument(
+        "--min-frames",
+        "--min_frames",
+        type=whole(1, 1 << 16),
+        default=1,
+        metavar="N",
+        help="clips of a dataset --gt with fewer are passed over",
+    )
+    parser.add_argument(
         "--against", type=Path, metavar="FILE", help="an earlier --out, to be compared with"
     )
     parser.add_argument(
@@ -166,7 +174,9 @@ def _score(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--azimuths of {protocol.name} are {allowed}")
     other = None if arguments.against is None else outside.read(arguments.against)
     options = {"read_splats": read_splats, "split": arguments.split or "unseen_clip"}
-    truths = clips.open_source(arguments.gt, protocol, azimuths=azimuths, **options)
+    truths = clips.open_source(
+        arguments.gt, protocol, azimuths=azimuths, min_frames=arguments.min_frames, **options
+    )
     azimuths = truths.azimuths
     if arguments.reader is None:
         predictions = clips.open_source(arguments.pred, protocol, azimuths=azimuths, **options)

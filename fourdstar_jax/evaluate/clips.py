@@ -95,18 +95,20 @@ def open_source(
     read_splats: ReadSplats,
     split: str = "unseen_object",
     azimuths: tuple[float, ...] | None = None,
+    min_frames: int = 1,
 ) -> Source:
     """The objects at `path`; nothing large is read yet.
 
     `azimuths` are the views of what goes by place, by default the first that the protocol allows
-    and a data set has, or all. `read_splats` reads `splats.safetensors`: it lies a floor above.
+    and a data set has, or all. Clips of a data set with fewer than `min_frames` are passed over.
+    `read_splats` reads `splats.safetensors`: it lies a floor above.
     Raises ValueError for a path that holds no objects.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
     if folders.is_of_kind(path, folders.DATASET):
-        return _dataset(path, protocol, split, azimuths)
+        return _dataset(path, protocol, split, azimuths, min_frames)
     if folders.is_of_kind(path, folders.OBJECT):
         raise ValueError(f"{path} is one object: give the folder that it lies in")
     entries = {}
@@ -268,7 +270,11 @@ def _draw(gaussians: Gaussians, *, cameras: Cameras, width: int, height: int):
 
 
 def _dataset(
-    path: Path, protocol: Protocol, split: str, azimuths: tuple[float, ...] | None
+    path: Path,
+    protocol: Protocol,
+    split: str,
+    azimuths: tuple[float, ...] | None,
+    min_frames: int,
 ) -> Source:
     manifest = pipeline.read_manifest(path)
     rig = pipeline.rig(path)
@@ -305,8 +311,16 @@ def _dataset(
         points = (lambda: read(index)["points"]) if tracked else None
         return Entry(file_name(clip_id), object_id, views, named=False, points=points)
 
-    entries = {e.name: e for e in map(entry, range(len(names)))}
-    about = {"split": split, "sha256": manifest["sha256"]}
+    lengths = {clip["clip_id"]: clip["num_frames"] for clip in manifest.get("clips", [])}
+    long = [
+        i
+        for i in range(len(names))
+        if min_frames == 1 or lengths[pipeline.as_text(names[i]["clip_id"])] >= min_frames
+    ]
+    if not long:
+        raise ValueError(f"{path}: no clip of {split} has {min_frames} frames or more")
+    entries = {e.name: e for e in map(entry, long)}
+    about = {"split": split, "sha256": manifest["sha256"], "min_frames": min_frames}
     return Source(str(path), "data set", entries, azimuths, about)
 
 

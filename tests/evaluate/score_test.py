@@ -166,6 +166,12 @@ def test_a_data_set_against_objects_made_here(dataset_dir, tmp_path):
     """A large dark Gaussian, and nothing, at the data set's own views."""
     source = clips.open_source(dataset_dir, OPEN, read_splats=read_splats, split="train")
     assert len(source.entries) == 3 and source.azimuths == (0.0, 120.0, 240.0)
+    frames = [len(entry.views[0].load(None).images) for entry in source.entries.values()]
+    options = dict(read_splats=read_splats, split="train")
+    long = clips.open_source(dataset_dir, OPEN, min_frames=max(frames), **options)
+    assert len(long.entries) == frames.count(max(frames)) < 3
+    with pytest.raises(ValueError, match="no clip of train has 99 frames or more"):
+        clips.open_source(dataset_dir, OPEN, min_frames=99, **options)
     rig = Rig.around(5, fps=8.0)  # of the model: not the data set's
     for number, (name, entry) in enumerate(source.entries.items()):
         folder = tmp_path / "pred" / name
