@@ -1,4 +1,4 @@
-.PHONY: check format test test-slow requirements demo
+.PHONY: audit check format test test-slow requirements demo
 
 check:  ## what every change must pass: format, lint, types, the central tests; two minutes
 	./launch/setup.sh dev
@@ -16,6 +16,10 @@ test:
 
 test-slow:
 	./launch/test.sh --slow
+
+audit:  ## known holes in the pinned packages, and the licences of all that is installed
+	.venv/bin/uvx pip-audit --requirement requirements.txt --disable-pip --no-deps --strict
+	.venv/bin/fourdstar doctor --licenses
 
 requirements:  ## every package's version, for uv and for pip
 	.venv/bin/uv pip compile --quiet --no-header --no-annotate --extra train --extra heic --extra plots --extra remote --extra wandb --group dev \

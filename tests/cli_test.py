@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fourdstar_jax import arguments, bundle, cli, tokenizer
-from fourdstar_jax.cli import doctor
+from fourdstar_jax.cli import doctor, inventory
 from fourdstar_jax.cli.common import TRAINING_PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -522,8 +522,40 @@ def test_wrong_benchmarks(capsys, argv, words):
 def test_doctor(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for words in ("jax ", "python ", "device 0: cpu", "bundled model"):
+    for words in ("jax ", "python ", "device 0: cpu", "bundled model", "processes: one"):
         assert words in out
+
+
+def test_doctor_tells_processes_and_mistakes(monkeypatch):
+    for name, value in dict(COORDINATOR_ADDRESS="localhost:0", NUM_PROCESSES="2").items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    told = list(doctor.processes_told())
+    assert told == ["processes: this is 0 of 2, coordinator localhost:0", "port 0 is free"]
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    assert list(doctor.processes_told()) == [
+        "processes: JAX_NUM_PROCESSES is 2, but JAX_PROCESS_ID is not set"
+    ]
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(doctor, "free_gib", lambda folder: 3.2)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    notes = "\n".join(doctor.mistakes("cpu"))
+    for words in ("JAX uses the CPU: JAX_PLATFORMS=cpu", "3 GiB left", "by srun"):
+        assert words in notes
+
+
+def test_the_licences_of_everything(capsys):
+    code, out, _ = run(capsys, "doctor", "--licenses")
+    lines = [line.split() for line in out.splitlines()]
+    names = {line[1].lower() for line in lines if line[0] == "package"}
+    assert code == 0 and {"jax", "flax", "numpy", "av"} <= names
+    assert {line[0] for line in lines} == {"code", "weights", "data", "package"}
+    assert inventory.commercial("MIT License") == "yes"
+    assert inventory.commercial("CC-BY-NC-4.0") == "no"
+    assert inventory.commercial("GPL-3.0-only").startswith("yes; what is handed out")
+    assert inventory.commercial("MPL-2.0").startswith("yes; changes")
+    assert inventory.commercial("whatever").startswith("ask")
 
 
 NUMBERS = {
