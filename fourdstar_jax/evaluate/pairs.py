@@ -24,7 +24,7 @@ PAGE = Path(__file__).with_name("pairs.html")
 MAX_BYTES = 256 << 20  # of a page
 FPS = 8.0
 QUALITY = 85  # of WebP
-GAP = 16  # white pixels between left and right
+GAP = 16  # pixels between left and right, with a line in their middle
 ROW = 4  # views side by side, at most
 
 
@@ -129,6 +129,7 @@ def _movie(parts: list[np.ndarray], fps: float) -> str:
     """Frames beside each other as an animated WebP, a data URI."""
     count, height = parts[0].shape[:2]
     gap = np.full((count, height, GAP, 3), 255, np.uint8)
+    gap[:, :, GAP // 2 - 1 : GAP // 2 + 1] = 160
     frames = np.concatenate([x for part in parts for x in (gap, part)][1:], axis=2)
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
     out = io.BytesIO()
