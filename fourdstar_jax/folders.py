@@ -5,6 +5,7 @@ complete, and only a folder that this project wrote, of the same kind, is ever r
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -22,6 +23,10 @@ _unfinished: set[Path] = set()  # what this process has begun to write
 _LEFT = re.compile(r"\.(?P<what>partial|replaced)-(?:(?P<host>.+)\.)?(?P<pid>\d+)")
 
 
+# no room, on the disk, for a file or in a quota
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 class Kind(NamedTuple):
     """A kind of folder that this project writes, and how one is told from anybody's."""
 
@@ -37,6 +42,13 @@ WORK = Kind("work", "settings.json", frozenset({"settings", "split_sha256"}))
 DATASET = Kind("dataset", "manifest.json", frozenset({"settings", "splits", "split_sha256"}))
 TOKENS = Kind("tokens", "spec.json", frozenset({"tokenizer", "splits", "data"}))
 FEATURES = Kind("text features", "manifest.json", frozenset({"encoder", "rows", "data"}))
+
+
+def _full(partial: Path, error: OSError) -> str:
+    """How far it came, and what room there is."""
+    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    free = shutil.disk_usage(partial.parent).free
+    return f"{error.strerror} after {written / 1e6:.1f} MB; {free / 1e6:.0f} MB are free"
 
 
 def is_of_kind(path: str | os.PathLike[str], kind: Kind) -> bool:
@@ -80,7 +92,14 @@ def output_folder(
             partial.mkdir()
         except OSError as error:
             raise ValueError(f"output folder {path} cannot be made: {error.strerror}") from error
-        yield partial
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise ValueError(
+                f"output folder {path} cannot be written: {_full(partial, error)}"
+            ) from error
         replaced = _sibling(path, "replaced")
         if path.exists():
             path.rename(replaced)

@@ -1,6 +1,7 @@
 """`fourdstar export`: every format of an output folder, whole or not at all."""
 
 import json
+import resource
 import shutil
 import subprocess
 
@@ -128,3 +129,21 @@ def test_what_cannot_be_is_told_in_a_line(source, tmp_path, capsys, monkeypatch)
     assert run(source, tmp_path / "o", "--to", "viewer") == 2
     assert "would be over" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("what", [name for name in OURS if name != "viewer"])
+def test_a_full_disk_leaves_what_was_there(source, tmp_path, capsys, what):
+    """Files above a limit, as on a full disk; what is compiled is compiled before."""
+    assert run(source, tmp_path / "a", "--to", what) == 0
+    before = {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()}
+    capsys.readouterr()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        assert run(source, tmp_path / "a", "--to", what, "--overwrite") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "cannot be written: File too large after 0.0 MB; " in lines[0], lines
+    assert {f: f.read_bytes() for f in (tmp_path / "a").rglob("*") if f.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
