@@ -224,7 +224,11 @@ def rendered(
     i: int,
     where: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray, Row]:
-    """Pictures and alphas of all views of tokens, and the mean rendered flow of those `where`."""
+    """Pictures and alphas of all views of tokens, and figures of their Gaussians.
+
+    `flow` is the mean rendered flow of the views `where`; `reprojection` how much the pictures that
+    the 2D tokenizer decodes differ in the colour of a Gaussian that two views see.
+    """
     cameras = Cameras(clips["viewmats"][i], clips["Ks"][i])
     gaussians = decode_tokens(model.tokenizer, model.vqvae, tokens[None], cameras)
     options: dict[str, Any] = dict(size=model.resolution)
@@ -233,21 +237,33 @@ def rendered(
         options["capacity"] = pick_capacity(int(found.num_intersections))
         found = _pictures(gaussians, cameras, **options)
     images, alphas = np.asarray(found.renders[0]), np.asarray(found.alphas[0])
-    if len(tokens) < 2 or "flow" not in clips:
-        return images, alphas, {}
     moving = Gaussians(*(np.asarray(x[0]) for x in gaussians))
+    decoded = np.asarray(_decoded(model.tokenizer, tokens))
+    sums = np.zeros(2)
+    for t, depths in enumerate(np.asarray(found.depths)[0, ..., 0]):
+        points, weights = np.asarray(moving.means[t]), np.asarray(moving.opacities[t])
+        sums += motion.reprojection_error(decoded[t], depths, cameras, points, weights)
+    figures = {"reprojection": float(sums[0] / sums[1])} if sums[1] else {}
+    if len(tokens) < 2 or "flow" not in clips:
+        return images, alphas, figures
     flows = []
     for view in where:
         camera = Cameras(*(np.asarray(x)[view : view + 1] for x in cameras))
         size = model.resolution
         flows.append(motion.rendered_flow(moving, camera, width=size, height=size))
-    return images, alphas, {"flow": _speed(np.stack(flows, axis=1), alphas[:, where])}
+    return images, alphas, figures | {"flow": _speed(np.stack(flows, axis=1), alphas[:, where])}
+
+
+@jax.jit
+def _decoded(tokenizer: Any, tokens: Array) -> Array:
+    return tokenizer.decode(tokens)
 
 
 @jax.jit(static_argnames=("size", "capacity"))
 def _pictures(gaussians: Gaussians, cameras: Cameras, *, size: int, capacity: int | None = None):
     cameras = jax.tree.map(lambda x: jnp.asarray(x)[None], cameras)
-    return losses.render(gaussians, cameras, width=size, height=size, capacity=capacity)
+    options: dict[str, Any] = dict(width=size, height=size, capacity=capacity)
+    return losses.render(gaussians, cameras, with_depths=True, **options)
 
 
 # Which of many clips is nearest

@@ -89,7 +89,7 @@ def figures(report: Mapping[str, Any]) -> dict[str, float]:
              ("psnr", "psnr_in_mask", "lpips")}  # fmt: skip
     found["codes_used_least"] = min(report["codes_used"])
     names = ("psnr", "psnr_in_mask", "alpha_iou", "lpips")
-    ratios = ("flow_ratio", "change_ratio", "retrieval_top1")
+    ratios = ("flow_ratio", "change_ratio", "retrieval_top1", "reprojection")
     for row in ("ceiling_novel_views", "ceiling", "generation", "flat_card", "nearest_clip"):
         for name in (*names, *ratios):
             found[f"{row}_{name}"] = compared.get(row, {}).get(name, {}).get("value")

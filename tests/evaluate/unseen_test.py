@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import generate
-from fourdstar_jax.evaluate import metrics, sampling, unseen
+from fourdstar_jax.evaluate import metrics, motion, sampling, unseen
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
             compiled[details.get("fun_name")] += 1
 
     monkeypatch.setattr(unseen, "BATCH", 3)
+    monkeypatch.setattr(motion, "SEEN", 100.0)  # else front and back see no Gaussian in common
     whole = unseen.evaluate(tiny_bundle, data_dir, "train")
     assert whole["num_clips"] == 3
     monkeypatch.setattr(unseen, "BATCH", 2)
@@ -49,6 +50,7 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
     assert compared["nearest_training_clips"] == [
         row["clip"] for row in compared["clips"]["ceiling"]
     ]
+    assert 0 < compared["ceiling"]["reprojection"]["value"] < 1
     assert compared["flat_card"]["flow_ratio"]["value"] == 0
     assert 0 <= whole["figures"]["generation_retrieval_top1"] <= 1
     assert {"ceiling_flow_ratio", "nll_rise_container", "propagation"} <= whole["figures"].keys()
