@@ -49,11 +49,17 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.batch_size = 64  # objects
     config.accumulate = 1  # parts of a batch that a step goes through, in the memory of one
     name = "_".join([scale, *more])
-    config.data = ConfigDict(dict(dir=f"data/{name}_tokens", timesteps=8))
+    # `dir` is a folder of tokens, or a dataset, whose pictures are tokenised in each step.
+    # `on_device`: all of these lie in the memory of every device.
+    config.data = ConfigDict(dict(dir=f"data/{name}_tokens", timesteps=8, on_device=False))
     # Shares of the steps whose clips have one timestep (a picture is a static object), and half.
     config.data.update(still=0.1, half=0.1)
     config.data.shuffle_views = False  # whether novel views come in another order at each step
     config.data.text_features = placeholder(str)  # a folder, for text_encoder="t5"; None: words
+    # One draw a clip of pictures, by chances: the mirror image, other colours, backwards, standing
+    # still (`inputs.draw`). Tokens stay as they are.
+    config.augment = ConfigDict(dict(mirror=0.0, colour=0.0, hue=0.5, saturation=0.4, value=0.3))
+    config.augment.update(reverse=0.0, frozen=0.0)
     config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
     # a folder made by `fourdstar convert llamagen` or `mvar`, whose layers a new run starts from
     config.warm_start = placeholder(str)
@@ -108,6 +114,8 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.free.every = 500
             config.checkpoint_every = 500
         case "small":
+            config.data.update(dir="data/small", on_device=True)
+            config.augment.update(mirror=0.5, colour=0.8, reverse=0.25, frozen=0.05)
             config.schedule.learning_rate = 5e-4
         case "base":
             config.batch_size = 32

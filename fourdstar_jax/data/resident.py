@@ -4,6 +4,7 @@ The loader then sends numbers of frames, and the step gathers them (`train.input
 decoded or copied in training.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from fourdstar_jax.data.quarantine import Readable
 from fourdstar_jax.types import Array
 
 SHARE = 0.6  # of a device's memory that the pictures may take
-THREADS = 8  # that decode
+THREADS = os.cpu_count() or 1  # that decode
 PIXELS = {  # of a record, and of `Frames`
     "rig_rgba": "rgba",
     "extra_rgba": "extra_rgba",
@@ -56,9 +57,11 @@ class Clips:
 
 
 def read(
-    data_dir: str | Path, split: str, *, maps: Sequence[str] = pipeline.MAPS
+    data_dir: str | Path, split: str, *, maps: Sequence[str] = pipeline.MAPS, extra: bool = True
 ) -> tuple[Frames, Clips]:
     """The pictures of a split, in the host's memory, with `maps` of those that it has.
+
+    Those of extra views only with `extra`.
 
     Raises ValueError as `pipeline.ClipSource` does, and for pictures that take more than SHARE of a
     device's memory.
@@ -70,7 +73,8 @@ def read(
     with ThreadPoolExecutor(THREADS) as pool:
         size = 0
         for clip in pool.map(readable.__getitem__, range(len(readable))):
-            pixels = {name: clip[key] for key, name in PIXELS.items() if key in clip}
+            wanted = [key for key in PIXELS if key in clip and (extra or key != "extra_rgba")]
+            pixels = {PIXELS[key]: clip[key] for key in wanted}
             parts.append(pixels)
             rest = {key: value for key, value in clip.items() if key not in PIXELS}
             clips.append(rest | {"first": first})

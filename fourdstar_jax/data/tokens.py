@@ -12,7 +12,6 @@ Readers compare the tokenizer's spec: tokens of another tokenizer are numbers wi
 """
 
 import functools
-import itertools
 import json
 import struct
 from collections.abc import Callable
@@ -257,7 +256,7 @@ def make_loader(
         raise ValueError(f"{neutral_prompt=} is not a probability")
     return pipeline.batches(
         TokenSource(folder, split),
-        _TokenWindows(
+        TokenWindows(
             words or folder.word_tokenizer(max_len),
             timesteps,
             random,
@@ -273,32 +272,9 @@ def make_loader(
     )
 
 
-def first_windows(
-    folder: TokenFolder,
-    split: str,
-    count: int,
-    *,
-    timesteps: int,
-    words: WordTokenizer,
-    features: pipeline.Features | None = None,
-) -> dict[str, np.ndarray]:
-    """The first windows of up to `count` clips of a split as one batch, the same on every process.
+class TokenWindows(pipeline.Windows):
+    """`pipeline.Windows` over tokens."""
 
-    Clips are taken from one object after the other, so that they are of as many as may be.
-    """
-    source = TokenSource(folder, split)
-    by_object: dict[str, list[dict]] = {}
-    for i in range(len(source)):
-        clip = source._read(i)
-        by_object.setdefault(clip["object_id"], []).append(clip)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_object.values()))
-    chosen = [clip for clip in turns if clip is not None][:count]
-    window = _TokenWindows(words, timesteps, False, False, 0.0, features)
-    examples = [window(clip, np.random.default_rng(0)) for clip in chosen]
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-
-
-class _TokenWindows(pipeline.Windows):
     def __call__(self, clip: dict, rng: np.random.Generator) -> dict[str, Any]:
         F, V = clip["tokens"].shape[:2]
         frames, view, neutral = self.draw(F, V, rng)

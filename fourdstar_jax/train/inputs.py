@@ -20,7 +20,7 @@ from fourdstar_jax.train import state as train_state
 from fourdstar_jax.types import Array
 
 # Axis of time of what has one; flow leads from a timestep to the next.
-TIMED = ("rgba", "extra_rgba", "depth", "frames", "times")
+TIMED = ("rgba", "extra_rgba", "depth", "frames", "times", "tokens")
 CHANCES = ("mirror", "colour", "reverse", "frozen")  # options of `draw`: with all 0 nothing changes
 
 
@@ -44,15 +44,26 @@ def open_data(config: Any, mesh: Mesh, *, maps: Sequence[str] = ()) -> Inputs:
         timesteps=config.data.timesteps,
         batch_size=config.batch_size,
     )
-    frames, source, form = None, None, "uint8"
-    if config.data.on_device:
-        on_host, source = resident.read(config.data.dir, "train", maps=maps)
-        frames, form = train_state.replicate(on_host, mesh), "index"
+    frames, source = on_device(config, mesh, maps=maps)
+    form = "uint8" if source is None else "index"
     batches = loader(split="train", seed=config.seed, maps=maps, form=form, source=source)
     held_out = ()  # a dataset of one's own objects has no unseen clips
     if "unseen_clip" in pipeline.read_manifest(config.data.dir)["splits"]:
         held_out = loader(split="unseen_clip", form="uint8")
     return Inputs(iter(batches), held_out, frames)
+
+
+def on_device(
+    config: Any, mesh: Mesh, *, maps: Sequence[str] = (), extra: bool = True
+) -> tuple[Frames | None, resident.Clips | None]:
+    """The training clips' pictures on every device and the clips, with `config.data.on_device`.
+
+    Without `extra` the rig's alone. Raises ValueError for pictures that do not fit.
+    """
+    if not config.data.on_device:
+        return None, None
+    on_host, source = resident.read(config.data.dir, "train", maps=maps, extra=extra)
+    return train_state.replicate(on_host, mesh), source
 
 
 def timesteps_of(step: int, seed: int, buckets: Sequence[tuple[int, float]], most: int) -> int:

@@ -1,8 +1,9 @@
-"""Stage 3: trains STAR on a folder of tokens."""
+"""Stage 3: trains STAR, on a folder of tokens or on pictures that each step tokenises."""
 
 import functools
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,12 @@ import numpy as np
 from flax import nnx
 
 from fourdstar_jax import bundle, nn, remote, sharding
-from fourdstar_jax.data import tokens
-from fourdstar_jax.data.features import TextFeatures
 from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.star import sample, warm_start
 from fourdstar_jax.star.forcing import corrupt
 from fourdstar_jax.star.model import STAR
-from fourdstar_jax.text.captions import NEUTRAL_PROMPT, caption
 from fourdstar_jax.tokenizer import quantize
-from fourdstar_jax.train import free, optim, pictures, work
+from fourdstar_jax.train import free, inputs, optim, pictures, views, work
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.best import Best
 from fourdstar_jax.train.checkpoint import Checkpoints
@@ -40,22 +38,36 @@ METRICS = {
 }
 
 
-def all_views(batch: dict) -> jax.Array:
+def all_views(batch: Mapping[str, Any]) -> jax.Array:
     """Tokens [B, T, V, n, K] of a batch as [B, T, V n, K], view after view."""
     views = batch["tokens"]
     return views.reshape(*views.shape[:2], -1, views.shape[-1])
 
 
 def train_step(
-    graphdef, state, batch, key, *, tx, forcing_config, loss_config, near=None, accumulate: int = 1
+    graphdef,
+    state,
+    batch,
+    key,
+    *,
+    tx,
+    forcing_config,
+    loss_config,
+    near=None,
+    eyes=None,
+    augment=None,
+    accumulate: int = 1,
 ):
     """One optimizer step. Pure; the randomness of step s is `key` folded with s.
 
     Its gradient is that of the batch, or the mean of those of `accumulate` parts of it. `near`, of
-    `quantize.near_codes`, is needed where `forcing_config` has noise.
+    `quantize.near_codes`, is needed where `forcing_config` has noise; `eyes` where the batch has
+    pictures, which are augmented by `augment` (`inputs.draw`).
     """
 
     def gradients(batch, key):
+        batch = in_order(views.see(eyes, batch, jax.random.fold_in(key, 1), augment))
+
         def loss_fn(params):
             model = nn.cast_weights(nnx.merge(graphdef, params, state.rest))  # once a part
             tokens = all_views(batch)
@@ -73,9 +85,9 @@ def train_step(
     return train_state.apply_gradients(state, grads, tx), metrics
 
 
-def eval_step(graphdef, state, batch):
+def eval_step(graphdef, state, batch, eyes=None):
     """Metrics of the tokens and conditions as they are."""
-    model = nnx.merge(graphdef, state.params, state.rest)
+    model, batch = nnx.merge(graphdef, state.params, state.rest), views.see(eyes, batch)
     return model.loss(all_views(batch), condition_of(batch))[1]
 
 
@@ -87,49 +99,27 @@ def shortened(batch: dict, seed: int, step: int, *, still: float, half: float) -
     chance, timesteps = np.random.default_rng((seed, step)).random(), batch["times"].shape[1]
     if chance < still + half:
         timesteps = 1 if chance < still else (timesteps + 1) // 2
-    return batch | {name: batch[name][:, :timesteps] for name in ("tokens", "times")}
+    return inputs.cut(batch, timesteps)
 
 
 def reordered(batch: dict, seed: int, step: int) -> dict:
-    """A batch with its novel views in another order, by seed and step; view 0 stays the first."""
-    views = batch["viewmats"].shape[1]
-    order = np.r_[0, 1 + np.random.default_rng((seed, step, 1)).permutation(views - 1)]
-    cameras = {name: batch[name][:, order] for name in ("viewmats", "Ks")}
-    return batch | cameras | {"tokens": batch["tokens"][:, :, order]}
+    """A batch whose novel views are to come in another order, by seed and step: `in_order`."""
+    count, num_views = batch["viewmats"].shape[:2]
+    order = np.r_[0, 1 + np.random.default_rng((seed, step, 1)).permutation(num_views - 1)]
+    return batch | {"order": np.tile(order.astype(np.int32), (count, 1))}
 
 
-def text_features(config: Any, folder: tokens.TokenFolder) -> TextFeatures | None:
-    """The features of `config.data.text_features`, which text_encoder="t5" needs; else None.
-
-    Raises ValueError if a caption of the tokens has none, or the text encoder of `config.bundle` is
-    another one than theirs.
-    """
-    path, encoder = config.data.text_features, config.model.text_encoder
-    if encoder != "t5":
-        if path is not None:
-            raise ValueError(f"config.data.text_features={path!r}, but text_encoder={encoder!r}")
-        return None
-    if path is None:
-        raise ValueError(
-            "text_encoder='t5' needs config.data.text_features, a folder made by "
-            "`fourdstar prepare --text_features`"
-        )
-    features = TextFeatures(path)
-    captions = [NEUTRAL_PROMPT, *folder.content["train_captions"]]
-    if "unseen_clip" in folder.splits:
-        clips = tokens.TokenSource(folder, "unseen_clip")
-        captions += [
-            caption(c["appearance"], c["motion"]) for c in map(clips._read, range(len(clips)))
-        ]
-    features.check(captions, config.model.text_length, config.model.text_dim)
-    own = bundle.read(config.bundle).weights_sha256().get("text")
-    theirs = features.provenance["encoder_sha256"]
-    if own not in (None, theirs):
-        raise ValueError(
-            f"text_features={path!r} are of the text encoder {theirs[:16]}; bundle "
-            f"{config.bundle} has {own[:16]}"
-        )
-    return features
+def in_order(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with its views in their `order` [B, V], where it has one; view 0 stays the first."""
+    out = dict(batch)
+    order = out.pop("order", None)
+    if order is None:
+        return out
+    for name, axis in (("viewmats", 1), ("Ks", 1), ("tokens", 2)):
+        x = jnp.asarray(out[name])
+        at = order.reshape(len(order), *(1,) * (axis - 1), -1, *(1,) * (x.ndim - axis - 1))
+        out[name] = jnp.take_along_axis(x, at, axis=axis)
+    return out
 
 
 def start_warm(
@@ -149,9 +139,7 @@ def start_warm(
     return train_state.start_warm(graphdef, state, load, workdir)
 
 
-def open_sampler(
-    config: Any, folder: tokens.TokenFolder, words: Any, features: Any, mesh: Any
-) -> free.Sampler | None:
+def open_sampler(config: Any, source: views.Source, mesh: Any) -> free.Sampler | None:
     """What samples unseen clips in training; None without any, and with `config.free.clips` 0.
 
     Pictures are drawn where `config.bundle` has a 4D VQ-VAE, and compared by LPIPS where its
@@ -159,16 +147,9 @@ def open_sampler(
     """
     settings = config.sampling.to_dict()
     sample.check_settings(**settings)
-    if config.free.clips == 0 or "unseen_clip" not in folder.splits:
+    if config.free.clips == 0 or "unseen_clip" not in source.splits:
         return None
-    batch = tokens.first_windows(
-        folder,
-        "unseen_clip",
-        config.free.clips,
-        timesteps=config.data.timesteps,
-        words=words,
-        features=features,
-    )
+    batch = source.first_windows("unseen_clip", config.free.clips)
     decoder, found = None, bundle.read(config.bundle)
     if "vqvae" in found.stages:
         lpips = None
@@ -213,41 +194,32 @@ def best_metric(config: Any, sampler: free.Sampler | None, held_out: Any) -> str
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/star.py) and leaves `<workdir>/bundle`.
 
-    The bundle takes over the stages of `config.bundle`, whose tokenizer must be the one that made
-    the tokens. Its weights are the best by `config.best`, which `<workdir>/best` keeps meanwhile;
-    the last ones where there are no unseen clips. Restarts from the newest checkpoint in `workdir`,
-    with the batches it would have seen. A run that starts at step 0 begins with the weights of
-    `config.warm_start`, if given.
+    `config.data.dir` is a folder of tokens, or a dataset, whose pictures are then tokenised in each
+    step (`train.views`). The bundle takes over the stages of `config.bundle`, whose tokenizer must
+    be the one that made the tokens. Its weights are the best by `config.best`, which
+    `<workdir>/best` keeps meanwhile; the last ones where there are no unseen clips. Restarts from
+    the newest checkpoint in `workdir`, with the batches it would have seen. A run that starts at
+    step 0 begins with the weights of `config.warm_start`, if given.
     Raises FloatingPointError when the loss is not finite.
     """
     key = jax.random.key(config.seed)
-    folder = tokens.TokenFolder(config.data.dir)
-    folder.spec.check(bundle.read(config.bundle).spec)
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         train_state.check_parts(config.accumulate, config.batch_size, mesh)
-        features = text_features(config, folder)
-        words = folder.word_tokenizer(config.model.text_length)
-        loader = functools.partial(
-            tokens.make_loader,
-            folder,
-            words=words,
-            features=features,
-            timesteps=config.data.timesteps,
-        )
-        batches = iter(loader(split="train", batch_size=config.batch_size, seed=config.seed))
+        source, features = views.open_source(config, mesh)
+        batches = iter(source.loader(split="train", batch_size=config.batch_size, seed=config.seed))
         held_out = ()  # a dataset of one's own objects has no unseen clips
-        if "unseen_clip" in folder.splits:
-            held_out = loader(split="unseen_clip", batch_size=config.batch_size)
-        sampler = open_sampler(config, folder, words, features, mesh)
+        if "unseen_clip" in source.splits:
+            held_out = source.loader(split="unseen_clip", batch_size=config.batch_size)
+        sampler = open_sampler(config, source, mesh)
         metric = best_metric(config, sampler, held_out)
 
         schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
         tx = optim.make_optimizer(schedule, **config.optim)
         sizes = config.model.to_dict()
         if features is None:
-            sizes["text_vocab"] = words.vocab_size
+            sizes["text_vocab"] = source.words.vocab_size
         arguments = bundle.module_arguments("star", sizes)
-        arguments["codebooks"] = jnp.asarray(folder.codebooks)
+        arguments["codebooks"] = jnp.asarray(source.codebooks)
         graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         if config.warm_start is not None and checkpoints.latest_step() is None:
@@ -270,6 +242,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 forcing_config=forcing,
                 loss_config=config.loss.to_dict(),
                 near=near,
+                augment=config.augment.to_dict(),
                 accumulate=config.accumulate,
             ),
             donate_argnums=0,
@@ -290,16 +263,16 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                     model,
                     {**config.to_dict(), "model": sizes},
                     storage=config.storage,
-                    trained={"timesteps": config.data.timesteps, "views": folder.num_views},
+                    trained={"timesteps": config.data.timesteps, "views": source.num_views},
                     sampling=config.sampling.to_dict(),
                     **info,
                     **(
-                        {"words": words.to_dict()}
+                        {"words": source.words.to_dict()}
                         if features is None
                         else {"text": features.provenance}
                     ),
                     **(train_state.warm_info(workdir) if config.warm_start is not None else {}),
-                    **folder.hashes,
+                    **source.hashes,
                 )
 
         # A bundle without a 4D VQ-VAE does for training, and makes one that cannot generate yet.
@@ -330,7 +303,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 batch = reordered(batch, config.seed, step)
             batch = train_state.to_device(batch, mesh)
             writer.count(batch)
-            state, metrics = step_fn(state, batch, key)
+            state, metrics = step_fn(state, batch, key, eyes=source.eyes)
             done = step + 1
             last = done == config.steps
             watch.add(done, read["clip"], metrics)
@@ -343,7 +316,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             if held_out and (done % config.eval_every == 0 or last):
                 held, average = Mean(), train_state.averaged(state)
                 for batch in held_out:
-                    held.add(eval_fn(average, train_state.to_device(batch, mesh)))
+                    batch = train_state.to_device(batch, mesh)
+                    held.add(eval_fn(average, batch, source.eyes))
                 values = writer.write(done, held.result(), prefix="eval")
                 measured |= {f"eval/{name}": value for name, value in values.items()}
             if sampler is not None and (done % config.free.every == 0 or last):

@@ -34,17 +34,25 @@ def test_some_steps_have_shorter_clips():
 
 
 def test_views_come_in_another_order_with_their_cameras():
-    views = np.broadcast_to(np.arange(5), (2, 5))
-    batch = {"viewmats": views, "Ks": views, "tokens": np.broadcast_to(views[:, None], (2, 3, 5))}
+    shape = (2, 5)
+    views = np.broadcast_to(np.arange(5), shape)
+    batch = {
+        "viewmats": np.broadcast_to(views[:, :, None, None], (*shape, 4, 4)),
+        "Ks": np.broadcast_to(views[:, :, None, None], (*shape, 3, 3)),
+        "tokens": np.broadcast_to(views[:, None, :, None, None], (2, 3, 5, 6, 2)),
+    }
     orders = set()
     for step in range(20):
-        found = star.reordered(batch, 0, step)
-        order = found["viewmats"][0]
-        np.testing.assert_array_equal(found["tokens"][1, 2], order)
-        np.testing.assert_array_equal(found["Ks"][1], order)
+        found = star.in_order(star.reordered(batch, 0, step))
+        assert found.keys() == batch.keys()
+        order = tuple(int(x) for x in found["viewmats"][0, :, 0, 0])
+        np.testing.assert_array_equal(found["tokens"][1, 2, :, 3, 1], order)
+        np.testing.assert_array_equal(found["Ks"][1, :, 2, 2], order)
+        assert found["tokens"].shape == batch["tokens"].shape
         assert order[0] == 0 and sorted(order) == list(range(5))
-        orders.add(tuple(order))
+        orders.add(order)
     assert len(orders) > 5
+    assert star.in_order(batch).keys() == batch.keys()
 
 
 def step_of(mesh_shape, parts):

@@ -205,7 +205,7 @@ def test_star_looks_at_what_it_makes(objects_dir, tmp_path, one_device, monkeypa
     with config_of("star", tmp_path / "tokens", tmp_path / "v").unlocked() as config:
         config.update(batch_size=1, best="free/psnr_in_mask")
         config.free.update(every=2, clips=3)
-        config.data.update(still=0.0, half=0.0)
+        config.data.update(still=0.0, half=0.0, shuffle_views=True)
     star.train(config, tmp_path / "s")
     rows = [json.loads(x) for x in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
     free = [row for row in rows if "free/accuracy" in row]
@@ -225,6 +225,29 @@ def test_star_looks_at_what_it_makes(objects_dir, tmp_path, one_device, monkeypa
     with pytest.raises(ValueError, match="config.best='free/lpips': this run measures"):
         config.best = "free/lpips"
         star.train(config, tmp_path / "again")
+
+    config.best = "free/psnr_in_mask"
+    for on_device in (False, True):  # the pictures that the tokens are of
+        config.data.update(dir=str(tmp_path / "d"), on_device=on_device)
+        workdir = tmp_path / f"pictures{on_device}"
+        star.train(config, workdir)
+        seen = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert len(seen) == len(rows)
+        for got, wanted in zip(seen, rows, strict=True):
+            got, wanted = (
+                {k: v for k, v in x.items() if not k.endswith(CLOCKS)} for x in (got, wanted)
+            )
+            assert got == pytest.approx(wanted, rel=1e-4)
+    assert bundle.read(workdir / "bundle").stage("star").info["trained"]["views"] == 2
+    config.augment.update(mirror=1.0, colour=1.0, reverse=0.5)
+    star.train(config, tmp_path / "augmented")
+    text = (tmp_path / "augmented/metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(text)["train/grad_norm"] != pytest.approx(
+        rows[0]["train/grad_norm"], rel=1e-4
+    )
+    config.data.dir = str(tmp_path / "tokens")
+    with pytest.raises(ValueError, match="holds tokens, which config.augment cannot change"):
+        star.train(config, tmp_path / "refused")
 
 
 @pytest.mark.parametrize("stage", [tokenizer, vqvae])
