@@ -76,7 +76,9 @@ def get_config(argument: str = "small") -> ConfigDict:
         )
     )
     config.loss = ConfigDict(dict(known_weight=1.0, z_loss=5e-5))
+    # With `decay`, a share of the steps, flat before these; None: a cosine.
     config.schedule = ConfigDict(dict(learning_rate=1e-4, warmup_steps=2000))
+    config.schedule.decay = placeholder(float)
     config.optim = ConfigDict(
         dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, average=0.999)
     )  # `average` of the weights goes into evaluation and bundle; 0: none
@@ -107,7 +109,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.data.timesteps = 4
             config.batch_size = 8
             config.steps = 1500
-            config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=50))
+            config.schedule.update(learning_rate=2e-3, warmup_steps=50)
             config.optim.weight_decay = 0.01
             config.log_every = 50
             config.eval_every = 500
@@ -116,7 +118,7 @@ def get_config(argument: str = "small") -> ConfigDict:
         case "small":
             config.data.update(dir="data/small", on_device=True)
             config.augment.update(mirror=0.5, colour=0.8, reverse=0.25, frozen=0.05)
-            config.schedule.learning_rate = 5e-4
+            config.schedule.update(learning_rate=5e-4, decay=0.25)
         case "base":
             config.batch_size = 32
             config.data.text_features = "data/base_text"

@@ -55,7 +55,9 @@ def get_config(argument: str = "small") -> ConfigDict:
             r1_every=16,
         )
     )
+    # With `decay`, a share of the steps, flat before these; None: a cosine.
     config.schedule = ConfigDict(dict(learning_rate=5e-4, warmup_steps=1000))
+    config.schedule.decay = placeholder(float)
     config.optim = ConfigDict(
         dict(b1=0.9, b2=0.95, weight_decay=0.02, clip_norm=10.0, factors=(), average=0.999)
     )  # `average` of the weights goes into evaluation and bundle; 0: none. `factors` of the rate of
@@ -84,11 +86,12 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.steps = 4000
             config.loss.lpips_weight = 0.0
             config.adversarial.weight = 0.0
-            config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=100))
+            config.schedule.update(learning_rate=2e-3, warmup_steps=100)
             config.eval_every = 1000
             config.checkpoint_every = 1000
         case "small":
-            pass
+            config.data.on_device = True
+            config.schedule.decay = 0.25
         case "base" | "paper":
             config.data.dir = f"data/{scale}"
     return config

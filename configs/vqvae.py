@@ -80,7 +80,9 @@ def get_config(argument: str = "small") -> ConfigDict:
             r1_every=16,
         )
     )
+    # With `decay`, a share of the steps, flat before these; None: a cosine.
     config.schedule = ConfigDict(dict(learning_rate=4e-4, warmup_steps=1000))
+    config.schedule.decay = placeholder(float)
     config.optim = ConfigDict(
         dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, factors=(), average=0.999)
     )  # `average` of the weights goes into evaluation and bundle; 0: none. `factors` of the rate of
@@ -112,14 +114,15 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.loss.flow_weight = 0.0
             config.loss.warp_weight = 0.0
             config.adversarial.weight = 0.0
-            config.schedule = ConfigDict(dict(learning_rate=2e-3, warmup_steps=50))
+            config.schedule.update(learning_rate=2e-3, warmup_steps=50)
             config.optim.weight_decay = 0.01
             config.log_every = 50
             config.eval_every = 500
             config.picture_every = 500
             config.checkpoint_every = 500
         case "small":
-            pass
+            config.data.on_device = True
+            config.schedule.decay = 0.25
         case "base" | "paper":
             if scale == "paper":
                 config.data.update(timesteps=24, buckets=((1, 0.1), (8, 0.2), (24, 0.7)))

@@ -13,16 +13,35 @@ VECTORS = ("scale", "bias", "gate")
 
 
 def learning_rate_schedule(
-    *, learning_rate: float, warmup_steps: int, total_steps: int, final_fraction: float = 0.1
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    total_steps: int,
+    final_fraction: float = 0.1,
+    decay: float | None = None,
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine down to `final_fraction` of the peak."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0,
-        learning_rate,
-        warmup_steps,
-        max(total_steps, warmup_steps + 1),
-        end_value=final_fraction * learning_rate,
-    )
+    """Linear warm-up from 0, then a cosine down to `final_fraction` of the peak.
+
+    With `decay`, a share of all steps, the rate is flat instead and falls to 0 in the last of them:
+    where it is flat, a run can be cut and another number of steps chosen.
+    """
+    if decay is None:
+        return optax.warmup_cosine_decay_schedule(
+            0.0,
+            learning_rate,
+            warmup_steps,
+            max(total_steps, warmup_steps + 1),
+            end_value=final_fraction * learning_rate,
+        )
+    if not 0 <= decay <= 1:
+        raise ValueError(f"{decay=} must be a share of the steps, from 0 to 1")
+    falling = max(round(decay * total_steps), 1)
+
+    def schedule(step):
+        rising = step / max(warmup_steps, 1)
+        return learning_rate * jnp.clip(jnp.minimum(rising, (total_steps - step) / falling), 0, 1)
+
+    return schedule
 
 
 class Average(NamedTuple):

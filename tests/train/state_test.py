@@ -52,6 +52,15 @@ def run(mesh_shape, num_devices, steps=5):
         return state, losses
 
 
+def test_a_flat_rate_falls_at_the_end():
+    options = dict(learning_rate=0.5, warmup_steps=2, decay=0.25)
+    short, long = (optim.learning_rate_schedule(total_steps=n, **options) for n in (8, 16))
+    np.testing.assert_allclose([short(i) for i in range(9)], [0, 0.25] + [0.5] * 5 + [0.25, 0])
+    assert [float(long(i)) for i in range(7)] == [float(short(i)) for i in range(7)]
+    with pytest.raises(ValueError, match="decay=2 must be a share of the steps"):
+        optim.learning_rate_schedule(total_steps=8, learning_rate=1.0, warmup_steps=0, decay=2)
+
+
 def test_eight_devices_agree_with_one():
     one, losses_one = run({"data": 1}, 1)
     eight, losses_eight = run({"data": 2, "fsdp": 2, "tensor": 2}, 8)
