@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -273,6 +274,8 @@ def _render(
 
 def _build(folder: Path, clips: list[dict], s: Settings) -> None:
     """Writes the records with tensorflow-datasets and moves them to the top of `folder`."""
+    from tensorflow_datasets.core import shuffle
+
     from fourdstar_jax.data.builder import Fourdstar, FourdstarConfig
 
     def records(split: str):
@@ -292,6 +295,8 @@ def _build(folder: Path, clips: list[dict], s: Settings) -> None:
         records=records,
     )
     built = folder / "built"
+    # Above a limit its writer sorts records in files, for which it wants TensorFlow.
+    shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
     with _quiet():
         builder = Fourdstar(data_dir=str(built), config=config, file_format="array_record")
         builder.download_and_prepare()

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.nn.linear import linear
 
-TILE = 128  # slots that cuDNN's attention works on at once
 MOST_SCORES = 2**28  # of queries and keys at once, where they lie in memory: 1 GB as float32
 
 
@@ -69,17 +68,21 @@ def attend_short(
 ) -> Float[Array, "b L H E"]:
     """Causal attention of many sequences of a few slots each.
 
-    cuDNN works on tiles of 64 or 128 slots, and products of eight by eight are slow anywhere: where
-    it is used (`fits_cudnn`), as many sequences as fill a tile are one, masked against one another.
+    On a GPU by sums of products, which are fused: cuDNN works on tiles of 64 or 128 slots, and
+    matrix products of eight by eight are slow there.
     """
-    length = q.shape[1]
-    many = max(n for n in range(1, max(TILE // length, 1) + 1) if q.shape[0] % n == 0)
-    if many == 1 or not fits_cudnn(q):
-        return attend(q, k, v, causal=True)
-    own = np.kron(np.eye(many, dtype=bool), np.tri(length, dtype=bool))
-    q, k, v = (x.reshape(-1, many * length, *x.shape[2:]) for x in (q, k, v))
-    y = jax.nn.dot_product_attention(q, k, v, mask=own[None, None], implementation="cudnn")
-    return y.reshape(-1, length, *y.shape[2:])
+    return by_sums(q, k, v) if fits_cudnn(q) else attend(q, k, v, causal=True)
+
+
+def by_sums(
+    q: Float[Array, "b L H E"], k: Float[Array, "b L Hk E"], v: Float[Array, "b L Hk E"]
+) -> Float[Array, "b L H E"]:
+    """Causal attention without matrix products, in float32."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2).astype(jnp.float32) for x in (k, v))
+    scores = jnp.sum(q[:, :, None].astype(jnp.float32) * k[:, None], axis=-1) * q.shape[-1] ** -0.5
+    seen = np.tri(q.shape[1], dtype=bool)[None, :, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=2)
+    return jnp.sum(weights[..., None] * v[:, None], axis=2).astype(q.dtype)
 
 
 class Attention(nnx.Module):

@@ -112,15 +112,23 @@ def container_update(
 
 def merge(
     x: Float[Array, "B S C"], scores: Float[Array, "B S"], assignment: Int[Array, "B S"], size: int
-) -> tuple[Float[Array, "B M C"], Float[Array, "B M S"]]:
-    """Means over the clusters with weights exp(score), and the weights; 0 for an empty cluster."""
-    member = assignment[:, None] == jnp.arange(size)[:, None]  # [B, M, S]
-    scores = jnp.broadcast_to(scores[:, None], member.shape)
-    largest = jnp.max(scores, axis=-1, where=member, initial=-jnp.inf, keepdims=True)
+) -> Float[Array, "B M C"]:
+    """Means over the clusters with weights exp(score); 0 for an empty cluster.
+
+    Weights are by token, not by cluster and token: of these there are many, and each token is in
+    one cluster at most.
+    """
+    member = jax.nn.one_hot(assignment, size, dtype=jnp.float32)  # [B, S, M]; none of -1
+
+    def own(by_cluster):  # [B, M] to [B, S]
+        return jnp.take_along_axis(by_cluster, jnp.maximum(assignment, 0), axis=1)
+
+    largest = jax.vmap(lambda s, a: jax.ops.segment_max(s, a, size))(scores, assignment)
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
-    weights = jnp.exp(jnp.where(member, scores - largest, -jnp.inf))
-    weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-9)
-    return jnp.einsum("bms,bsc->bmc", weights, x.astype(jnp.float32)), weights
+    weights = jnp.exp(jnp.where(assignment >= 0, scores - own(largest), -jnp.inf))
+    total = jnp.einsum("bsm,bs->bm", member, weights)
+    weights = weights / jnp.maximum(own(total), 1e-9)
+    return jnp.einsum("bsm,bsc->bmc", member, weights[..., None] * x.astype(jnp.float32))
 
 
 class RefineBlock(nnx.Module):
@@ -332,8 +340,9 @@ class Container(nnx.Module):
         """
         first, *others = self.blocks
         assignment, valid = clusters.assignment, clusters.valid
-        z, weights = merge(x, scores, assignment, self.num_slots)
-        means = jnp.einsum("bms,bsc->bmc", weights, positions)
+        both = jnp.concatenate([x.astype(jnp.float32), positions], axis=-1)
+        both = merge(both, scores, assignment, self.num_slots)
+        z, means = both[..., : x.shape[-1]], both[..., x.shape[-1] :]
         places = None if self.place is None else means[..., : self.dim]
         last = jnp.where(assignment >= 0, jnp.arange(1, x.shape[1] + 1), 1)
         z = first(z, keys_values, jnp.max(last, axis=1), places)

@@ -52,7 +52,7 @@ def of_batches(
             "tflop": 3 * sum(flops.values()) / 1e12,
         }
 
-    return lambda batch: of(*batch["tokens"].shape[:3])
+    return lambda batch: of(*batch["times"].shape, batch["viewmats"].shape[1])
 
 
 def weights(module: Any) -> int:

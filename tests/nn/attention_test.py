@@ -27,18 +27,16 @@ def test_parts_change_nothing(monkeypatch, most):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_short_sequences_are_packed_into_tiles(monkeypatch):
+def test_sums_are_attention_of_few_slots():
     q, k, v = jax.random.normal(jax.random.key(1), (3, 6, 5, 4, 8))
-    want = attention.attend_short(q, k[:, :, ::2], v[:, :, ::2])
-    packed, plain = [], jax.nn.dot_product_attention
 
-    def call(q, k, v, *, mask, implementation):
-        packed.append((q.shape[0], implementation))
-        return plain(q, k, v, mask=jnp.asarray(mask))
+    def run(attend):
+        def loss(q, k, v):
+            y = attend(q, k[:, :, ::2], v[:, :, ::2])  # two heads of keys for four of queries
+            return jnp.sum(jnp.sin(y)), y
 
-    monkeypatch.setattr(attention, "fits_cudnn", lambda q: True)
-    monkeypatch.setattr(attention, "TILE", 19)  # three sequences of five
-    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
-    got = attention.attend_short(q, k[:, :, ::2], v[:, :, ::2])
-    assert packed == [(2, "cudnn")]
-    np.testing.assert_allclose(got, want, atol=1e-6)
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    got, want = run(attention.by_sums), run(attention.attend_short)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
