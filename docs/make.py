@@ -268,6 +268,24 @@ def star_table() -> str:
     return table(["what STAR is given", "unseen clips", "unseen objects"], *rows)
 
 
+def offsets_table() -> str:
+    """What the offsets gain at a tenth of wrong codes, by how they were trained."""
+    names = {"base": "all places and times", "time": "its place at all times (`small`)"}
+    kinds = {"clip": "unseen clips", "object": "unseen objects"}
+    rows = []
+    for key, name in names.items():
+        for kind, told in kinds.items():
+            r = results("offsets_h200")["variants"][key][kind]["0.1"]
+            row = [f"{name}, {told}"]
+            for part in ("temporal_error", "warping_error", "temporal_lpips", "lpips"):
+                mean, low, high = (100 * x for x in r[part]["gain_share"])
+                row.append(f"{mean:.1f} % [{low:.1f}, {high:.1f}]")
+            mean, low, high = (-x for x in r["psnr_in_mask"]["gain"])
+            rows.append([*row, f"{mean:+.2f} dB [{high:+.2f}, {low:+.2f}]"])
+    head = ["queries attend to; seen on", "temporal error", "warping error", "temporal LPIPS"]
+    return table([*head, "LPIPS", "PSNR in mask"], *rows)
+
+
 def count_sizes() -> dict[str, dict[str, int]]:
     """Parameters of every config by stage, and what its pictures and clips are."""
     from fourdstar_jax import bundle, nn
@@ -419,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiny": tiny_table,
     "decoder_h200": decoder_table,
     "star_small_h200": star_table,
+    "offsets_h200": offsets_table,
     "ablations": ablations_table,
     "sizes": sizes_table,
     "training": training_table,
