@@ -116,6 +116,8 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.free.every = 500
             config.checkpoint_every = 500
         case "small":
+            config.steps = 12_000
+            config.batch_size = 96
             config.data.update(dir="data/small", on_device=True)
             config.augment.update(mirror=0.5, colour=0.8, reverse=0.25, frozen=0.05)
             config.schedule.update(learning_rate=5e-4, decay=0.25)

@@ -4,7 +4,7 @@
 
 Wants `fourdstar prepare --depth` and, but for `tiny`, LPIPS' weights (docs/WEIGHTS.md). `tiny`
 takes about 8 minutes on two CPU cores, after configs/tokenizer.py:tiny. The others have not been
-trained in full yet: `small` is for one GPU, `base` for one to four, `paper` for eight (paper
+trained in full yet: `small` is for one GPU (6,000 steps are measured, docs/RESULTS.md), `base` for one to four, `paper` for eight (paper
 section 4.1, which gives no sizes). docs/RESULTS.md says how decoder and losses were chosen.
 The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,vq16`; the first two
 build on the local tokenizer, or on a small UniTok: `tiny,unitok`.
@@ -121,6 +121,8 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.picture_every = 500
             config.checkpoint_every = 500
         case "small":
+            config.steps = 24_000
+            config.adversarial.weight = 0.0  # so few steps are not enough for it
             config.data.on_device = True
             config.schedule.update(learning_rate=1e-3, warmup_steps=200, decay=0.3)
             config.forcing.code_noise = 0.1

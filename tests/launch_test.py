@@ -108,6 +108,7 @@ def test_unknown_profile(checkout):
         "test.sh",
         "demo.sh",
         "tiny.sh",
+        "small.sh",
         "wheel.sh",
         "release.sh",
         "slurm/train.sh",
