@@ -4,8 +4,9 @@
 
 Wants `fourdstar prepare --depth` and, but for `tiny`, LPIPS' weights (docs/WEIGHTS.md). `tiny`
 takes about 8 minutes on two CPU cores, after configs/tokenizer.py:tiny. The others have not been
-trained in full yet: `small` is for one GPU (6,000 steps are measured, docs/RESULTS.md), `base` for one to four, `paper` for eight (paper
-section 4.1, which gives no sizes). docs/RESULTS.md says how decoder and losses were chosen.
+trained in full yet: `small` is for one GPU (6,000 steps were measured), `base` for one to four,
+`paper` for eight (paper section 4.1, which gives no sizes). docs/RESULTS.md says how decoder,
+losses and offsets were chosen.
 The last two also build on VQ-16 instead of UniTok, the paper's baseline: `base,vq16`; the first two
 build on the local tokenizer, or on a small UniTok: `tiny,unitok`.
 """

@@ -205,10 +205,24 @@ def averaged(state: TrainState) -> TrainState:
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A process's share of a batch as global arrays, first axis over the mesh's batch axes."""
+    """A process's share of a batch as global arrays, first axis over the mesh's batch axes.
+
+    Rows that the devices do not divide, as the last ones of unseen clips may be, are whole on every
+    device. Raises ValueError for such rows of several processes.
+    """
+    rows = len(next(iter(batch.values()))) * jax.process_count()
+    if rows % sharers(mesh) == 0:
+        first = "batch"
+    elif jax.process_count() == 1:
+        first = None
+    else:
+        raise ValueError(
+            f"{rows} clips do not go evenly to {sharers(mesh)} devices of {jax.process_count()} "
+            "processes"
+        )
 
     def place(x):
-        axes = ("batch", *(None,) * (x.ndim - 1))
+        axes = (first, *(None,) * (x.ndim - 1))
         return jax.make_array_from_process_local_data(sharding.named(mesh, *axes), x)
 
     return {name: place(x) for name, x in batch.items()}

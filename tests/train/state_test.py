@@ -52,6 +52,15 @@ def run(mesh_shape, num_devices, steps=5):
         return state, losses
 
 
+def test_rows_that_devices_do_not_divide_are_whole_on_each():
+    with sharding.use_mesh({"data": 4}, devices=jax.devices()[:4]) as mesh:
+        for rows, whole in ((8, False), (3, True), (6, True)):
+            x = np.arange(2 * rows).reshape(rows, 2)
+            placed = train_state.to_device({"x": x}, mesh)["x"]
+            np.testing.assert_array_equal(placed, x)
+            assert placed.sharding.is_fully_replicated == whole
+
+
 def test_a_flat_rate_falls_at_the_end():
     options = dict(learning_rate=0.5, warmup_steps=2, decay=0.25)
     short, long = (optim.learning_rate_schedule(total_steps=n, **options) for n in (8, 16))
