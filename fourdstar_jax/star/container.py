@@ -367,7 +367,7 @@ class Container(nnx.Module):
 
         Axes of `clusters` are [B, G, ...]. A group's clusters hold, of the tokens up to its last
         one, all that are in any group's. So many groups run at a time, rematerialised, as
-        `MOST_WEIGHTS` allows for their [M, S] weights; one where devices share the batch, which
+        `MOST_WEIGHTS` allows for their [S, M] memberships; one where devices share the batch, which
         would have to change its place.
         """
         seen = jnp.any(clusters.assignment >= 0, axis=1)

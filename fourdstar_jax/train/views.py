@@ -6,7 +6,6 @@ their colours, mirror image and time, drawn anew each time that a clip is seen.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from fourdstar_jax import bundle, folders
+from fourdstar_jax import bundle, folders, remote
 from fourdstar_jax.data import pipeline, tokens
 from fourdstar_jax.data.features import TextFeatures, captions_of
 from fourdstar_jax.data.resident import Frames
@@ -74,8 +73,8 @@ def open_source(config: Any, mesh: Mesh) -> tuple[Source, TextFeatures | None]:
     `config.bundle`, for tokens and `config.augment`, and for text features that do not fit.
     """
     found = bundle.read(config.bundle)
-    opened = _tokens if (Path(config.data.dir) / folders.TOKENS.manifest).is_file() else _pictures
-    return opened(config, found, mesh)
+    holds_tokens = (remote.fetched(config.data.dir) / folders.TOKENS.manifest).is_file()
+    return (_tokens if holds_tokens else _pictures)(config, found, mesh)
 
 
 def _tokens(config: Any, found: Any, mesh: Mesh) -> tuple[Source, TextFeatures | None]:

@@ -6,10 +6,11 @@ import functools
 import jax
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from fourdstar_jax import sharding
 from fourdstar_jax.star.model import STAR
-from fourdstar_jax.train import bench_star, star
+from fourdstar_jax.train import bench_star, star, views
 from fourdstar_jax.train import state as train_state
 
 SIZES = dict(
@@ -80,3 +81,14 @@ def test_parts_of_a_batch_on_eight_devices_are_as_the_whole_on_one():
     moments = [jax.tree.leaves(x.opt_state[0].mu) for x in (state, wanted)]  # of the gradients
     for a, b in zip(*moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-10)
+
+
+def test_tokens_and_pictures_in_a_store_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/spec.json").write_text("{}")
+    monkeypatch.setattr(views.remote, "fetched", lambda url: tmp_path / url.removeprefix("s3://b/"))
+    monkeypatch.setattr(views.bundle, "read", lambda folder: None)
+    for kind in ("tokens", "pictures"):
+        monkeypatch.setattr(views, f"_{kind}", lambda *_, kind=kind: kind)
+        config = ConfigDict(dict(bundle="", data=dict(dir=f"s3://b/{kind}")))
+        assert views.open_source(config, None) == kind  # pyright: ignore[reportArgumentType]
