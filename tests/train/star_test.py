@@ -91,4 +91,5 @@ def test_tokens_and_pictures_in_a_store_are_told_apart(tmp_path, monkeypatch):
     for kind in ("tokens", "pictures"):
         monkeypatch.setattr(views, f"_{kind}", lambda *_, kind=kind: kind)
         config = ConfigDict(dict(bundle="", data=dict(dir=f"s3://b/{kind}")))
-        assert views.open_source(config, None) == kind  # pyright: ignore[reportArgumentType]
+        with sharding.use_mesh(devices=jax.devices()[:1]) as mesh:
+            assert views.open_source(config, mesh) == kind
