@@ -288,6 +288,14 @@ def save_arrays(
     Bundle(folder, spec, stages, versions())._write()
 
 
+def add_info(folder: str | os.PathLike[str], stage: str, **info: Any) -> None:
+    """Adds to what the trainer of a stage told of it; its weights stay as they are."""
+    found = read(folder)
+    entry = found.stage(stage)
+    stages = {**found.stages, stage: dataclasses.replace(entry, info=entry.info | info)}
+    dataclasses.replace(found, stages=stages)._write()
+
+
 def read(folder: str | os.PathLike[str]) -> Bundle:
     """A bundle's description, checked. Raises ValueError for a folder that is not a bundle."""
     folder = remote.fetched(folder)

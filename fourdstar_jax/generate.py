@@ -34,6 +34,7 @@ from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.text.t5 import T5Encoder
 from fourdstar_jax.text.words import WordTokenizer
 from fourdstar_jax.tokenizer.base import Tokenizer
+from fourdstar_jax.tokenizer.measures import errors
 from fourdstar_jax.types import Cameras, Gaussians
 from fourdstar_jax.vqvae.model import VQVAE4D
 
@@ -330,6 +331,10 @@ class Model:
         training. All timesteps there are are read, up to the model's maximum; `timesteps` asks for
         a number, and a shorter clip is then repeated, as in training.
 
+        Where the bundle tells how well its tokenizer gives the pictures of its training back,
+        `info["reach"]` has the clip's own `error` and the `usual` one, which 99 % of those are
+        under: what is far above it is far from the training data.
+
         Raises ValueError for input that cannot be used.
         """
         most = self.max_timesteps if timesteps is None else timesteps
@@ -351,7 +356,18 @@ class Model:
             images, info = self._frames(video, most, fit, fps)
         if timesteps is not None:
             images = images[np.arange(timesteps) % len(images)]
-        return Clip(images, info | {"timesteps": len(images)})
+        return Clip(images, info | {"timesteps": len(images), "reach": self._reach(images)})
+
+    def _reach(self, images: Float[np.ndarray, "T h w 3"]) -> dict[str, float] | None:
+        """How wrong the tokenizer gives a clip back, and the most of 99 % of training's pictures.
+
+        None where the bundle does not tell the second.
+        """
+        told = self.bundle.info("tokenizer").part("reach", default={})
+        usual = told.number("0.99", 0, 1e6, default=0.0)
+        if not usual:
+            return None
+        return {"error": float(np.median(errors(self.tokenizer, images))), "usual": usual}
 
     def _frames(
         self, video: Shaped[np.ndarray, "N h w c"], most: int, fit: str, fps: float

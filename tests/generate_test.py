@@ -91,6 +91,15 @@ def test_input_view_keeps_its_tokens(model, object4d):
     np.testing.assert_array_equal(object4d.tokens[:, :4], known)
 
 
+def test_input_is_compared_with_the_training(tiny_bundle, tmp_path):
+    """Where the bundle tells how well its tokenizer gave its pictures back."""
+    assert generate.load(tiny_bundle).read(frames()).info["reach"] is None
+    shutil.copytree(tiny_bundle, tmp_path / "told")
+    bundle.add_info(tmp_path / "told", "tokenizer", reach={"0.5": 0.1, "0.99": 0.2})
+    reach = generate.load(tmp_path / "told").read(frames()).info["reach"]
+    assert reach["usual"] == 0.2 and 0 < reach["error"] < 1
+
+
 def test_reconstruct_decodes_the_tokens_it_encodes(model):
     rng = np.random.default_rng(0)
     images = rng.uniform(0, 1, (T, V, 16, 16, 3)).astype(np.float32)

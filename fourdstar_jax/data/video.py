@@ -172,7 +172,22 @@ def read_frames(
 
 
 def described(info: dict[str, Any], *, fit: str) -> list[str]:
-    """Lines that say what of a clip is used and how its object was found, from `read_video`."""
+    """Lines that say what of a clip is used, how its object was found and how unusual it is.
+
+    `info` is of `read_video`, and of `generate.Model.read` for the last.
+    """
+    lines = _described(info, fit)
+    if (reach := info.get("reach")) is not None:
+        error, usual = reach["error"], reach["usual"]
+        told = (
+            f"the tokenizer gives it back with an error of {error:.3f}; 99 % of the pictures that "
+        )
+        told += f"it learnt from are under {usual:.3f}"
+        lines.append(told if error <= usual else f"warning: far from the training data: {told}")
+    return lines
+
+
+def _described(info: dict[str, Any], fit: str) -> list[str]:
     count, size = info["timesteps"], "{}x{} pixels".format(*info["file_size"])
     if sorted(info["source_size"]) != sorted(info["file_size"]):
         size += " (read as {}x{})".format(*info["source_size"])

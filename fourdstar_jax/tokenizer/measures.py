@@ -1,10 +1,12 @@
 """How steady tokens are, for white patches and in time, and how many of the codes are in use."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from fourdstar_jax.tokenizer.base import Tokenizer
 from fourdstar_jax.tokenizer.quantize import BLANK
 
 HALF_STEP = 0.5 / 255  # of 8 bits: what is nearer than this is the same
@@ -18,6 +20,16 @@ def patches(images: Float[Array, "*b h w c"], grid: int) -> Float[Array, "*b n p
 def blank_patches(images: Float[Array, "*b h w 3"], grid: int) -> Bool[Array, "*b n"]:
     """Whether all pixels of a patch are white, to half a step of 8 bits; images in [0, 1]."""
     return jnp.all(jnp.abs(1 - patches(images, grid)) <= HALF_STEP, axis=-1)
+
+
+@jax.jit
+def errors(tokenizer: Tokenizer, images: Float[Array, "*b h w 3"]) -> Float[Array, "*b"]:
+    """How wrong pictures in [0, 1] come back: the root mean square over what is not white."""
+    back = tokenizer.decode(tokenizer.encode(images))
+    drawn = jnp.any(jnp.abs(1 - images) > HALF_STEP, axis=-1)
+    square = jnp.mean((back - images) ** 2, axis=-1)
+    count = jnp.maximum(jnp.sum(drawn, axis=(-2, -1)), 1)
+    return jnp.sqrt(jnp.sum(jnp.where(drawn, square, 0.0), axis=(-2, -1)) / count)
 
 
 def steadiness_counts(

@@ -16,7 +16,7 @@ from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.perceptual.ssim import ssim
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
 from fourdstar_jax.tokenizer.measures import code_counts, code_use, steadiness, steadiness_counts
-from fourdstar_jax.train import adversarial, inputs, optim, work
+from fourdstar_jax.train import adversarial, inputs, optim, reach, work
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
 from fourdstar_jax.train.ending import Ending
@@ -220,3 +220,4 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             storage=config.storage,
             **pipeline.provenance(config.data.dir),
         )
+        reach.measure(Path(workdir) / "bundle", config.data.dir)

@@ -172,6 +172,11 @@ def test_what_was_read_in_words(tmp_path):
     assert "of 3840x2160 pixels (read as 1024x576): " in video.described(large, fit="object")[0]
     lines = video.described(info | {"object": None, "seconds": None}, fit="object")
     assert "of an unknown number of s" in lines[0] and lines[1].startswith("warning: no object")
+    for error, warned in ((0.1, False), (0.3, True)):
+        known = info | {"reach": {"error": error, "usual": 0.2}}
+        line = video.described(known, fit="object")[2]
+        assert f"error of {error:.3f}" in line and "under 0.200" in line
+        assert line.startswith("warning: far from the training data") is warned
     for start in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="start="):
             video.read_video(path, resolution=32, timesteps=3, start=start)

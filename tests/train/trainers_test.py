@@ -17,6 +17,7 @@ from fourdstar_jax import bundle, cli, generate, nn, sharding
 from fourdstar_jax.data import prepare, splits
 from fourdstar_jax.tokenizer import make
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
+from fourdstar_jax.tokenizer.measures import errors
 from fourdstar_jax.train import encode, star, tokenizer, vqvae
 from fourdstar_jax.train.metrics import Mean, MetricWriter, Watch
 from fourdstar_jax.vqvae.model import VQVAE4D
@@ -184,8 +185,14 @@ def test_local_tokenizer_trains_and_tells_how_steady_it_is(
     for row in held:
         assert row["eval/blank_with_blank_token"] == 1
         assert 0 < row["eval/blank_share"] < 1 and 0 <= row["eval/unchanged_kept"] <= 1
-    white = bundle.read(tmp_path / "t/bundle").load("tokenizer").encode(jnp.ones((1, 16, 16, 3)))
-    np.testing.assert_array_equal(white, np.zeros((1, 16, 3)))
+    trained = bundle.read(tmp_path / "t/bundle")
+    tokenizer_ = trained.load("tokenizer")
+    white = jnp.ones((1, 16, 16, 3))
+    np.testing.assert_array_equal(tokenizer_.encode(white), np.zeros((1, 16, 3)))
+    reach = trained.stage("tokenizer").info["reach"]  # with which `generate` compares its input
+    assert 0 < reach["0.5"] <= reach["0.9"] <= reach["0.99"] < 1 and reach["pictures"] == 256
+    box = white.at[:, 4:12, 4:12].set(0.0)
+    assert errors(tokenizer_, white) == 0 < errors(tokenizer_, box)
 
 
 def test_star_looks_at_what_it_makes(objects_dir, tmp_path, one_device, monkeypatch):
