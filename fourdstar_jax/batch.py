@@ -20,7 +20,7 @@ import numpy as np
 
 from fourdstar_jax import export, remote, timing
 from fourdstar_jax.folders import OBJECT, is_of_kind, output_folder, replace_file
-from fourdstar_jax.generate import Clip, Model
+from fourdstar_jax.generate import SCALES, Clip, Model
 from fourdstar_jax.shards import WHOLE, Claims, Shard
 
 QUARANTINED = "quarantined"
@@ -152,7 +152,7 @@ def check(model: Model, reading: dict[str, Any], options: dict[str, Any]) -> Non
     probe = np.full((1, 16, 16, 3), 255, np.uint8)
     used = {k: v for k, v in reading.items() if k in ("timesteps", "fps")}
     model.read(probe, fit="none", **used)
-    model.settings(**{k: options.get(k) for k in ("temperature", "top_k", "cfg")})
+    model.settings(**{k: options.get(k) for k in ("temperature", "top_k", *SCALES.values())})
     model.encode_text(options.get("text") or "an object")
 
 

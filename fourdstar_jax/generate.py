@@ -38,6 +38,9 @@ from fourdstar_jax.tokenizer.measures import errors
 from fourdstar_jax.types import Cameras, Gaussians
 from fourdstar_jax.vqvae.model import VQVAE4D
 
+# Of the sampler's scales, as `Model.generate` and the manifest call them.
+SCALES = {"cfg_scale": "cfg", "history_scale": "history_cfg"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Object4D:
@@ -164,6 +167,7 @@ class Model:
             "temperature": kept.number("temperature", 0, 1e6),
             "top_k": None if top_k is None else kept.integer("top_k", 1, 1 << 20),
             "cfg_scale": kept.number("cfg_scale", -1e6, 1e6),
+            "history_scale": kept.number("history_scale", -1e6, 1e6, default=1.0),
         }
 
     def settings(
@@ -172,9 +176,11 @@ class Model:
         temperature: float | None = None,
         top_k: int | None = None,
         cfg: float | None = None,
+        history_cfg: float | None = None,
     ) -> dict[str, Any]:
         """`sampling`, but for what is given. Raises ValueError for values out of range."""
-        told = {"temperature": temperature, "top_k": top_k, "cfg_scale": cfg}
+        told: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
+        told |= {"cfg_scale": cfg, "history_scale": history_cfg}
         settings = {k: self.sampling[k] if value is None else value for k, value in told.items()}
         sample.check_settings(**settings)
         return settings
@@ -220,6 +226,7 @@ class Model:
         temperature: float | None = None,
         top_k: int | None = None,
         cfg: float | None = None,
+        history_cfg: float | None = None,
         fit: str = "object",
         start: float = 0.0,
         fps: float | None = None,
@@ -234,14 +241,17 @@ class Model:
         `video` is what `read` takes with the arguments of the same names, or what it gave. `text`
         says what is seen and how it moves; without it the paper's neutral prompt stands in. The
         randomness is `key` or `jax.random.key(seed)` (0). `temperature` (0 takes the likeliest
-        codes), `top_k` and `cfg` (guidance towards the video) are by default those of `sampling`.
+        codes), `top_k`, `cfg` and `history_cfg` (guidance towards the video and towards the state
+        of the timesteps before) are by default those of `sampling`.
         The object's fps is the clip's. A text that is longer than the model reads gives a warning.
 
         Raises ValueError for input that cannot be used.
         """
         if key is not None and seed is not None:
             raise ValueError("give key or seed, not both")
-        settings = self.settings(temperature=temperature, top_k=top_k, cfg=cfg)
+        settings = self.settings(
+            temperature=temperature, top_k=top_k, cfg=cfg, history_cfg=history_cfg
+        )
         if not isinstance(video, Clip):
             video = self.read(
                 video, timesteps=timesteps, fit=fit, start=start, fps=fps, folder_fps=folder_fps,
@@ -285,7 +295,7 @@ class Model:
             "text": text,
             "prompt": prompt,
             "input": info,
-            "sampling": {"cfg" if k == "cfg_scale" else k: v for k, v in settings.items()},
+            "sampling": {SCALES.get(k, k): v for k, v in settings.items()},
             **self._provenance(
                 ("tokenizer", "vqvae", "star", *(["text"] if self.text_encoder == "t5" else []))
             ),

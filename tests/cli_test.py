@@ -561,14 +561,14 @@ def test_the_licences_of_everything(capsys):
 
 NUMBERS = {
     "generate --video a --out b": ["seed", "frames", "fps", "start", "folder_fps"]
-    + ["temperature", "top_k", "cfg", "size"],
+    + ["temperature", "top_k", "cfg", "history_cfg", "size"],
     "prepare --assets a --out b": ["image_size", "views", "extra_views", "max_frames", "fps"]
     + ["limit", "workers", "batch", "timeout", "memory"],
     "reconstruct --data a --out b": ["clip", "batch", "fps", "start", "size"],
     "encode-text --data a --bundle b --out c": ["batch"],
     "bench tokenizer": ["batch", "repeats"],
     "bench rasterize": ["repeats"],
-    "bench sampling --data a": ["clips", "temperature", "top_k", "cfg"],
+    "bench sampling --data a": ["clips", "temperature", "top_k", "cfg", "history_cfg"],
     "bench train vqvae": ["batch", "views", "repeats"],
 }
 

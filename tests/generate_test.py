@@ -204,7 +204,8 @@ def test_a_bundle_tells_how_star_was_trained_and_is_sampled(tiny_bundle, tmp_pat
             sampling={"temperature": 0.25, "top_k": 3, "cfg_scale": 2.0},
         )
     )
-    assert model.sampling == {"temperature": 0.25, "top_k": 3, "cfg_scale": 2.0}
+    kept = {"temperature": 0.25, "top_k": 3, "cfg_scale": 2.0}
+    assert model.sampling == kept | {"history_scale": 1.0}  # older bundles do not say
     with pytest.raises(ValueError, match="timesteps=2 must be from 1 to 1, the most"):
         model.read(frames(), timesteps=2)
     assert len(model.read(frames()).images) == 1

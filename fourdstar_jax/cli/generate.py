@@ -109,6 +109,11 @@ def other_flags(parser: argparse.ArgumentParser) -> None:
         help="classifier-free guidance scale; default the model's",
     )
     parser.add_argument(
+        "--history_cfg",
+        type=real(-1000, 1000),
+        help="guidance towards the timesteps before; default the model's",
+    )
+    parser.add_argument(
         "--max_frames", type=whole(1, 10**7), default=10_000, help="longer inputs are refused"
     )
     output_flags(parser)
@@ -182,7 +187,7 @@ def reading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """For `Model.generate`."""
-    names = ("text", "seed", "temperature", "top_k", "cfg")
+    names = ("text", "seed", "temperature", "top_k", "cfg", "history_cfg")
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -37,6 +37,7 @@ RANGES = {
     "top_k": (1, 1 << 20),
     "temperature": (0, 1000),
     "cfg_scale": (-1000, 1000),
+    "history_scale": (-1000, 1000),
     "clips": (0, 1 << 10),
     "every": COUNT,
     "log_every": COUNT,

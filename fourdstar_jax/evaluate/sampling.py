@@ -27,6 +27,7 @@ def sweep(
     temperatures: Sequence[float] = (1.0, 0.7, 0.5, 0.3),
     top_ks: Sequence[int | None] = (None,),
     cfgs: Sequence[float] = (1.0,),
+    history_cfgs: Sequence[float] = (1.0,),
     lpips: str | os.PathLike[str] | None = None,
     log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -37,8 +38,8 @@ def sweep(
     for settings outside their range, before anything is sampled.
     """
     combinations: list[dict[str, Any]] = [
-        dict(temperature=t, top_k=k, cfg_scale=c)
-        for k, c, t in itertools.product(top_ks, cfgs, temperatures)
+        dict(temperature=t, top_k=k, cfg_scale=c, history_scale=h)
+        for k, c, h, t in itertools.product(top_ks, cfgs, history_cfgs, temperatures)
     ]
     for settings in combinations:
         sample.check_settings(**settings)

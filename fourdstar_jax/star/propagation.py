@@ -111,11 +111,10 @@ def history_following(
                 jnp.int32(t),
                 condition.video_tokens[:, t, : model.num_known].astype(jnp.int32),
                 jax.random.fold_in(key, t),
-                sample.Sampling(jnp.float32(temperature or 1.0), jnp.float32(1), jnp.float32(1)),
+                sample.Sampling(*(jnp.float32(x) for x in (temperature or 1.0, 1, 1, 1))),
                 top_k=top_k,
                 use_top_p=False,
                 greedy=temperature == 0,
-                guided=False,
             )
             novel = slice(model.num_known, None)
             likeness = [jnp.sum((tokens == x)[:, novel], axis=(1, 2)) for x in last]

@@ -8,7 +8,7 @@ fixed size. The timestep is data, so it compiles once for a clip.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,13 @@ from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
 # Settings of `generate` where a bundle says nothing else. Of the bundled model, over six unseen
 # clips (`fourdstar bench sampling`), these flicker 30 % less than temperature 1 with the 16
 # likeliest, at equal LPIPS and 0.6 dB less in the mask.
-DEFAULTS: dict[str, Any] = {"temperature": 0.5, "top_k": None, "cfg_scale": 1.0}
+DEFAULTS: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_k": None,
+    "cfg_scale": 1.0,
+    "history_scale": 1.0,
+}
+Without = Literal["video", "history"]  # what guidance moves away from the lack of
 
 
 class Sampling(NamedTuple):
@@ -32,6 +38,7 @@ class Sampling(NamedTuple):
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     cfg_scale: Float[Array, ""]
+    history_scale: Float[Array, ""]
 
 
 class Memory(NamedTuple):
@@ -47,6 +54,7 @@ class Prefix(NamedTuple):
     cache: KV  # of all layers
     places: Places  # of the groups' tokens
     drop_video: Bool[Array, " B"] | None
+    drop_history: Bool[Array, " B"] | None
 
 
 class Group(NamedTuple):
@@ -61,16 +69,22 @@ class Group(NamedTuple):
     aligned: list[Float[Array, "B N D"]]  # the container's state by place
 
 
-@functools.partial(jax.jit, static_argnames=("guided",))
-def prefill(model: STAR, condition: Condition, *, guided: bool = False) -> tuple[Prefix, Memory]:
-    """The prefix's cache and an empty memory. Guided: a second batch without the video follows."""
-    drop = None
-    if guided:
-        batch = condition.times.shape[0]
-        condition = jax.tree.map(lambda y: jnp.concatenate([y, y]), condition)
-        drop = jnp.arange(2 * batch) >= batch
+@functools.partial(jax.jit, static_argnames=("without",))
+def prefill(
+    model: STAR, condition: Condition, *, without: tuple[Without, ...] = ()
+) -> tuple[Prefix, Memory]:
+    """The prefix's cache and an empty memory.
+
+    For guidance the batch follows again for each of `without`, without what it names.
+    """
+    batch = condition.times.shape[0]
+    condition = jax.tree.map(lambda y: jnp.concatenate([y] * (1 + len(without))), condition)
+    part = np.repeat(("", *without), batch)
+    drop_video, drop_history = (
+        jnp.asarray(part == name) if name in without else None for name in ("video", "history")
+    )
     places = model.places(condition)
-    prefix, rotary = model.prefix_stream(condition, places, None, drop)
+    prefix, rotary = model.prefix_stream(condition, places, None, drop_video)
     places = jax.tree.map(model.in_groups, places)
     cache = model.trunk.prefill(prefix, rotary)
     batch, timesteps, size, _ = places.spe.shape
@@ -81,7 +95,7 @@ def prefill(model: STAR, condition: Condition, *, guided: bool = False) -> tuple
         past = jax.tree.map(
             lambda y: jnp.zeros((*y.shape[:2], window * size, *y.shape[3:]), y.dtype), cache
         )
-    return Prefix(cache, places, drop), Memory(state, past)
+    return Prefix(cache, places, drop_video, drop_history), Memory(state, past)
 
 
 def recall(model: STAR, prefix: Prefix, memory: Memory, t: Int[Array, ""]) -> State | None:
@@ -90,6 +104,8 @@ def recall(model: STAR, prefix: Prefix, memory: Memory, t: Int[Array, ""]) -> St
         return None
     merged = model.container.read(memory.container, prefix.places.positions, t)
     begun = jnp.broadcast_to(t > 0, (prefix.places.spe.shape[0], 1))
+    if prefix.drop_history is not None:
+        begun = begun & ~prefix.drop_history[:, None]
     return model.container.tell(merged, begun, prefix.places.spe.dtype)
 
 
@@ -194,7 +210,7 @@ def end_group(
     return Memory(state, past)
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "use_top_p", "greedy", "guided"))
+@functools.partial(jax.jit, static_argnames=("top_k", "use_top_p", "greedy", "without"))
 def decode_group(
     model: STAR,
     prefix: Prefix,
@@ -207,35 +223,41 @@ def decode_group(
     top_k: int | None,
     use_top_p: bool,
     greedy: bool,
-    guided: bool,
+    without: tuple[Without, ...] = (),
 ) -> tuple[Int[Array, "B N K"], Memory]:
-    """Tokens of timestep t, the first ones being `known`, and the memory with them."""
+    """Tokens of timestep t, the first ones being `known`, and the memory with them.
 
-    def twice(y):
-        return jnp.concatenate([y, y]) if guided else y
+    `without` is that of `prefill`.
+    """
+    scales = dict(video=sampling.cfg_scale, history=sampling.history_scale)
+
+    def again(y):  # for each part of the batch
+        return jnp.concatenate([y] * (1 + len(without)))
 
     def choose(slot, hidden):
         slot_key = jax.random.fold_in(key, slot)
 
         def pick(k, logits):
-            if guided:
-                with_video, without = jnp.split(logits, 2)
-                logits = without + sampling.cfg_scale * (with_video - without)
+            logits, *others = jnp.split(logits, 1 + len(without))
+            beyond = [scales[name] - 1 for name in without]
+            logits = (1 + sum(beyond)) * logits
+            for scale, other in zip(beyond, others, strict=True):
+                logits -= scale * other
             if greedy:
                 tokens = jnp.argmax(logits, axis=-1)
             else:
                 top_p = sampling.top_p if use_top_p else None
                 logits = filter_logits(logits / sampling.temperature, top_k=top_k, top_p=top_p)
                 tokens = jax.random.categorical(jax.random.fold_in(slot_key, k), logits)
-            return twice(tokens.astype(jnp.int32))
+            return again(tokens.astype(jnp.int32))
 
         return model.head.decode(hidden, pick)[0], None
 
     samples, num_known = known.shape[:2]
-    group = begin_group(model, prefix, memory, t, twice(known))
+    group = begin_group(model, prefix, memory, t, again(known))
     tokens, _, cache = decode_slots(model, group, num_known, choose)
     tokens = jnp.concatenate([known, tokens[:samples]], axis=1)
-    return tokens, end_group(model, prefix, memory, t, twice(tokens), cache)
+    return tokens, end_group(model, prefix, memory, t, again(tokens), cache)
 
 
 def check_settings(
@@ -244,6 +266,7 @@ def check_settings(
     top_k: int | None = None,
     top_p: float | None = None,
     cfg_scale: float = 1.0,
+    history_scale: float = 1.0,
 ) -> None:
     """Raises ValueError for settings of `generate` that are outside their range."""
     if not 0 <= temperature < math.inf:
@@ -254,6 +277,8 @@ def check_settings(
         raise ValueError(f"{top_p=} must lie in (0, 1]")
     if not math.isfinite(cfg_scale):
         raise ValueError(f"{cfg_scale=} must be finite")
+    if not math.isfinite(history_scale):
+        raise ValueError(f"{history_scale=} must be finite")
 
 
 def generate(
@@ -265,6 +290,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     cfg_scale: float = 1.0,
+    history_scale: float = 1.0,
     write_known: bool = True,
     on_group: Callable[[int, Int[Array, "B A K"]], None] | None = None,
 ) -> Int[Array, "B T A K"]:
@@ -272,18 +298,29 @@ def generate(
 
     `temperature=0` takes the most probable code each time. `top_k` and `top_p` restrict the choice.
     `cfg_scale` other than 1 guides: logits move from those without the video (text kept, as MVAR)
-    towards and beyond those with it, at twice the cost. `write_known` writes the input view's
-    tokens instead of sampling them, where the groups have them. `on_group(t, tokens)` is called
-    after each timestep. Raises ValueError for settings outside their range and for a condition that
-    does not fit the model.
+    towards and beyond those with it. `history_scale` does so with the container's state, as that is
+    dropped in training. Both add up, and each costs as much again as sampling does without.
+    `write_known` writes the input view's tokens instead of sampling them, where the groups have
+    them. `on_group(t, tokens)` is called after each timestep.
+
+    Raises ValueError for settings outside their range, for a condition that does not fit the model,
+    and for `history_scale` where it has no container.
     """
-    check_settings(temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale)
-    model.check(condition)
-    guided = cfg_scale != 1
-    sampling = Sampling(
-        *(jnp.float32(x) for x in (temperature or 1.0, 1.0 if top_p is None else top_p, cfg_scale))
+    check_settings(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cfg_scale=cfg_scale,
+        history_scale=history_scale,
     )
-    prefix, memory = prefill(model, condition, guided=guided)
+    model.check(condition)
+    if history_scale != 1 and model.container is None:
+        raise ValueError(f"{history_scale=} needs a container; this model has none, so it is 1")
+    scales: dict[Without, float] = {"video": cfg_scale, "history": history_scale}
+    without = tuple(name for name, scale in scales.items() if scale != 1)
+    numbers = (temperature or 1.0, 1.0 if top_p is None else top_p, cfg_scale, history_scale)
+    sampling = Sampling(*(jnp.float32(x) for x in numbers))
+    prefix, memory = prefill(model, condition, without=without)
     groups = []
     for t in range(condition.times.shape[1]):
         known = condition.video_tokens[:, t].astype(jnp.int32)
@@ -298,7 +335,7 @@ def generate(
             top_k=top_k,
             use_top_p=top_p is not None,
             greedy=temperature == 0,
-            guided=guided,
+            without=without,
         )
         if not model.num_known:  # the input view goes in front
             tokens = jnp.concatenate([known, tokens], axis=1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax.star import sample
+from fourdstar_jax.star.forcing import Forcing
 
 n = 4  # tokens of a view
 
@@ -149,7 +150,34 @@ def test_guidance_moves_away_from_the_model_without_video(make_model, old_model,
     assert (blind != plain).any()
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)])
+def test_guidance_by_history_moves_away_from_the_model_that_forgets(
+    model, make_model, data, logits
+):
+    """Scale 0 is the model without the state, as training drops it; scale 1 is no guidance."""
+    tokens, condition = data
+    key = jax.random.key(0)
+
+    def made(model, **scales):
+        return sample.generate(model, condition, key, temperature=0, **scales)
+
+    plain = sample.generate(model, condition, key)
+    np.testing.assert_array_equal(sample.generate(model, condition, key, history_scale=1.0), plain)
+    forgetful = made(model, history_scale=0.0)
+    without = Forcing(drop_history=jnp.ones(len(tokens), bool))
+    best = jax.jit(lambda m, t: m.logits(t, condition, without))(model, forgetful).argmax(-1)
+    np.testing.assert_array_equal(forgetful[:, :, n:], best)
+    remembers = made(model)
+    assert (forgetful[:, 0] == remembers[:, 0]).all() and (forgetful != remembers).any()
+    # Both ways at once are what each is alone where the other's scale is next to 1.
+    both = made(model, cfg_scale=0.0, history_scale=1 + 1e-6)
+    np.testing.assert_array_equal(both, made(model, cfg_scale=0.0))
+    with pytest.raises(ValueError, match="history_scale=2.0 needs a container"):
+        made(make_model(inject="none", history="full"), history_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(history_scale=jnp.inf)]
+)
 def test_bad_settings_are_named(model, data, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         sample.generate(model, data[1], jax.random.key(0), **bad)

@@ -26,6 +26,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--cfg", type=real(-1000, 1000), nargs="+", default=[1.0], help="guidance scales"
     )
     parser.add_argument(
+        "--history_cfg",
+        type=real(-1000, 1000),
+        nargs="+",
+        default=[1.0],
+        metavar="CFG",
+        help="scales of guidance towards the timesteps before",
+    )
+    parser.add_argument(
         "--lpips", type=Path, metavar="FILE", help="LPIPS' weights: measure it and the flicker"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures as JSON")
@@ -46,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         temperatures=arguments.temperature,
         top_ks=arguments.top_k,
         cfgs=arguments.cfg,
+        history_cfgs=arguments.history_cfg,
         lpips=arguments.lpips,
     )
     if arguments.json is not None:
