@@ -32,23 +32,32 @@ azimuths 0, 360/V, ... Extra cameras: the same, at random azimuths and elevation
 degrees (negative looks from above).
 """
 
+import collections
 import dataclasses
+import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.hashing import Hasher
 
 # Its readers advise everybody to install OpenCV; Pillow reads our PNGs.
 logging.getLogger("absl").addFilter(lambda record: "OpenCV is not installed" not in str(record.msg))
 
 SCHEMA_VERSION = 1
+FILE_BYTES = 1 << 28  # a file of records that is larger gets no more of them
 
 
 @dataclasses.dataclass(kw_only=True)
 class FourdstarConfig(tfds.core.BuilderConfig):
-    """Sizes of a dataset and the function that yields its records by split."""
+    """Sizes of a dataset and, by split, its records: each one's key, and what reads its fields."""
 
     image_size: int
     views: int
@@ -57,7 +66,7 @@ class FourdstarConfig(tfds.core.BuilderConfig):
     depth: bool
     points: int
     splits: tuple[str, ...] = ("train",)
-    records: Callable[[str], Iterable[tuple[str, dict[str, Any]]]] | None = None
+    records: Mapping[str, Sequence[tuple[str, Callable[[], dict[str, Any]]]]] | None = None
 
 
 def features_of(settings: Mapping[str, Any]) -> tfds.features.FeaturesDict:
@@ -101,7 +110,11 @@ def features_of(settings: Mapping[str, Any]) -> tfds.features.FeaturesDict:
 
 
 class Fourdstar(tfds.core.GeneratorBasedBuilder):
-    """Renders of moving objects, the spatial-temporal matrix of 4DSTAR."""
+    """Renders of moving objects, the spatial-temporal matrix of 4DSTAR.
+
+    It writes as tensorflow-datasets does, to files of array_record in the order of their keys'
+    hashes, but in a stream: its own writer keeps all records of a split in memory.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First schema."}
@@ -114,14 +127,63 @@ class Fourdstar(tfds.core.GeneratorBasedBuilder):
             homepage="https://arxiv.org/abs/2602.18830",
         )
 
-    def _split_generators(self, dl_manager):
-        c = self._config()
-        assert c.records is not None
-        return {s: c.records(s) for s in c.splits}
+    def _download_and_prepare(self, dl_manager, download_config):
+        infos = [self._write(split) for split in self._config().splits]
+        self.info.set_splits(tfds.core.SplitDict(infos))
+
+    def _write(self, split: str) -> tfds.core.SplitInfo:
+        """Writes a split's files; its records are read and compressed in threads."""
+        records = self._config().records
+        assert records is not None
+        features = self.info.features
+        assert features is not None
+        serializer = ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
+
+        def serialized(read: Callable[[], dict[str, Any]]) -> bytes:
+            return serializer.serialize_example(features.encode_example(read()))
+
+        hasher = Hasher(split)
+        order = sorted((hasher.hash_key(key), i) for i, (key, _) in enumerate(records[split]))
+        template = self._get_filename_template(split)
+        lengths, total = [], 0
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = (functools.partial(serialized, records[split][i][1]) for _, i in order)
+            stream = _in_order(pool, jobs)
+            for first in stream:
+                path = self.data_path / f"{split}.{len(lengths)}"
+                writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+                size = count = 0
+                for record in itertools.chain([first], stream):
+                    writer.write(record)
+                    size, count = size + len(record), count + 1
+                    if size >= FILE_BYTES:
+                        break
+                writer.close()
+                lengths, total = [*lengths, count], total + size
+        for i in range(len(lengths)):
+            path = template.sharded_filepath(shard_index=i, num_shards=len(lengths))
+            (self.data_path / f"{split}.{i}").rename(path)
+        return tfds.core.SplitInfo(
+            name=split, shard_lengths=lengths, num_bytes=total, filename_template=template
+        )
 
     def _config(self) -> FourdstarConfig:
         assert isinstance(self.builder_config, FourdstarConfig)
         return self.builder_config
 
+    def _split_generators(self, dl_manager):
+        raise NotImplementedError("records come from FourdstarConfig.records")
+
     def _generate_examples(self):
-        raise ValueError("records come from FourdstarConfig.records")
+        raise NotImplementedError("records come from FourdstarConfig.records")
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], bytes]]) -> Iterator[bytes]:
+    """Results of jobs in their order, with two a core of the pool begun ahead."""
+    begun: collections.deque[Future[bytes]] = collections.deque()
+    for job in jobs:
+        begun.append(pool.submit(job))
+        if len(begun) > 2 * (os.cpu_count() or 1):
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()

@@ -10,13 +10,13 @@ name is complete.
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import io
 import json
 import os
 import shutil
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -274,14 +274,12 @@ def _render(
 
 def _build(folder: Path, clips: list[dict], s: Settings) -> None:
     """Writes the records with tensorflow-datasets and moves them to the top of `folder`."""
-    from tensorflow_datasets.core import shuffle
-
     from fourdstar_jax.data.builder import Fourdstar, FourdstarConfig
 
-    def records(split: str):
-        for index, clip in enumerate(clips):
-            if clip["split"] == split:
-                yield clip["clip_id"], _example(clip, index, s)
+    records: dict[str, list] = {}
+    for index, clip in enumerate(clips):
+        read = functools.partial(_example, clip, index, s)
+        records.setdefault(clip["split"], []).append((clip["clip_id"], read))
 
     config = FourdstarConfig(
         name=f"{s.image_size}px_{s.views}+{s.extra_views}views",
@@ -291,12 +289,10 @@ def _build(folder: Path, clips: list[dict], s: Settings) -> None:
         flow=s.flow,
         depth=s.depth,
         points=s.points,
-        splits=tuple(x for x in splits.SPLITS if any(c["split"] == x for c in clips)),
+        splits=tuple(x for x in splits.SPLITS if x in records),
         records=records,
     )
     built = folder / "built"
-    # Above a limit its writer sorts records in files, for which it wants TensorFlow.
-    shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
     with _quiet():
         builder = Fourdstar(data_dir=str(built), config=config, file_format="array_record")
         builder.download_and_prepare()

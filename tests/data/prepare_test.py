@@ -250,13 +250,19 @@ def test_settings_out_of_range_are_named(objects_dir, tmp_path, change, named):
         prepare.prepare(objects_dir, tmp_path / "out", **TINY | change)
 
 
-@pytest.mark.slow
-def test_records_of_any_size_are_written_without_tensorflow(objects_dir, tmp_path, monkeypatch):
-    from tensorflow_datasets.core import shuffle
+def test_many_records_go_to_many_files(objects_dir, tmp_path, monkeypatch):
+    """As if each were as large as a file may be: the same records in the same order."""
+    from fourdstar_jax.data import builder
 
-    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1)  # as if each were a gigabyte
+    monkeypatch.setattr(builder, "FILE_BYTES", 1)
+    monkeypatch.setattr(builder.os, "cpu_count", lambda: 1)  # three are begun at once
     prepare.prepare(objects_dir, tmp_path / "data", **TINY)
-    assert len(pipeline.Records(tmp_path / "data", "train")[0]["rig_rgba"])
+    kept = pipeline.Records(tmp_path / "data", "train")
+    assert len(list((tmp_path / "data").glob("*-train.array_record-*-of-00003"))) == len(kept) == 3
+    monkeypatch.undo()
+    prepare.prepare(objects_dir, tmp_path / "one", **TINY)
+    one = pipeline.Records(tmp_path / "one", "train")
+    assert [kept[i]["clip_id"] for i in range(3)] == [one[i]["clip_id"] for i in range(3)]
 
 
 def test_worker_processes_give_the_same_records(objects_dir, tmp_path):
