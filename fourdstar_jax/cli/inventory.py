@@ -13,9 +13,11 @@ class Entry(NamedTuple):
     name: str
     licence: str
     commercial: str  # use: yes, no, or what is to be asked
+    source: str = ""  # where its authors say so
 
     def __str__(self) -> str:
-        return f"{self.kind:8s} {self.name:34s} {self.licence:34s} {self.commercial}"
+        told = f"{self.kind:8s} {self.name:34s} {self.licence:34s} {self.commercial}"
+        return f"{told:104s} {self.source}" if self.source else told
 
 
 PERMISSIVE = r"MIT|Apache|BSD|ISC|PSF|Python Software Foundation|Zlib|CC0|0BSD|HPND|Unlicense|CNRI"
@@ -23,22 +25,47 @@ WEAK_COPYLEFT = r"MPL|Mozilla|LGPL"
 ASK = "ask: no licence was found"
 # As their authors say of them; what they were trained on may bind more.
 OTHERS = (
-    Entry("code", "fourdstar_jax", "Apache-2.0", "yes"),
-    Entry("weights", "the bundled tiny model", "Apache-2.0, of CC0 assets", "yes"),
-    Entry("weights", "UniTok", "MIT", "yes"),
-    Entry("weights", "LlamaGen (VQ-16, trunk)", "MIT", "yes"),
-    Entry("weights", "FLAN-T5", "Apache-2.0", "yes"),
-    Entry("weights", "MVAR", "not checked", ASK),
+    Entry("code", "fourdstar_jax", "Apache-2.0", "yes", "LICENSE"),
+    Entry("weights", "the bundled tiny model", "Apache-2.0, of CC0 assets", "yes", "its card"),
+    Entry("weights", "UniTok", "MIT", "yes", "github.com/FoundationVision/UniTok, README"),
+    Entry(
+        "weights",
+        "LlamaGen (VQ-16, trunk)",
+        "MIT, its majority",
+        "yes",
+        "github.com/FoundationVision/LlamaGen, README",
+    ),
+    Entry("weights", "FLAN-T5", "Apache-2.0", "yes", "huggingface.co/google/flan-t5-xl"),
+    Entry("weights", "MVAR", "none is told", ASK, "github.com/MILab-PKU/MVAR, README"),
     Entry(
         "weights",
         "LPIPS (VGG16, AlexNet)",
         "BSD-2-Clause; nets of ImageNet",
         "to measure and train",
+        "github.com/richzhang/PerceptualSimilarity, LICENSE",
     ),
-    Entry("weights", "CLIP (to measure)", "MIT", "yes"),
-    Entry("weights", "3D-ResNet50 (to measure)", "MIT; of Kinetics", "to measure"),
-    Entry("weights", "I3D (to measure)", "Apache-2.0; of Kinetics", "to measure"),
-    Entry("weights", "Inception (to measure)", "not checked; of ImageNet", "to measure"),
+    Entry("weights", "CLIP (to measure)", "MIT", "yes", "github.com/openai/CLIP, LICENSE"),
+    Entry(
+        "weights",
+        "3D-ResNet50 (to measure)",
+        "MIT; of Kinetics",
+        "to measure",
+        "github.com/kenshohara/3D-ResNets-PyTorch, LICENSE",
+    ),
+    Entry(
+        "weights",
+        "I3D (to measure)",
+        "Apache-2.0; of Kinetics",
+        "to measure",
+        "github.com/google-deepmind/kinetics-i3d",
+    ),
+    Entry(
+        "weights",
+        "Inception (to measure)",
+        "Apache-2.0; of ImageNet",
+        "to measure",
+        "github.com/tensorflow/models",
+    ),
     Entry("data", "one's own GLBs, Objaverse", "each asset's: prepare --licence", "as each says"),
 )
 
