@@ -38,6 +38,7 @@ class Kind(NamedTuple):
 OBJECT = Kind("object", "manifest.json", frozenset({"timesteps", "gaussians", "files"}))
 EXPORT = Kind("export", "manifest.json", frozenset({"exported_from", "formats", "files"}))
 PICTURES = Kind("pictures", "manifest.json", frozenset({"tokenizer", "files"}))
+PACKED = Kind("packed run", "manifest.json", frozenset({"packed", "step", "parts"}))
 WORK = Kind("work", "settings.json", frozenset({"settings", "split_sha256"}))
 DATASET = Kind("dataset", "manifest.json", frozenset({"settings", "splits", "split_sha256"}))
 TOKENS = Kind("tokens", "spec.json", frozenset({"tokenizer", "splits", "data"}))
