@@ -78,6 +78,7 @@ def sentences() -> dict[str, list[str]]:
     unitok, noted = results("tokenizer_h200")["ours"], results("noted")
     before, size, spark = noted["vqvae_paper_before"], noted["size"], noted["spark"]
     counted, networks = noted["star_collection"], noted["networks"]
+    dreamsim = noted["measuring"]["dreamsim"]
     drawn, demo = results("viewer_chromium")["sizes"], results("demo_cpu")
     errors = parity()
     blocks = max(
@@ -176,6 +177,9 @@ def sentences() -> dict[str, list[str]]:
             f"TorchScript module to {small(networks['inception'])}",
             f"the features of Inception move by {100 * networks['inception_float16']:.1f} %",
             f"to {small(noted['measuring']['largest'])} (relative L2; `tests/parity/measuring.py`)",
+            f"equal the original package's to {small(dreamsim['embeddings'])} (relative L2); float16 "
+            f"moves them by {small(dreamsim['float16'])} and the distance by "
+            f"{small(dreamsim['float16_distance'])} of itself",
             f"{unitok['encode']['images_per_s']:,.0f} images a second to tokens and "
             f"{unitok['decode']['images_per_s']:,.0f} back",
         ],

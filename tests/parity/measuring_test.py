@@ -1,5 +1,6 @@
-"""CLIP's image tower and 3D-ResNet50 on what the original code gave for small ones."""
+"""CLIP's image tower, 3D-ResNet50 and DreamSim on what the original code gave for small ones."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,57 @@ import pytest
 import safetensors.numpy
 
 from fourdstar_jax.convert import measuring
-from fourdstar_jax.perceptual import clip, resnet3d, weights
+from fourdstar_jax.perceptual import clip, dreamsim, resnet3d, weights
 
 FIXTURE = Path(__file__).parent / "fixtures" / "measuring"
+DREAMSIM = FIXTURE.with_name("dreamsim")  # a cache folder of the original's, made small
 
 
 def test_features_are_the_originals(parity):
     found = parity.compare(FIXTURE)
     assert set(found) == {"clip_small", "resnet3d"}
     assert max(found.values()) < 1e-5, found
+
+
+def test_dreamsim_is_the_originals_with_its_lora(parity, tmp_path):
+    found = parity.compare(DREAMSIM)
+    assert found["embeddings"] < 1e-5 and found["distance"] < 1e-3, found
+    arrays = measuring.dreamsim_arrays(DREAMSIM)
+    shutil.copytree(DREAMSIM, tmp_path / "plain")
+    path = tmp_path / "plain" / "ensemble_lora" / "adapter_model.safetensors"
+    lora = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({n: np.zeros_like(x) for n, x in lora.items()}, path)
+    plain = measuring.dreamsim_arrays(tmp_path / "plain")
+    merged = {n for n in arrays if not np.array_equal(arrays[n], plain[n])}
+    assert merged == {f"{b}.blocks.{i}.attn.qkv.weight" for b in dreamsim.BRANCHES for i in (0, 1)}
+
+
+def test_other_folders_of_dreamsim_are_refused(tmp_path):
+    def refused(match, change):
+        folder = tmp_path / "folder"
+        shutil.copytree(DREAMSIM, folder)
+        change(folder)
+        with pytest.raises(ValueError, match=match):
+            measuring.convert("dreamsim", folder, tmp_path / "out.npz")
+        shutil.rmtree(folder)
+
+    def more(folder):
+        path = folder / "ensemble_lora" / "adapter_model.safetensors"
+        lora = safetensors.numpy.load_file(path)
+        safetensors.numpy.save_file(lora | {"extra": np.zeros(1)}, path)
+
+    refused(
+        "folder has no dino_vitbase16_pretrain.pth or checkpoints/dino_vitbase16",
+        lambda folder: (folder / "dino_vitbase16_pretrain.pth").unlink(),
+    )
+    refused("13 arrays, of which 12 belong to the three ViTs", more)
+    # the very small one is not what is released
+    refused(r"no DreamSim: dino.patch_embed.proj.weight is \(64, 3, 16, 16\), not", lambda x: None)
+    with pytest.raises(ValueError, match="x is not a folder: DreamSim comes in several files"):
+        measuring.convert("dreamsim", tmp_path / "x", tmp_path / "out.npz")
+    np.savez(tmp_path / "z.npz", a=np.zeros(1))
+    with pytest.raises(ValueError, match="z.npz: not the weights of DreamSim"):
+        dreamsim.load(tmp_path / "z.npz")
 
 
 def state(name):
@@ -66,6 +109,14 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="z.npz: not the weights of 3D-ResNet50"):
         resnet3d.load(tmp_path / "z.npz")
     assert set(weights.read_arrays(tmp_path / "z.npz", "", made_by="")) == set(named)
+
+
+def test_shapes_are_those_of_b16():
+    counts = {
+        n: sum(map(np.prod, dreamsim.shapes(b).values())) for n, b in dreamsim.BRANCHES.items()
+    }
+    clips = 85_798_656 + 2 * 768 + 768 * 512  # ViT-B/16, the norm before its blocks, projection
+    assert counts == {"dino": 85_798_656 - 2 * 768, "clip": clips, "open_clip": clips}
 
 
 def test_shapes_are_those_of_depth_50():
