@@ -177,8 +177,8 @@ def sentences() -> dict[str, list[str]]:
             f"TorchScript module to {small(networks['inception'])}",
             f"the features of Inception move by {100 * networks['inception_float16']:.1f} %",
             f"to {small(noted['measuring']['largest'])} (relative L2; `tests/parity/measuring.py`)",
-            f"equal the original package's to {small(dreamsim['embeddings'])} (relative L2); float16 "
-            f"moves them by {small(dreamsim['float16'])} and the distance by "
+            f"equal the original package's to {small(dreamsim['embeddings'])} (relative L2); "
+            f"float16 moves them by {small(dreamsim['float16'])} and the distance by "
             f"{small(dreamsim['float16_distance'])} of itself",
             f"{unitok['encode']['images_per_s']:,.0f} images a second to tokens and "
             f"{unitok['decode']['images_per_s']:,.0f} back",
