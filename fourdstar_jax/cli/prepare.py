@@ -6,6 +6,7 @@ from pathlib import Path
 from fourdstar_jax.cli import encode_text, tokenize
 from fourdstar_jax.cli.common import FPS, bundle_folder, real, shard, whole
 from fourdstar_jax.data.settings import MAX_POINTS, Limits, Settings
+from fourdstar_jax.data.splits import SPLITS
 
 SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
 
@@ -53,6 +54,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--retry", action="store_true", help="try assets again that --work has quarantined"
     )
     parser.add_argument("--licence", help="only assets of this licence in assets.csv, such as CC0")
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        choices=SPLITS,
+        help="only clips of these, as of a benchmark (docs/EVALUATION.md); default all",
+    )
     parser.add_argument("--limit", type=whole(1, 10**9), help="only so many assets")
     for name, kind, text in (
         ("image_size", whole(1, 1024), "pixels a side"),
@@ -133,6 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     limits = Limits(arguments.timeout, int(arguments.memory * 2**30))
     options = {name: getattr(arguments, name) for name in ("licence", "limit", "workers", "retry")}
     options |= {name: getattr(arguments, name) for name in Settings._fields}
+    options["splits"] = arguments.splits and tuple(dict.fromkeys(arguments.splits))
     options |= {"list_file": arguments.list, "limits": limits, "more_work": arguments.work[1:]}
     if arguments.shard is not None:
         prepare.render(arguments.assets, arguments.work[0], shard=arguments.shard, **options)

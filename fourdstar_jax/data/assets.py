@@ -59,6 +59,8 @@ def render_asset(job: Job, folder: Path) -> dict[str, list[dict]]:
         renderer.load(asset)
         for clip in asset.clips:
             split = splits.split_of(asset.sha256, clip.index, job.object_id)
+            if s.splits is not None and split not in s.splits:
+                continue
             for rig in range(s.rigs if split == "train" else 1):
                 path = folder / f"{clip.index}-{rig}.npz"
                 told = _render_clip(asset, clip, split, rig, renderer, job, path)
@@ -113,6 +115,7 @@ def _render_clip(asset, clip, split: str, rig: int, renderer, job: Job, path: Pa
     np.savez(path, allow_pickle=False, **record)
     told = {k: str(record[k]) for k in ("clip_id", "object_id", "split", "appearance", "motion")}
     return told | {
+        "asset_sha256": asset.sha256,
         "num_frames": len(sequence.positions),
         "sha256": content_hash(record),
         "record": path.name,

@@ -31,7 +31,8 @@ from fourdstar_jax.data.assets import Job, content_hash
 from fourdstar_jax.data.licences import UNKNOWN, has, listed
 from fourdstar_jax.data.settings import Limits, Settings
 from fourdstar_jax.data.workers import Work, run
-from fourdstar_jax.folders import DATASET, output_folder
+from fourdstar_jax.folders import DATASET, file_sha256, output_folder
+from fourdstar_jax.geometry import Rig
 from fourdstar_jax.shards import WHOLE, Shard
 from fourdstar_jax.text import captions
 
@@ -73,7 +74,7 @@ def prepare(
     other settings and an `out_dir` that is not empty; RuntimeError when there is no EGL.
     """
     chosen = Settings(**settings).check()
-    assets = _Assets(Path(assets_dir), list_file, licence, limit)
+    assets = _Assets(Path(assets_dir), list_file, licence, limit, chosen.splits)
     out_dir = Path(out_dir)
     with output_folder(out_dir, DATASET, overwrite=overwrite) as partial:
         place = partial / "work" if work_dir is None else Path(work_dir)
@@ -147,7 +148,7 @@ def render(
     `prepare` with the same arguments makes the dataset. Raises as that does.
     """
     chosen = Settings(**settings).check()
-    assets = _Assets(Path(assets_dir), list_file, licence, limit)
+    assets = _Assets(Path(assets_dir), list_file, licence, limit, chosen.splits)
     work = Work(Path(work_dir), chosen, limits, [Path(folder) for folder in more_work])
     _render(work, assets, shard, workers, retry, log)
     left = [file for file in assets.files if not work.done(file)]
@@ -163,11 +164,18 @@ class _Assets:
     """The files to take, as they are listed at the moment, and what is known of them."""
 
     def __init__(
-        self, folder: Path, list_file: str | Path | None, licence: str | None, limit: int | None
+        self,
+        folder: Path,
+        list_file: str | Path | None,
+        licence: str | None,
+        limit: int | None,
+        of_splits: tuple[str, ...] | None,
     ):
         if not folder.is_dir():
             raise ValueError(f"assets_dir={str(folder)!r} is not a folder")
         self.folder, self._list, self._licence, self._limit = folder, list_file, licence, limit
+        self._splits = of_splits
+        self._may_have = splits.may_have(of_splits or splits.SPLITS)
         self._licences: dict[str, str] = {}
         table = folder / "assets.csv"
         if table.is_file():
@@ -195,6 +203,11 @@ class _Assets:
                     f"there are {there}"
                 )
         self.without_the_licence = len(files) - len(kept)
+        if self._splits is not None:
+            kept = [f for f in kept if self._wanted(self.folder / f, f)]
+            if not kept:
+                wanted = " or ".join(self._splits)
+                raise ValueError(f"no file below {self.folder} has a clip of {wanted}")
         self.files = kept[: self._limit]
         if not self.files:
             raise ValueError(
@@ -202,6 +215,10 @@ class _Assets:
                 if self._list is None
                 else f"{self._list} lists no .glb file"
             )
+
+    def _wanted(self, path: Path, file: str) -> bool:
+        """Whether a clip may be; a file that is not there is told later."""
+        return not path.is_file() or self._may_have(file_sha256(path), file.removesuffix(".glb"))
 
     def job(self, file: str, settings: Settings) -> Job:
         """What is to be made of a file."""
@@ -361,20 +378,40 @@ def counts(clips: list[dict]) -> dict[str, dict]:
     return out
 
 
+def _recipe(clips: list[dict], s: Settings) -> dict[str, Any]:
+    """What was to be rendered, which is the same on all machines where pixels' last bits are not.
+
+    Of an asset that an earlier version rendered into a work folder the hash is not known: null.
+    """
+    return {
+        "schema": 1,
+        "look": rendering.LOOK,
+        "settings": s._asdict(),
+        "rig": Rig.around(s.views, fps=s.fps).to_dict(),
+        "split_sha256": splits.SHA256,
+        "records": [[c["clip_id"], c.get("asset_sha256"), c["num_frames"]] for c in clips],
+    }
+
+
+def _hash(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def _manifest(clips: list[dict], s: Settings) -> dict:
     """What a reader must know, with a hash over settings, records and split."""
     identity = {
         "schema": 1,
-        # without points, as datasets of before had them: the hash stays the same
-        "settings": {k: v for k, v in s._asdict().items() if k != "points" or v},
+        # without what datasets of before did not have: the hash stays the same
+        "settings": {k: v for k, v in s._asdict().items() if v or k not in ("points", "splits")},
         "split_sha256": splits.SHA256,
         "records": [[c["clip_id"], c["sha256"]] for c in clips],
     }
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     train = {(c["appearance"], c["motion"]) for c in clips if c["split"] == "train"}
     return {
         "schema": 1,
-        "sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "sha256": _hash(identity),
+        "recipe_sha256": _hash(_recipe(clips, s)),
         "settings": identity["settings"],
         "split_sha256": splits.SHA256,
         "splits": {x: n for x in splits.SPLITS if (n := sum(c["split"] == x for c in clips))},

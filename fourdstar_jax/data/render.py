@@ -17,6 +17,7 @@ from fourdstar_jax.data.gltf import Asset
 from fourdstar_jax.types import Cameras
 
 NEAR, FAR = 0.01, 100.0
+LOOK = 1  # rises when pictures of the same asset would look different, light and edges included
 
 _VERTEX = """
 #version 330

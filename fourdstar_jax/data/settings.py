@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from fourdstar_jax.data.splits import SPLITS
+
 MAX_POINTS = 1 << 17
 
 
@@ -19,12 +21,16 @@ class Settings(NamedTuple):
     zoom: tuple[float, float] = (0.6, 1.1)  # of clips of training: drawn between the two
     rigs: int = 1  # that see a clip of training, each from its own side and with its own zoom
     points: int = 0  # of the surface, tracked through the clip: geometry is measured by them
+    splits: tuple[str, ...] | None = None  # only clips of these, as of a benchmark; None is all
 
     def check(self) -> "Settings":
         """Itself; ValueError names what is out of range."""
         for name in ("image_size", "views", "max_frames", "fps", "rigs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in self.splits or ():
+            if name not in SPLITS:
+                raise ValueError(f"splits={name} must be of {', '.join(SPLITS)}")
         if self.extra_views < 0:
             raise ValueError(f"extra_views={self.extra_views} must not be negative")
         if not 0 <= self.points <= MAX_POINTS:

@@ -7,6 +7,7 @@ train. How the files were made: make_splits.py.
 import csv
 import functools
 import hashlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "splits"
@@ -59,6 +60,12 @@ def split_of(
     listed = version != CURRENT or (asset_sha256, 0) in table
     held = not listed and {asset_sha256, f"{object_id}.glb"} & held_out()
     return "unseen_object" if held else "train"
+
+
+def may_have(names: Collection[str]) -> Callable[[str, str], bool]:
+    """Tells of an asset, by its sha256 and object_id, whether a clip may be in these splits."""
+    listed = frozenset(asset for (asset, _), split in load().items() if split in names)
+    return lambda sha256, object_id: sha256 in listed or split_of(sha256, 0, object_id) in names
 
 
 def reason_of(asset_sha256: str, clip_index: int) -> str:

@@ -320,7 +320,8 @@ def _dataset(
     if not long:
         raise ValueError(f"{path}: no clip of {split} has {min_frames} frames or more")
     entries = {e.name: e for e in map(entry, long)}
-    about = {"split": split, "sha256": manifest["sha256"], "min_frames": min_frames}
+    about = {"split": split, "min_frames": min_frames}
+    about |= {k: manifest[k] for k in ("sha256", "recipe_sha256") if k in manifest}
     return Source(str(path), "data set", entries, azimuths, about)
 
 

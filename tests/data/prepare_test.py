@@ -88,6 +88,7 @@ def test_the_same_files_give_the_same_hash_and_options_change_it(objects_dir, tm
     again = make(objects_dir, tmp_path / "b", **TINY)
     other = make(objects_dir, tmp_path / "c", **TINY | {"fps": 4.0})
     assert first == again and first["sha256"] != other["sha256"]
+    assert first["recipe_sha256"] != other["recipe_sha256"]
     assert first["split_sha256"] == splits.SHA256 and first["splits"] == {"train": 3}
     captions = ["a plate, jump high", "a plate, turn", "a red box, slide right"]
     assert first["train_captions"] == captions
@@ -194,6 +195,41 @@ def test_unseen_clips_have_no_zoom_and_what_is_left_out_is_named(
     assert dropped == "left out of the split v2: by the test"
     assert report["counts"]["unseen_object"]["clips"] == 1
     assert report["counts"]["train"]["clips"] == 2 and report["counts"]["train"]["objects"] == 1
+
+
+def test_a_benchmark_is_the_unseen_clips_alone_and_has_one_recipe_everywhere(
+    objects_dir, tmp_path, monkeypatch
+):
+    import hashlib
+
+    def sha(name):
+        return hashlib.sha256((objects_dir / name).read_bytes()).hexdigest()
+
+    plate, box = sha("pack/wild_pack__Plate2.glb"), sha("pack/wild_pack__RedBox.glb")
+    table = {(plate, 0): "train", (plate, 1): "unseen_clip", (box, 0): "unseen_object"}
+    monkeypatch.setattr(splits, "load", lambda: table)
+    whole = prepare.prepare(objects_dir, tmp_path / "whole", **TINY)
+    both = ("unseen_clip", "unseen_object")
+    made = prepare.prepare(objects_dir, tmp_path / "a", **TINY, splits=both)
+    clips = {c["clip_id"]: c for c in whole["clips"]}
+    assert made["splits"] == {"unseen_clip": 1, "unseen_object": 1}
+    assert all(clips[c["clip_id"]] == c for c in made["clips"])  # and nothing of them changes
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["assets"] == 2 and not report["dropped"] and not report["quarantined"]
+    draw = prepare.rendering.Renderer.draw
+
+    def brighter(self, *args, **kwargs):  # as another machine's renderer may be, by one level
+        frame = draw(self, *args, **kwargs)
+        return frame._replace(rgba=np.where(frame.rgba == 0, np.uint8(1), frame.rgba))
+
+    monkeypatch.setattr(prepare.rendering.Renderer, "draw", brighter)
+    elsewhere = prepare.prepare(objects_dir, tmp_path / "b", **TINY, splits=both)
+    assert elsewhere["sha256"] != made["sha256"]
+    assert elsewhere["recipe_sha256"] == made["recipe_sha256"] != whole["recipe_sha256"]
+    with pytest.raises(ValueError, match="no file below .* has a clip of unseen_object$"):
+        prepare.prepare(
+            objects_dir, tmp_path / "c", **TINY, splits=("unseen_object",), licence="unknown"
+        )
 
 
 def test_clips_that_are_hardly_seen_are_dropped_and_counts_told(tmp_path):

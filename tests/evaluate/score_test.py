@@ -102,6 +102,14 @@ def test_two_results_are_compared_object_by_object(folders):
         ValueError, match=f"truths are others, of hash {once['truths']['frames_sha256']}, not"
     ):
         report.compare(scored(folders), other)
+    result = scored(folders)
+    for truths in (once["truths"], result["truths"]):
+        truths |= {"recipe_sha256": "a" * 64, "split": "unseen_object", "min_frames": 1}
+    found = report.compare(result, outside.Fields(once, "x.json"))
+    assert "by the same recipe" in found["note"] and found["metrics"]
+    result["truths"]["min_frames"] = 2
+    with pytest.raises(ValueError, match="truths are others"):
+        report.compare(result, outside.Fields(once, "x.json"))
     once["protocol"]["version"] = 1
     with pytest.raises(ValueError, match="version 1, not by .* version 2: .* do not compare"):
         report.compare(scored(folders), outside.Fields(once, "x.json"))
