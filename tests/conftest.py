@@ -36,9 +36,10 @@ from fourdstar_jax import nn, sharding  # noqa: E402
 SHARED = ROOT.parent / "shared"
 # Files that take a minute or more come first, so that no worker is left with one at the end.
 LONGEST = [
-    *("kernels/rasterize_gpu", "train/stages", "train/trainers", "vqvae/overfit"),
-    *("kernels/rasterize_values", "train/warm_start", "vqvae/model", "star/container"),
-    *("tokenizer/unitok", "train/text", "star/sample", "tokenizer/bench", "star/overfit"),
+    *("train/trainers", "train/stages", "kernels/rasterize_gpu", "kernels/rasterize_values"),
+    *("vqvae/overfit", "train/faults", "train/bench", "star/gates", "vqvae/model"),
+    *("train/warm_start", "star/container", "tokenizer/unitok", "train/text", "star/sample"),
+    *("kernels/rasterize_arguments", "tokenizer/bench", "star/overfit"),
 ]
 
 

@@ -149,10 +149,16 @@ def loss_of(implementation):
 
 @pytest.mark.parametrize("implementation", list(api.IMPLEMENTATIONS))
 def test_strict_promotion(implementation):
+    """It makes the same program, whose values other files test."""
     arrays = jax.tree.map(jnp.asarray, (scene(), CAMERAS, np.ones((5, 2), np.float32)))
     with jax.numpy_dtype_promotion("strict"):
-        value, gradient = loss_of(implementation)(arrays)
-    want, wanted = loss_of("xla")(arrays)
+        strict = jax.make_jaxpr(loss_of(implementation))(arrays)
+    assert str(strict) == str(jax.make_jaxpr(loss_of(implementation))(arrays))
+
+
+def test_kernels_for_tpus_in_a_whole_call():
+    arrays = jax.tree.map(jnp.asarray, (scene(), CAMERAS, np.ones((5, 2), np.float32)))
+    (value, gradient), (want, wanted) = (loss_of(x)(arrays) for x in ("pallas_tpu", "xla"))
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2)
