@@ -50,9 +50,13 @@ def render(g, capacity=4096, **options):
     )
 
 
+def loss_of(renders, alphas):
+    return jnp.sum(renders**2) + jnp.sum(jnp.sin(alphas))
+
+
 def loss_and_result(g, **options):
     result = render(g, **options)
-    return jnp.sum(result.renders**2) + jnp.sum(jnp.sin(result.alphas)), result
+    return loss_of(result.renders, result.alphas), result
 
 
 gradient_and_result = quick_jit(
@@ -169,14 +173,15 @@ def test_vmap_of_values_and_gradients():
 
 def sharded_loss(mesh, interpret):
     def images(g):
-        return render(g, interpret=interpret).renders
+        result = render(g, interpret=interpret)
+        return result.renders, result.alphas
 
     def loss(g):
         sharded = jax.shard_map(
             images, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=interpret
         )
-        renders = sharded(g)
-        return jnp.sum(renders**2), renders
+        renders, alphas = sharded(g)
+        return loss_of(renders, alphas), renders
 
     return quick_jit(jax.grad(loss, has_aux=True))
 
@@ -196,12 +201,9 @@ def test_shard_map_over_the_batch():
         gradients, renders = jax.device_get(sharded_loss(mesh, True)(split))
         lowered = sharded_loss(mesh, False).trace(split).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
-    loss = jax.jit(
-        jax.grad(lambda g: (lambda r: (jnp.sum(r**2), r))(render(g).renders), has_aux=True)
-    )
     for i in range(2):
-        wanted, image = loss(jax.tree.map(lambda x, i=i: x[i], g))
-        np.testing.assert_allclose(renders[i], image, atol=1e-6)
+        wanted, result = gradient_and_result(jax.tree.map(lambda x, i=i: x[i], g))
+        np.testing.assert_allclose(renders[i], result.renders, atol=1e-6)
         assert_close(jax.tree.map(lambda x, i=i: x[i], gradients), wanted)
 
 
