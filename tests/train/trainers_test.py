@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fourdstar_jax import bundle, cli, generate, nn, sharding
+from fourdstar_jax import bundle, cli, generate, nn
 from fourdstar_jax.data import prepare, splits
 from fourdstar_jax.tokenizer import make
 from fourdstar_jax.tokenizer.losses import tokenizer_loss
@@ -80,6 +80,16 @@ def config_of(stage, data_dir, source=None, steps=4):
     return config.lock()
 
 
+def save_arbitrary(folder, stage, arguments, seed=0):
+    """A bundle's stage with arbitrary weights, where its training is not what is tested."""
+    module = dict(tokenizer=make, vqvae=VQVAE4D)[stage]
+    build = functools.partial(nn.build, module, **bundle.module_arguments(stage, arguments))
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(build, jax.random.key(0))
+    model = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
+    bundle.save_stage(folder, stage, model, {"model": arguments})
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """The trainers take all devices; the tests have eight simulated ones."""
@@ -129,14 +139,7 @@ def test_stages_build_on_vq16(data_dir, tmp_path, one_device):
         family="vq16", resolution=16, channels=32, multipliers=[1, 1, 1], num_blocks=1, z_dim=8,
         vocab_size=32, code_dim=4,
     )  # fmt: skip
-    rng = np.random.default_rng(0)
-    with sharding.use_mesh(devices=jax.devices()):
-        build = functools.partial(nn.build, make, **arguments)
-        shapes = jax.eval_shape(build, jax.random.key(0))
-        frozen = jax.tree.map(
-            lambda x: np.asarray(rng.normal(0, 0.3, x.shape)).astype(x.dtype), shapes
-        )
-        bundle.save_stage(tmp_path / "t", "tokenizer", frozen, {"model": arguments})
+    save_arbitrary(tmp_path / "t", "tokenizer", arguments)
 
     config = config_of("vqvae", data_dir, tmp_path / "t", steps=2)
     config.model.code_dim = 4
@@ -204,10 +207,9 @@ def test_star_looks_at_what_it_makes(objects_dir, tmp_path, one_device, monkeypa
         objects_dir, tmp_path / "d", image_size=16, views=2, extra_views=0, max_frames=2,
         workers=0, **QUIET,
     )  # fmt: skip
-    for name, module in (("tokenizer", make), ("vqvae", VQVAE4D)):
-        arguments = config_of(name, tmp_path / "d").model.to_dict()
-        model = nn.build(module, jax.random.key(0), **bundle.module_arguments(name, arguments))
-        bundle.save_stage(tmp_path / "v", name, model, {"model": arguments})
+    for stage in ("tokenizer", "vqvae"):
+        arguments = config_of(stage, tmp_path / "d").model.to_dict()
+        save_arbitrary(tmp_path / "v", stage, arguments)
     encode.prepare_tokens(tmp_path / "d", tmp_path / "v", tmp_path / "tokens")
     with config_of("star", tmp_path / "tokens", tmp_path / "v").unlocked() as config:
         config.update(batch_size=1, best="free/psnr_in_mask")
@@ -247,6 +249,8 @@ def test_star_looks_at_what_it_makes(objects_dir, tmp_path, one_device, monkeypa
             assert got == pytest.approx(wanted, rel=1e-4)
     assert bundle.read(workdir / "bundle").stage("star").info["trained"]["views"] == 2
     config.augment.update(mirror=1.0, colour=1.0, reverse=0.5)
+    config.update(best=None)
+    config.free.clips = 0
     star.train(config, tmp_path / "augmented")
     text = (tmp_path / "augmented/metrics.jsonl").read_text().splitlines()[0]
     assert json.loads(text)["train/grad_norm"] != pytest.approx(
@@ -268,9 +272,7 @@ def test_a_restart_gives_the_same_curve_discriminator_included(
     name = stage.__name__.split(".")[-1]
     if stage is vqvae:
         arguments = config_of("tokenizer", data_dir).model.to_dict()
-        made = bundle.module_arguments("tokenizer", arguments)
-        model = nn.build(make, jax.random.key(0), **made)
-        bundle.save_stage(tmp_path / "t", "tokenizer", model, {"model": arguments})
+        save_arbitrary(tmp_path / "t", "tokenizer", arguments)
     config = config_of(name, data_dir, tmp_path / "t" if stage is vqvae else None)
     config.update(log_every=1)
     config.adversarial.update(weight=0.05, start=0.25, multiplier=1 / 64, r1_every=2)
@@ -320,12 +322,12 @@ def stop_after(step, stage, config, workdir):
 
 
 def test_tokens_of_another_tokenizer_are_refused(data_dir, tmp_path, one_device):
-    tokenizer.train(config_of("tokenizer", data_dir, steps=1), tmp_path / "t")
-    encode.prepare_tokens(data_dir, tmp_path / "t/bundle", tmp_path / "tokens")
-    other = config_of("tokenizer", data_dir, steps=2)
-    tokenizer.train(other, tmp_path / "other")
+    arguments = config_of("tokenizer", data_dir).model.to_dict()
+    for seed, name in enumerate(("one", "other")):
+        save_arbitrary(tmp_path / name, "tokenizer", arguments, seed)
+    encode.prepare_tokens(data_dir, tmp_path / "one", tmp_path / "tokens")
     with pytest.raises(ValueError, match="weights_sha256"):
-        star.train(config_of("star", tmp_path / "tokens", tmp_path / "other/bundle"), tmp_path)
+        star.train(config_of("star", tmp_path / "tokens", tmp_path / "other"), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
