@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
                 motion324=dict(label="Motion 3-to-4", how="motion324", path="runs/motion324"),
                 ours=dict(label="4DSTAR", how="generate", path="runs/star/bundle"),
             ),
+            against="ours",  # the row that others are compared with, in pairs
             paper=PAPER,
             paper_sha256="",
         )

@@ -3,6 +3,11 @@
     fourdstar evaluate --table configs/tables/state.py --data data/test --weights weights \\
         --out results/table4 --rows ours=runs/star/bundle baseline=runs/star_baseline/bundle
 
+A row given twice was trained twice, as by two seeds: `ours=runs/star/bundle
+ours=runs/star_1/bundle`. `--seeds 0 1` generates twice with each. `--protocol fourdstar-open-v2`
+has our metrics instead of the paper's: temporal and warping error, PSNR in the mask, FVD, MMD,
+CD-4D and CD-M among them.
+
 The bundles are of `configs/star.py:small` and `small,baseline`, `small,explicit`, `small,average`,
 `small,merging`. The paper's A is L4GM with explicit states; ours is STAR with them.
 """
@@ -43,6 +48,7 @@ def get_config() -> ConfigDict:
             split="unseen_object",
             frames=8,
             rows=rows,
+            against="ours",  # the row that others are compared with, in pairs
             paper=PAPER,
             paper_sha256="",
         )

@@ -1,6 +1,7 @@
 """`fourdstar evaluate`: predictions by a protocol, or a bundle on unseen clips."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -80,9 +81,34 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a table of the paper (configs/tables/*.py) on --data; --out is a folder",
     )
     parser.add_argument(
-        "--rows", nargs="+", default=(), metavar="ROW=PATH", help="bundles and folders (--table)"
+        "--rows",
+        nargs="+",
+        default=(),
+        metavar="ROW=PATH",
+        help="bundles and folders (--table); a row given twice was trained twice",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole(0, MAX_SEED),
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="each row that generates does so by each of these (--table); default 0",
+    )
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="FILE.webp",
+        help="draw input | four views | truth, moving, of clips that --model generates of --data, "
+        "or of --pred: with --gt, or without of a user's videos",
     )
     parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the order (--pairs)")
+    parser.add_argument(
+        "--frames",
+        type=whole(1, 1 << 12),
+        metavar="N",
+        help="the first N of each clip (--table); default the table's",
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared dataset (--model)")
     parser.add_argument(
         "--clips", type=whole(1, 1 << 16), help="how many are generated (--model); default 16"
@@ -104,8 +130,11 @@ def run(arguments: argparse.Namespace) -> None:
         return _pairs(arguments)
     if arguments.table is not None:
         return _table(arguments)
-    if arguments.rows:
-        raise ValueError("--rows needs --table")
+    if arguments.sheet is not None:
+        return _sheet(arguments)
+    for flag in ("rows", "seeds", "frames"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag} needs --table")
     if arguments.protocol is not None:
         return _score(arguments)
     for flag in ("pred", "gt", "reader", "against", "metrics", "background", "azimuths"):
@@ -203,7 +232,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    for flag in ("protocol", "pred", "reader", "against", "gt"):
+    for flag in ("pred", "reader", "against", "gt"):
         if getattr(arguments, flag):
             raise ValueError(f"--{flag} does not go with --table")
     if arguments.data is None or arguments.out is None:
@@ -215,18 +244,60 @@ def _table(arguments: argparse.Namespace) -> None:
     from fourdstar_jax.evaluate.networks import Networks
     from fourdstar_jax.export import read_splats
 
+    paths: dict[str, list[str]] = {}
+    for row in arguments.rows:
+        name, _, path = row.partition("=")
+        paths.setdefault(name, []).append(path)
     table = tables.run(
         read_config(arguments.table, []).to_dict(),
         arguments.data,
         arguments.out,
         Networks(arguments.weights, batch=arguments.batch),
         read_splats=read_splats,
-        paths=dict(row.split("=", 1) for row in arguments.rows),
+        paths=paths,
+        seeds=tuple(dict.fromkeys(arguments.seeds or (0,))),
+        protocol_name=arguments.protocol,
+        frames=arguments.frames,
         split=arguments.split,
         metrics=arguments.metrics,
         log=lambda line: print(line, file=sys.stderr),
     )
     print(table, end="")
+
+
+def _sheet(arguments: argparse.Namespace) -> None:
+    for flag in ("protocol", "reader", "against", "metrics", "out", "rows"):
+        if getattr(arguments, flag):
+            raise ValueError(f"--{flag} does not go with --sheet")
+    if arguments.sheet.suffix.lower() != ".webp":
+        raise ValueError(f"--sheet {arguments.sheet} must end in .webp: it moves")
+    if (arguments.pred is None) == (arguments.data is None):
+        raise ValueError("--sheet needs --pred DIR, or --data DIR for the bundle --model")
+    from fourdstar_jax.evaluate import clips
+    from fourdstar_jax.evaluate.networks import Networks
+    from fourdstar_jax.export import contact, read_splats
+
+    networks = Networks(arguments.weights, batch=arguments.batch)
+    log = functools.partial(print, file=sys.stderr)
+    if arguments.data is not None:
+        load_model(arguments.model)
+        parts = () if arguments.split is None else (arguments.split,)
+        count = arguments.clips or contact.CLIPS
+        rows = contact.of_model(
+            arguments.model, arguments.data, networks, parts=parts, count=count, log=log
+        )
+    elif arguments.gt is None:
+        rows = contact.of_objects(arguments.pred)
+    else:
+        options = {"read_splats": read_splats, "split": arguments.split or "unseen_clip"}
+        azimuths = None if arguments.azimuths is None else tuple(arguments.azimuths)
+        truths = clips.open_source(arguments.gt, contact.PROTOCOL, azimuths=azimuths, **options)
+        predictions = clips.open_source(
+            arguments.pred, contact.PROTOCOL, azimuths=truths.azimuths, **options
+        )
+        rows = contact.of_sources(predictions, truths, networks, log=log)
+    contact.write(arguments.sheet, rows)
+    print(f"{len(rows)} rows: {arguments.sheet}")
 
 
 def _pairs(arguments: argparse.Namespace) -> None:

@@ -279,9 +279,9 @@ def _dataset(
     manifest = pipeline.read_manifest(path)
     rig = pipeline.rig(path)
     allowed = (azimuths,) if azimuths else protocol.azimuths_deg or (rig.azimuths_deg,)
-    found = ((wanted, _places(rig, wanted)) for wanted in allowed)
-    azimuths, places = next((pair for pair in found if pair[1] is not None), ((), None))
-    if places is None:
+    found = ((wanted, places(rig, wanted)) for wanted in allowed)
+    azimuths, where = next((pair for pair in found if pair[1] is not None), ((), None))
+    if where is None:
         has = ", ".join(f"{a:g}" for a in rig.azimuths_deg)
         wanted = " or ".join(", ".join(f"{a:g}" for a in w) for w in allowed)
         raise ValueError(f"{path} has views at {has} degrees; those at {wanted} are scored")
@@ -307,7 +307,7 @@ def _dataset(
 
             return View(f"azimuth {azimuth:g}", load)
 
-        views = tuple(view(p, a) for p, a in zip(places, azimuths, strict=True))
+        views = tuple(view(p, a) for p, a in zip(where, azimuths, strict=True))
         points = (lambda: read(index)["points"]) if tracked else None
         return Entry(file_name(clip_id), object_id, views, named=False, points=points)
 
@@ -325,7 +325,7 @@ def _dataset(
     return Source(str(path), "data set", entries, azimuths, about)
 
 
-def _places(rig: geometry.Rig, azimuths: tuple[float, ...]) -> list[int] | None:
+def places(rig: geometry.Rig, azimuths: tuple[float, ...]) -> list[int] | None:
     """Which of the rig's views these are; None where it has not all of them."""
     found = []
     for azimuth in azimuths:

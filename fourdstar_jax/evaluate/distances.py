@@ -56,18 +56,19 @@ def kernel_distance(first: Float[Array, "n d"], second: Float[Array, "m d2"]) ->
     return float(within(first) + within(second) - 2 * _kernel(first, second).mean())
 
 
-def frechet_interval(
+def frechet_draws(
     first: Float[Array, "n d"],
     second: Float[Array, "n d"],
     groups: Shaped[np.ndarray, " n"],
     *,
     resamples: int = 100,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap of 95 % over groups of rows, which the two sets have in common.
+) -> Float[np.ndarray, " resamples"]:
+    """The distance of bootstrap samples of groups of rows, which the two sets have in common.
 
-    Rows that are drawn twice lower the rank of a covariance: the interval lies higher than the
-    distance, the more so the fewer rows there are.
+    Rows that are drawn twice lower the rank of a covariance: the draws lie higher than the
+    distance, the more so the fewer rows there are. Sets with the same groups are drawn alike: their
+    draws go in pairs.
     """
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
     rng = np.random.default_rng(seed)
@@ -75,18 +76,18 @@ def frechet_interval(
     for _ in range(resamples):
         rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         values.append(frechet_distance(np.asarray(first)[rows], np.asarray(second)[rows]))
-    return _middle(values)
+    return np.array(values)
 
 
-def kernel_interval(
+def kernel_draws(
     first: Float[Array, "n d"],
     second: Float[Array, "n d"],
     groups: Shaped[np.ndarray, " n"],
     *,
     resamples: int = 1000,
     seed: int = 0,
-) -> tuple[float, float]:
-    """As `frechet_interval`; a row that is drawn twice is not paired with itself."""
+) -> Float[np.ndarray, " resamples"]:
+    """As `frechet_draws`; a row drawn twice is not paired with itself, one alone gives NaN."""
     first, second = _checked(first, second)
     _, places = np.unique(groups, return_inverse=True)
     kernels = [_kernel(*pair) for pair in ((first, first), (second, second), (first, second))]
@@ -97,20 +98,21 @@ def kernel_interval(
         w = np.bincount(rng.integers(count, size=count), minlength=count)[places].astype(float)
         pairs = w.sum() ** 2 - np.square(w).sum()
         if pairs == 0:  # one row, drawn every time
+            values.append(np.nan)
             continue
         a, b, between = (w @ k @ w for k in kernels)
         a, b = (x - np.square(w) @ np.diagonal(k) for x, k in ((a, kernels[0]), (b, kernels[1])))
         values.append((a + b) / pairs - 2 * between / w.sum() ** 2)
-    return _middle(values)
+    return np.array(values)
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _middle(values: list[float]) -> tuple[float, float]:
-    """The quantiles that 95 % lie between."""
-    low, high = np.quantile(values, [0.025, 0.975])
+def middle(draws: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """The quantiles that 95 % of the draws lie between."""
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 

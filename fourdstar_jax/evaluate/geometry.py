@@ -127,6 +127,10 @@ def _thinned(points: np.ndarray) -> np.ndarray:
     return points[np.random.default_rng(0).permutation(len(points))[:ALIGNED_BY]]
 
 
+class NoSurface(ValueError):
+    """Gaussians that no shape can be measured of."""
+
+
 def measure(
     means: Float[np.ndarray, "T G 3"],
     opacities: Float[np.ndarray, "T G"],
@@ -134,13 +138,14 @@ def measure(
 ) -> dict[str, float]:
     """cd_3d, cd_4d, cd_m and f_score of an object, in scene units.
 
-    Raises ValueError where the counts of frames differ or a frame has no opaque Gaussian.
+    Raises ValueError where the counts of frames differ, NoSurface where a frame has no opaque
+    Gaussians.
     """
     if len(means) != len(truth):
         raise ValueError(f"{len(means)} frames of Gaussians, {len(truth)} of true points")
     opaque = opacities > OPAQUE
     for t in np.flatnonzero(opaque.sum(axis=1) < 3):
-        raise ValueError(f"frame {t}: fewer than 3 Gaussians are opaque (above {OPAQUE})")
+        raise NoSurface(f"frame {t}: fewer than 3 Gaussians are opaque (above {OPAQUE})")
     sets = [m[o] for m, o in zip(means, opaque, strict=True)]
     # in place or turned: what was made here stands as its truth does
     first = align(sets[0], truth[0], starts=(IDENTITY, *_right_angles(sets[0], truth[0])))

@@ -145,6 +145,15 @@ TEMPORAL_LPIPS = Metric(
     "lpips_vgg",
     digits=4,
 )
+TEMPORAL_ERROR = Metric(
+    "temporal_error",
+    "temporal error",
+    "lower",
+    "clip",
+    "mean |(p(t+1) - p(t)) - (g(t+1) - g(t))| at fixed pixels, [0, 1], over the truth's mask at t "
+    "or t + 1",
+    digits=4,
+)
 WARPING_ERROR = Metric(
     "warping_error",
     "warping error",
@@ -192,7 +201,8 @@ FVD = Metric(
     "lower",
     "set",
     "Frechet distance of two sets of clips, I3D of Kinetics-400 as on TF-Hub, 400 logits, values "
-    "in [-1, 1], covariances with ddof 1",
+    "in [-1, 1], covariances with ddof 1; a clip of fewer than 9 frames shows each one twice or "
+    "more often",
     "i3d",
     (TO_I3D,),
     1,
@@ -203,7 +213,7 @@ MMD = Metric(
     "lower",
     "set",
     "squared kernel distance of two sets of clips on the logits of FVD, kernel (x.y / 400 + 1)^3, "
-    "without bias",
+    "without bias; short clips as for FVD",
     "i3d",
     (TO_I3D,),
 )
@@ -223,7 +233,8 @@ FID_VID_RESNET = Metric(
     "lower",
     "set",
     "Frechet distance of all windows of 16 frames, one apart, 3D-ResNet50, 2,048 features, values "
-    "0 to 255 less (114.7748, 107.7354, 99.475)",
+    "0 to 255 less (114.7748, 107.7354, 99.475); a clip of fewer than 16 frames shows each one "
+    "twice or more often",
     "resnet3d",
     (TO_RESNET,),
     2,
@@ -359,6 +370,7 @@ PROTOCOLS = {
                     CLIP_L14,
                     DREAMSIM,
                     TEMPORAL_LPIPS,
+                    TEMPORAL_ERROR,
                     WARPING_ERROR,
                     FLOW_ERROR,
                     FVD,

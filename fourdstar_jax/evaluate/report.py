@@ -45,9 +45,13 @@ def compare(result: dict[str, Any], other: Fields) -> dict[str, Any]:
         out["note"] = "the true frames were rendered by the same recipe, but not in one rendering"
     protocol = find(ours["name"])
     for name in dict.fromkeys(m for row in result["objects"] for m in row["metrics"]):
-        rows = [row for row in result["objects"] if name in row["metrics"]]
-        if {row["object"] for row in rows} != {o for o, m in theirs.items() if name in m}:
-            continue  # measured of others
+        rows = [
+            row
+            for row in result["objects"]
+            if name in row["metrics"] and name in theirs[row["object"]]
+        ]
+        if not rows:
+            continue
         groups = np.array([row["group"] for row in rows])
         differences = np.array([r["metrics"][name] - theirs[r["object"]][name] for r in rows])
         sign = 1 if protocol.metric(name).better == "higher" else -1
@@ -58,6 +62,7 @@ def compare(result: dict[str, Any], other: Fields) -> dict[str, Any]:
             "difference": float(differences.mean()),
             "interval_95": interval,
             "better": float(np.mean(sign * differences > 0)),
+            "objects": len(rows),
         }
     return out
 

@@ -26,8 +26,10 @@ from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.evaluate.protocols import SAME_PSNR, Metric, Protocol, Resize, described
 from fourdstar_jax.evaluate.resizing import resized
-from fourdstar_jax.perceptual import ssim
+from fourdstar_jax.perceptual import i3d, ssim
+from fourdstar_jax.vqvae import losses
 
+NO_OBJECT = {"reprojection": "no two views of any object see a tracked point"}
 WINDOW = 16  # frames that 3D-ResNet50 sees at once
 
 
@@ -47,6 +49,9 @@ class Clip:
         return self.at[metric.resize]
 
 
+Features = dict[str, tuple[np.ndarray, np.ndarray]]  # of predictions and truths, by metric
+
+
 class NotHere(Exception):
     """Why a metric has no value for these clips."""
 
@@ -58,9 +63,12 @@ def score(
     networks: Networks,
     *,
     metrics: Sequence[str] = (),
+    features: Features | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """All figures as a JSON-ready dict; of `metrics` alone where some are given.
+
+    The features that distances of sets are of are put into `features`, to compare results by.
 
     Raises ValueError for clips that do not match, for weights that are missing, and where no metric
     is left; nothing is measured before files of all weights are known to be there.
@@ -134,12 +142,14 @@ def score(
         begun = now
     for name in {m.name for m in whole} - left_out.keys():
         if not any(name in found for found in wholes.values()):
-            left_out[name] = "no two views of any object see a tracked point"
+            left_out[name] = NO_OBJECT.get(name, "no object has 3 opaque Gaussians in every frame")
     kept = tuple(m for m in chosen if m.name not in left_out)
+    if features is not None:
+        features |= {n: (np.concatenate(a), np.concatenate(b)) for n, (a, b) in sets.items()}
     if not kept:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
     rows = _rows(values, shapes, wholes, predictions, truths)
-    summary = {m.name: _mean(m, rows) for m in kept if m.per != "set"}
+    summary = {m.name: mean(m, rows) for m in kept if m.per != "set"}
     summary |= {m.name: _distance(m, sets[m.name], pairs) for m in kept if m.per == "set"}
     return {
         "schema": "fourdstar_jax evaluation",
@@ -299,6 +309,14 @@ def _temporal_lpips(clip: Clip, metric: Metric, networks: Networks) -> np.ndarra
     return np.abs(p - t)
 
 
+def _temporal_error(clip: Clip, metric: Metric, networks: Networks) -> float:
+    if len(clip.truth.images) < 2:
+        raise ValueError("a single frame has no change in time")
+    p, t = (x[:, None] / 255 for x in clip.both(metric))
+    masks = _alphas(clip.truth, "truth")[:, None, ..., None] / 255
+    return float(losses.temporal_error(p, t, (masks > 0.5).astype(np.float32)))
+
+
 def _warping_error(clip: Clip, metric: Metric, networks: Networks) -> float:
     flow = clip.truth.flow
     if flow is None:
@@ -352,6 +370,7 @@ VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
     "lpips_vgg": _lpips,
     "lpips_alex": _lpips,
     "temporal_lpips": _temporal_lpips,
+    "temporal_error": _temporal_error,
     "warping_error": _warping_error,
     "flow_error": _flow_error,
     "i3d_one_video": _one_video,
@@ -368,9 +387,16 @@ VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
 def _logits(clip: Clip, metric: Metric, networks: Networks, *, pool_frames: int):
     key = ("i3d", metric.resize, pool_frames)
     if key not in clip.features:
-        first, second = (networks.logits(x, pool_frames=pool_frames) for x in clip.both(metric))
+        least = i3d.MIN_FRAMES if pool_frames == i3d.POOL_FRAMES else 1
+        both = (_stretched(x, least) for x in clip.both(metric))
+        first, second = (networks.logits(x, pool_frames=pool_frames) for x in both)
         clip.features[key] = first, second
     return clip.features[key]
+
+
+def _stretched(frames: np.ndarray, least: int) -> np.ndarray:
+    """Each frame as often as makes `least` of them."""
+    return np.repeat(frames, -(-least // len(frames)), axis=0)
 
 
 def _features(clip: Clip, metric: Metric, networks: Networks):
@@ -387,9 +413,8 @@ def _windows(clip: Clip, metric: Metric, networks: Networks):
     assert metric.network is not None
     found = []
     for frames in clip.both(metric):
+        frames = _stretched(frames, WINDOW)
         count = len(frames) - WINDOW + 1
-        if count < 1:
-            raise ValueError(f"{len(frames)} frames; windows have {WINDOW}")
         starts = range(count)
         parts = [networks.features(metric.network, frames[None, i : i + WINDOW]) for i in starts]
         found.append(np.concatenate(parts))
@@ -438,6 +463,8 @@ def _whole(
                 found |= geometry.measure(means, opacities, _points(points))
         except NotHere as why:
             left_out[metric.name] = str(why)
+        except geometry.NoSurface:
+            continue  # the figure tells of how many objects it is
         except ValueError as error:
             raise ValueError(f"object {name}: {metric.name}: {error}") from error
     return {metric.name: found[metric.name] for metric in metrics if metric.name in found}
@@ -490,14 +517,19 @@ def _rows(values, shapes, wholes, predictions: Source, truths: Source) -> list[d
     return rows
 
 
-def _mean(metric: Metric, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def mean(metric: Metric, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A metric's figure over objects, with an interval where there are two groups of them."""
+    count = len(rows)
     rows = [row for row in rows if metric.name in row["metrics"]]
     values = np.array([row["metrics"][metric.name] for row in rows])
     groups = np.array([row["group"] for row in rows])
     interval = None
     if len(set(groups)) > 1:
         interval = list(bootstrap_interval(values, groups=groups)[1:])
-    return {"value": float(values.mean()), "interval_95": interval, "objects": len(rows)}
+    found = {"value": float(values.mean()), "interval_95": interval, "objects": len(rows)}
+    if len(rows) < count:
+        found["warning"] = f"{count - len(rows)} of {count} objects could not be measured"
+    return found
 
 
 def _distance(metric: Metric, sets, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -508,7 +540,9 @@ def _distance(metric: Metric, sets, pairs: Sequence[Pair]) -> dict[str, Any]:
     if metric.name == "mmd":
         out["value"] = distances.kernel_distance(first, second)
         if several:
-            out["interval_95"] = list(distances.kernel_interval(first, second, groups))
+            out["interval_95"] = list(
+                distances.middle(distances.kernel_draws(first, second, groups))
+            )
         return out
     out["value"] = distances.frechet_distance(first, second)
     if len(first) <= first.shape[1]:
@@ -517,7 +551,7 @@ def _distance(metric: Metric, sets, pairs: Sequence[Pair]) -> dict[str, Any]:
             f"{len(first) - 1} at most, and the distance depends on the number of rows"
         )
     if several and len(first) == len(groups):  # of frames it would take hours
-        out["interval_95"] = list(distances.frechet_interval(first, second, groups))
+        out["interval_95"] = list(distances.middle(distances.frechet_draws(first, second, groups)))
         out["interval"] = "drawn with replacement, which raises the distance: read its width"
     return out
 

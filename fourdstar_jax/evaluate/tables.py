@@ -10,15 +10,15 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from fourdstar_jax import bundle
+from fourdstar_jax import bundle, outside
 from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import in_batches
-from fourdstar_jax.evaluate import clips, protocols, readers, report, score
+from fourdstar_jax.evaluate import clips, distances, protocols, readers, report, score
 from fourdstar_jax.evaluate.clips import Entry, Frames, Source, View
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.folders import replace_file
@@ -35,7 +35,10 @@ def run(
     networks: Networks,
     *,
     read_splats: clips.ReadSplats,
-    paths: Mapping[str, str] | None = None,
+    paths: Mapping[str, Sequence[str]] | None = None,
+    seeds: Sequence[int] = (0,),
+    protocol_name: str | None = None,
+    frames: int | None = None,
     split: str | None = None,
     metrics: Sequence[str] = (),
     log: Callable[[str], None] = print,
@@ -43,37 +46,121 @@ def run(
     """Runs the rows of a table (configs/tables), and returns it as Markdown.
 
     Each row's result is `out`/ROW.json, the table `out`/table.md. `paths` are rows' own bundles
-    and folders. Metrics whose weights are missing are left out, and named. Raises ValueError for
-    rows that the table has not, and for a data set without the protocol's views.
+    and folders, several of what was trained several times; what generates does so by each of the
+    `seeds`. A row of several runs is their mean, object by object, with the runs in
+    `out`/ROW_1.json and so on. Every row is compared with the table's own (`against`), in pairs.
+    Metrics whose weights are missing are left out, and named. Raises ValueError for rows that the
+    table has not, and for a data set without the protocol's views.
     """
     own = dict(paths or {})
     if unknown := own.keys() - config["rows"].keys():
         names = ", ".join(config["rows"])
         raise ValueError(f"--rows: the table has no row {min(unknown)!r}, only {names}")
-    protocol = protocols.find(config["protocol"])
+    protocol = protocols.find(protocol_name or config["protocol"])
     part: str = split or config["split"]
     truths = clips.open_source(data_dir, protocol, read_splats=read_splats, split=part)
-    truths = first_frames(truths, config["frames"])
+    truths = first_frames(truths, frames or config["frames"])
     kept, left_out = _measured(protocol, networks, metrics)
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[Run]] = {}
     not_run: dict[str, str] = {}
     for name, row in config["rows"].items():
-        path = Path(own.get(name) or row["path"])
-        log(f"{row['label']}: {path}")
-        if not path.exists():
-            not_run[name] = f"{path} does not exist"
-            continue
-        try:
-            predictions = predicted(row["how"], path, data_dir, part, truths, protocol)
-        except ValueError as error:
-            not_run[name] = str(error)
-            continue
-        results[name] = score.score(protocol, predictions, truths, networks, metrics=kept, log=log)
-        replace_file(out / f"{name}.json", f"{json.dumps(results[name], indent=1)}\n".encode())
-    text = markdown(config, results, not_run, left_out)
+        several = seeds if row["how"] == "generate" else seeds[:1]
+        found = [(Path(p), seed) for p in own.get(name) or [row["path"]] for seed in several]
+        for path, seed in found:
+            told = f", seed {seed}" if len(several) > 1 else ""
+            log(f"{row['label']}: {path}{told}")
+            try:
+                if not path.exists():
+                    raise ValueError(f"{path} does not exist")
+                predictions = predicted(row["how"], path, data_dir, part, truths, protocol, seed)
+            except ValueError as error:
+                not_run[name] = str(error)  # of several, none stands for the row
+                runs.pop(name, None)
+                break
+            run = Run({}, {})
+            run.result.update(
+                score.score(
+                    protocol, predictions, truths, networks, metrics=kept, features=run.features,
+                    log=log,
+                )
+            )  # fmt: skip
+            runs.setdefault(name, []).append(run)
+    results = {name: merged(protocol, found) for name, found in runs.items()}
+    for name, result in results.items():
+        files = {name: result}
+        if len(runs[name]) > 1:
+            files |= {f"{name}_{i}": run.result for i, run in enumerate(runs[name], 1)}
+        for file, content in files.items():
+            replace_file(out / f"{file}.json", f"{json.dumps(content, indent=1)}\n".encode())
+    compared = {}
+    if (ours := config["against"]) in results:
+        compared = {
+            name: differences(protocol, runs[name], runs[ours], truths)
+            for name in results
+            if name != ours
+        }
+        text = json.dumps({"less": ours, "rows": compared}, indent=1)
+        replace_file(out / "differences.json", f"{text}\n".encode())
+    text = markdown(config, results, not_run, left_out, protocol=protocol, compared=compared)
     replace_file(out / "table.md", text.encode())
     return text
+
+
+class Run(NamedTuple):
+    """One bundle and seed of a row."""
+
+    result: dict[str, Any]
+    features: score.Features
+
+
+def merged(protocol: protocols.Protocol, runs: Sequence[Run]) -> dict[str, Any]:
+    """The result of several runs: every object's mean over them, and intervals over objects.
+
+    Several samples of a clip are no more objects. Distances of sets are the runs' mean, whose
+    interval, of clips, is not known.
+    """
+    first = runs[0].result
+    if len(runs) == 1:
+        return first
+    objects = []
+    for rows in zip(*(run.result["objects"] for run in runs), strict=True):
+        names = [name for name in rows[0]["metrics"] if all(name in r["metrics"] for r in rows)]
+        means = {name: float(np.mean([r["metrics"][name] for r in rows])) for name in names}
+        objects.append({**rows[0], "metrics": means, "views": {}})
+    summary = {}
+    for name, figure in first["summary"].items():
+        values = [run.result["summary"][name]["value"] for run in runs]
+        if protocol.metric(name).per == "set":
+            summary[name] = {**figure, "value": float(np.mean(values)), "interval_95": None}
+            summary[name].pop("interval", None)
+        else:
+            summary[name] = score.mean(protocol.metric(name), objects)
+        summary[name]["runs"] = values
+    return {**first, "objects": objects, "summary": summary, "runs": len(runs)}
+
+
+def differences(
+    protocol: protocols.Protocol, runs: Sequence[Run], others: Sequence[Run], truths: Source
+) -> dict[str, Any]:
+    """What `runs` have more than `others`, clip by clip, with 95 % intervals over objects."""
+    first, second = merged(protocol, runs), merged(protocol, others)
+    found = report.compare(first, outside.Fields(second, "the other row"))["metrics"]
+    groups = np.array([e.group for e in truths.entries.values() for _ in e.views])
+    for name in first["summary"]:
+        if protocol.metric(name).per != "set":
+            continue
+        values = [np.mean(result["summary"][name]["value"]) for result in (first, second)]
+        found[name] = {"difference": float(values[0] - values[1]), "interval_95": None}
+        rows = len(runs[0].features[name][0])
+        if rows == len(groups) and len(set(groups)) > 1:  # of frames it would take hours
+            draw = distances.kernel_draws if name == "mmd" else distances.frechet_draws
+            draws = [
+                np.mean([draw(*run.features[name], groups) for run in side], axis=0)
+                for side in (runs, others)
+            ]
+            found[name]["interval_95"] = list(distances.middle(draws[0] - draws[1]))
+    return found
 
 
 def _measured(
@@ -118,7 +205,13 @@ def first_frames(source: Source, count: int) -> Source:
 
 
 def predicted(
-    how: str, path: Path, data_dir: Path, split: str, truths: Source, protocol: protocols.Protocol
+    how: str,
+    path: Path,
+    data_dir: Path,
+    split: str,
+    truths: Source,
+    protocol: protocols.Protocol,
+    seed: int = 0,
 ) -> Source:
     """A row's predictions, made as they are asked for. Raises ValueError if it cannot be run."""
     azimuths = truths.azimuths
@@ -127,7 +220,12 @@ def predicted(
         return readers.open_source(path, how, protocol, azimuths=azimuths)
     data = pipeline.ClipSource(data_dir, split, cache_bytes=0, maps=())
     rig = pipeline.rig(data_dir)
-    frames = [len(view.load(None).images) for e in truths.entries.values() for view in e.views[:1]]
+    names = pipeline.Records(data_dir, split, only=("clip_id",))
+    places = {clips.file_name(pipeline.as_text(names[i]["clip_id"])): i for i in range(len(names))}
+    frames = {
+        places[name]: len(entry.views[0].load(None).images)
+        for name, entry in truths.entries.items()
+    }
 
     def images(i: int) -> np.ndarray:
         return transforms.on_white(data[i]["rig_rgba"][: frames[i]])[0]
@@ -142,9 +240,9 @@ def predicted(
         raise ValueError(f"{path} has no STAR: it cannot generate")
     if dataclasses.replace(model.rig, fps=rig.fps) != rig:
         raise ValueError(f"the data set's rig {rig} is not that of {path}, {model.rig}")
-    if max(frames) > model.max_timesteps:
+    if (longest := max(frames.values())) > model.max_timesteps:
         raise ValueError(
-            f"{path} makes {model.max_timesteps} timesteps at most, {max(frames)} are scored"
+            f"{path} makes {model.max_timesteps} timesteps at most, {longest} are scored (--frames)"
         )
     lock = threading.Lock()
 
@@ -152,18 +250,19 @@ def predicted(
     def made(i: int) -> Gaussians:
         if how == "reconstruct":
             return model.reconstruct(images(i)).gaussians
-        return model.generate(images(i)[:, 0], fit="none", fps=rig.fps).gaussians
+        return model.generate(images(i)[:, 0], fit="none", fps=rig.fps, seed=seed).gaussians
 
     def gaussians(i: int) -> Gaussians:
         with lock:
             return made(i)
 
     entries = {}
-    for i, (name, truth) in enumerate(truths.entries.items()):
-        own = functools.partial(gaussians, i)
+    for name, truth in truths.entries.items():
+        own = functools.partial(gaussians, places[name])
         views = clips.rendered_views(own, rig, azimuths, where=f"{path}: {name}")
         entries[name] = Entry(name, truth.group, views, named=False, gaussians=own)
-    about = {"how": how, "weights_sha256": {s: e.sha256 for s, e in model.bundle.stages.items()}}
+    about = {"how": how, "seed": seed}
+    about |= {"weights_sha256": {s: e.sha256 for s, e in model.bundle.stages.items()}}
     return Source(str(path), "bundle", entries, azimuths, about)
 
 
@@ -198,9 +297,11 @@ def markdown(
     results: Mapping[str, dict[str, Any]],
     not_run: Mapping[str, str],
     left_out: Mapping[str, str],
+    *,
+    protocol: protocols.Protocol,
+    compared: Mapping[str, dict[str, Any]],
 ) -> str:
-    """The table with its caption, rows that were not run, and the paper's own apart."""
-    protocol = protocols.find(config["protocol"])
+    """The table with its caption, differences of rows, what was not run, the paper's own apart."""
     columns = [m for m in protocol.metrics if m.name not in left_out]
     first = next(iter(results.values()), None)
     if first is not None:
@@ -217,6 +318,7 @@ def markdown(
         rows[row["label"]] = ["not run", *[""] * (len(columns) - 1)]
         if name in results:
             rows[row["label"]] = report.summary(results[name], columns, "{}", " [{}, {}]")
+    known = {m.name for m in columns} & {name for v in config["paper"].values() for name in v}
     paper = {
         f"{label}, the paper's": [
             f"{values[m.name]:.{m.digits}f}" if m.name in values else "" for m in columns
@@ -232,11 +334,38 @@ def markdown(
             f"{protocol.name}, version {protocol.version}; 95 % intervals over objects.",
             "",
         ]
+    several = {name: r["runs"] for name, r in results.items() if "runs" in r}
+    if several:
+        told = ", ".join(f"{config['rows'][name]['label']} {n}" for name, n in several.items())
+        lines += [f"Means over runs (trainings, seeds), first of each object: {told}.", ""]
+    if compared:
+        ours = config["rows"][config["against"]]["label"]
+        rows = {
+            f"{config['rows'][name]['label']} less {ours}": [_difference(m, found) for m in columns]
+            for name, found in compared.items()
+        }
+        pairs = "Differences in pairs, clip by clip, with 95 % intervals over objects:"
+        lines += [pairs, "", *table(rows), ""]
+    lines += [
+        f"- {config['rows'][name]['label']}: {metric}: {figure['warning']}"
+        for name, result in results.items()
+        for metric, figure in result["summary"].items()
+        if "warning" in figure
+    ]
     lines += [
         f"- {config['rows'][name]['label']} was not run: {why}" for name, why in not_run.items()
     ]
     lines += [f"- left out: {name}: {why}" for name, why in left_out.items()]
-    if not same:
+    if not same and known:
         apart = "The paper's own, of its 100 objects, which are other data than those above:"
         lines += ["", apart, "", *table(paper)]
     return "\n".join(lines) + "\n"
+
+
+def _difference(metric: protocols.Metric, found: Mapping[str, Any]) -> str:
+    if metric.name not in found:
+        return ""
+    text = f"{found[metric.name]['difference']:+.{metric.digits}f}"
+    if (interval := found[metric.name]["interval_95"]) is not None:
+        text += " [{:+.{d}f}, {:+.{d}f}]".format(*interval, d=metric.digits)
+    return text

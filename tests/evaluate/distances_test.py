@@ -6,9 +6,10 @@ import scipy.linalg
 
 from fourdstar_jax.evaluate.distances import (
     frechet_distance,
-    frechet_interval,
+    frechet_draws,
     kernel_distance,
-    kernel_interval,
+    kernel_draws,
+    middle,
 )
 
 
@@ -80,7 +81,7 @@ def test_intervals_draw_whole_groups():
     """Of two groups: both twice or one of each, and no row is paired with its own copy."""
     x, y = features(7, 6, d=3), features(8, 6, d=3)
     groups = np.array([0, 0, 0, 1, 1, 1])
-    low, high = kernel_interval(x, y, groups)
+    low, high = middle(kernel_draws(x, y, groups))
     apart = [kernel_distance(x[groups == g], y[groups == g]) for g in (0, 1)]
     # of a group that is drawn twice all pairs count but those of a row with itself
     values = []
@@ -92,7 +93,7 @@ def test_intervals_draw_whole_groups():
     np.testing.assert_allclose(values, apart)
     both = kernel_distance(x, y)
     assert low == pytest.approx(min(*values, both)) and high == pytest.approx(max(*values, both))
-    low, high = frechet_interval(x, y, groups, resamples=40)
+    low, high = middle(frechet_draws(x, y, groups, resamples=40))
     values = [frechet_distance(np.tile(x[i], (2, 1)), np.tile(y[i], (2, 1)))
               for i in (groups == 0, groups == 1)]  # fmt: skip
     values.append(frechet_distance(x, y))

@@ -142,6 +142,22 @@ def test_dreamsim_is_one_less_the_cosine(folders, monkeypatch):
     np.testing.assert_allclose(row["metrics"]["dreamsim"], 1 / 3, atol=1e-9)  # one frame of three
 
 
+def test_temporal_error_and_short_clips_by_hand(tmp_path):
+    frames = np.zeros((3, 16, 16, 4), np.uint8)
+    frames[..., 3] = 255
+    truth, made = frames.copy(), frames.copy()
+    truth[1:, ..., :3], made[2, ..., :3] = 51, 102  # changes by 51, 0; and by 0, 102
+    truth[:, 8:, :, 3] = 0  # only the upper half counts
+    made[:, 8:, :, :3] = 7
+    write(tmp_path / "gt" / "o" / "0", truth)
+    write(tmp_path / "pred" / "o" / "0", made)
+    found = scored(tmp_path, metrics=("temporal_error",))
+    assert found["summary"]["temporal_error"]["value"] == pytest.approx(0.3, rel=1e-5)
+    ten = score._stretched(np.arange(4)[:, None], 9)[:, 0]
+    assert ten.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(score._stretched(np.zeros((16, 1)), 16)) == 16
+
+
 def test_what_does_not_match_is_named(folders):
     (folders / "pred/o1/b/2.png").unlink()
     with pytest.raises(ValueError, match="object o1, view b: frame 2 is missing in the prediction"):

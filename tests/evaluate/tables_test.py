@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fourdstar_jax import cli
-from fourdstar_jax.evaluate import protocols, readers, tables
+from fourdstar_jax.evaluate import clips, distances, protocols, readers, score, tables
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.export import read_splats
 
@@ -42,6 +43,7 @@ def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys):
         split="train",
         frames=2,
         rows=rows,
+        against="generate",
         paper={"4DSTAR": {"psnr": 20.0}},
         paper_sha256="",
     )
@@ -60,10 +62,74 @@ def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys):
     assert "4DSTAR, the paper's | 20.00" in theirs and "the paper's" not in ours
     config["paper_sha256"] = found["generate"]["truths"]["frames_sha256"]
     results = {"generate": found["generate"]}
-    beside = tables.markdown(config, results, {}, {})
+    plain = dict(protocol=protocols.find("fourdstar-open-v2"), compared={})
+    beside = tables.markdown(config, results, {}, {}, **plain)
     assert "The paper's own" not in beside and "4DSTAR, the paper's | 20.00" in beside
     with pytest.raises(ValueError, match="no row 'x', only tokenizer, "):
-        tables.run(config, data_dir, tmp_path, Networks(None), paths={"x": "y"}, **options)
+        tables.run(config, data_dir, tmp_path, Networks(None), paths={"x": ["y"]}, **options)
     command = ["evaluate", "--table", "configs/tables/stop.py", "--out", str(tmp_path / "t")]
     assert cli.main([*command, "--data", str(data_dir)]) == 2
     assert "has views at 0, 180 degrees" in capsys.readouterr().err
+
+
+def run_of(rows, features=None):
+    """A result of clips a, b of object x and c of object y, by PSNR, and LPIPS of some."""
+    objects = [
+        {"object": clip, "group": group, "metrics": row, "views": {}}
+        for clip, group, row in zip("abc", "xxy", rows, strict=True)
+    ]
+    protocol = protocols.find("fourdstar-open-v2")
+    measured = sorted({m for row in rows for m in row}, key=str)
+    summary = {m: score.mean(protocol.metric(m), objects) for m in measured}
+    summary |= {m: {"value": v, "interval_95": None} for m, v in (features or {}).items()}
+    told = {"name": protocol.name, "version": protocol.version}
+    truths = {"frames_sha256": "0" * 64}
+    result = dict(objects=objects, summary=summary, protocol=told, truths=truths)
+    return tables.Run(result, {})
+
+
+def test_samples_of_a_clip_are_no_more_objects():
+    protocol = protocols.find("fourdstar-open-v2")
+    values = [[10.0, 12.0, 20.0], [14.0, 12.0, 24.0]]
+    runs = [run_of([{"psnr": v} for v in row]) for row in values]
+    both = tables.merged(protocol, runs)
+    assert [row["metrics"]["psnr"] for row in both["objects"]] == [12, 12, 22]
+    figure = both["summary"]["psnr"]
+    assert figure["runs"] == [14, pytest.approx(50 / 3)] and both["runs"] == 2
+    assert figure["objects"] == 3
+    # two objects are drawn: x twice, x and y, y twice
+    assert figure["interval_95"] == [12, 22]
+    assert tables.merged(protocol, runs[:1]) is runs[0].result
+
+
+def unread(size):
+    raise AssertionError
+
+
+def test_rows_are_compared_in_pairs_over_what_both_have():
+    protocol = protocols.find("fourdstar-open-v2")
+    rng = np.random.default_rng(0)
+    true, ours, theirs = (rng.normal(size=(6, 5)) for _ in range(3))
+    first = run_of(
+        [{"psnr": 10.0, "cd_4d": 1.0}, {"psnr": 11.0}, {"psnr": 15.0, "cd_4d": 3.0}],
+        {"mmd": 4.0},
+    )
+    other = run_of(
+        [{"psnr": 9.0, "cd_4d": 1.5}, {"psnr": 10.0, "cd_4d": 9.0}, {"psnr": 11.0}],
+        {"mmd": 3.0},
+    )
+    first.features["mmd"], other.features["mmd"] = (ours, true), (theirs, true)
+    entries = {
+        clip: clips.Entry(clip, group, (clips.View("0", unread), clips.View("1", unread)), False)
+        for clip, group in zip("abc", "xxy", strict=True)
+    }
+    truths = clips.Source("", "", entries, None, {})
+    found = tables.differences(protocol, [first], [other], truths)
+    assert found["psnr"]["difference"] == 2 and found["psnr"]["interval_95"] == [1, 4]
+    assert found["cd_4d"]["objects"] == 1 and found["cd_4d"]["difference"] == -0.5
+    low, high = found["mmd"]["interval_95"]
+    groups = np.array(list("xxxxyy"))
+    draws = [distances.kernel_draws(x, true, groups) for x in (ours, theirs)]
+    assert (low, high) == distances.middle(draws[0] - draws[1]) and low < high
+    same = tables.differences(protocol, [first], [first, first], truths)["mmd"]
+    assert same["interval_95"] == [0, 0] and same["difference"] == 0
