@@ -52,6 +52,9 @@ def get_config(argument: str = "small") -> ConfigDict:
     # `dir` is a folder of tokens, or a dataset, whose pictures are tokenised in each step.
     # `on_device`: all of these lie in the memory of every device.
     config.data = ConfigDict(dict(dir=f"data/{name}_tokens", timesteps=8, on_device=False))
+    # Processes that read the data, of each process that trains (0: threads of its own), and how
+    # many bytes of decoded clips each keeps.
+    config.data.update(workers=0, cache_bytes=2 << 30)
     # Shares of the steps whose clips have one timestep (a picture is a static object), and half.
     config.data.update(still=0.1, half=0.1)
     config.data.shuffle_views = False  # whether novel views come in another order at each step

@@ -29,6 +29,9 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.batch_size = 8  # clips; each gives timesteps x (rig + extra views) images
     # `on_device`: all pictures lie in the memory of every device.
     config.data = ConfigDict(dict(dir="data/small", timesteps=2, on_device=False))
+    # Processes that read the data, of each process that trains (0: threads of its own), and how
+    # many bytes of decoded clips each keeps.
+    config.data.update(workers=0, cache_bytes=2 << 30)
     # One draw a clip: the mirror image with a chance, other colours with another (`inputs.draw`).
     config.augment = ConfigDict(dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3))
 

@@ -40,6 +40,9 @@ def get_config(argument: str = "small") -> ConfigDict:
             on_device=False,
         )
     )
+    # Processes that read the data, of each process that trains (0: threads of its own), and how
+    # many bytes of decoded clips each keeps.
+    config.data.update(workers=0, cache_bytes=2 << 30)
     # One draw a clip, by chances: the mirror image, other colours, backwards (without the losses
     # of flow then), standing still (`inputs.draw`).
     config.augment = ConfigDict(dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3))

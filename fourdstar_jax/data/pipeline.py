@@ -448,6 +448,10 @@ def batches(
     threads = grain.ReadOptions(num_threads=count, prefetch_buffer_size=max(4, count))
     dataset = dataset.to_iter_dataset(threads)
     if worker_count:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain's workers ask for values of theirs
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_count))
     return dataset
 

@@ -150,9 +150,12 @@ class Checkpoints:
 
     def _write_hashes(self, step: int, failed: threading.Event) -> None:
         """As soon as the step has its name, if the save does not fail."""
-        while step not in steps_in(self._path):
-            if failed.wait(0.05 if self._workdir.url is None else 1.0):
-                return
+        try:
+            while step not in steps_in(self._path):
+                if failed.wait(0.05 if self._workdir.url is None else 1.0):
+                    return
+        except RuntimeError:  # the program ends, and Orbax lists in threads
+            return
         file = self._path / str(step) / HASHES
         data = json.dumps(_hashes(file.parent), indent=0).encode()
         if isinstance(file, Path):

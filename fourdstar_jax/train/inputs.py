@@ -46,11 +46,18 @@ def open_data(config: Any, mesh: Mesh, *, maps: Sequence[str] = ()) -> Inputs:
     )
     frames, source = on_device(config, mesh, maps=maps)
     form = "uint8" if source is None else "index"
-    batches = loader(split="train", seed=config.seed, maps=maps, form=form, source=source)
+    batches = loader(
+        split="train", seed=config.seed, maps=maps, form=form, source=source, **reading(config)
+    )
     held_out = ()  # a dataset of one's own objects has no unseen clips
     if "unseen_clip" in pipeline.read_manifest(config.data.dir)["splits"]:
         held_out = loader(split="unseen_clip", form="uint8")
     return Inputs(iter(batches), held_out, frames)
+
+
+def reading(config: Any) -> dict[str, int]:
+    """How the training clips are read, for `pipeline.make_loader`."""
+    return dict(worker_count=config.data.workers, cache_bytes=config.data.cache_bytes)
 
 
 def on_device(

@@ -107,14 +107,26 @@ class MetricWriter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a step's batch: `data_wait` is the share of the time it takes."""
+        """Around the wait for a step's batch: `data_wait` is the share of the time it takes.
+
+        Raises ValueError where a process that reads (`config.data.workers`) was killed.
+        """
         self._stepped += 1
         if self._stepped == self._first + 2 and self._last_step == self._first:
             self._lost = time.perf_counter() - self._last_time  # the first step compiles
         if self._profile is not None and self._active:
             self._profile(self._stepped, self._workdir / "profile")
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if "Worker process" not in str(error):  # as grain says it
+                raise
+            raise ValueError(
+                f"a process that reads the data is gone ({str(error).split('. ')[0]}), for lack of "
+                "memory perhaps (config.data.workers, config.data.cache_bytes): the run goes on "
+                "from its last checkpoint when it is started again"
+            ) from error
         self._waited += time.perf_counter() - start
 
     def count(self, batch: dict[str, Any]) -> None:

@@ -206,7 +206,8 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         train_state.check_parts(config.accumulate, config.batch_size, mesh)
         source, features = views.open_source(config, mesh)
-        batches = iter(source.loader(split="train", batch_size=config.batch_size, seed=config.seed))
+        options = dict(batch_size=config.batch_size, seed=config.seed, **inputs.reading(config))
+        batches = iter(source.loader(split="train", **options))
         held_out = ()  # a dataset of one's own objects has no unseen clips
         if "unseen_clip" in source.splits:
             held_out = source.loader(split="unseen_clip", batch_size=config.batch_size)

@@ -99,7 +99,7 @@ def _tokens(config: Any, found: Any, mesh: Mesh) -> tuple[Source, TextFeatures |
     words = folder.word_tokenizer(config.model.text_length)
     timesteps = config.data.timesteps
 
-    def loader(**options):
+    def loader(*, cache_bytes: int = 0, **options):  # tokens are read as they are needed
         return tokens.make_loader(
             folder, words=words, features=features, timesteps=timesteps, **options
         )

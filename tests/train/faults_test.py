@@ -229,3 +229,21 @@ def test_a_step_that_hangs_ends_the_run_with_its_stacks():
     assert result.returncode == ending.EXIT_HUNG
     assert re.search(r"a step has taken \d s, where 0.01\d* s is usual", result.stderr)
     assert "in stands_still" in result.stderr
+
+
+def test_a_reader_that_is_killed_ends_the_run(data_dir, tmp_path):
+    """Its process is told in one line, and started again the run goes on."""
+    config = ["--config.data.workers=2", "--config.steps=1000000"]
+    with started(data_dir, tmp_path / "w", config=config) as run:
+        reaches(run, tmp_path / "w", 2)
+        (main,) = run
+        listed = subprocess.run(
+            ["ps", "-ww", "--ppid", str(main.pid), "-o", "pid=,args="],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        readers = [int(x.split()[0]) for x in listed.stdout.splitlines() if "spawn_main" in x]
+        os.kill(readers[0], signal.SIGKILL)
+        (code,), (error,) = ended(run)
+    assert len(readers) == 2 and not any(pathlib.Path(f"/proc/{pid}").exists() for pid in readers)
+    assert code == 2 and "Traceback" not in error
+    assert "a process that reads the data is gone" in error and "exit code -9" in error
