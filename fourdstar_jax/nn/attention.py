@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from fourdstar_jax.nn import splash
 from fourdstar_jax.nn.linear import linear
 
 MOST_SCORES = 2**28  # of queries and keys at once, where they lie in memory: 1 GB as float32
@@ -33,11 +34,15 @@ def attend(
     """Softmax attention; True in the mask is seen, and its axes may be 1.
 
     Of the keys the first `lengths` are seen, at least one. Without a mask, where cuDNN takes it
-    (`fits_cudnn`), it is cuDNN's; elsewhere queries come in parts where the scores of all would not
-    fit (`MOST_SCORES`), if all see the same. `scale` of the scores is 1 / sqrt(E) unless given;
-    several heads of queries may share those of keys (H a multiple of Hk).
+    (`fits_cudnn`), it is cuDNN's, and on a TPU, over all keys, `splash`'s; elsewhere queries come
+    in parts where the scores of all would not fit (`MOST_SCORES`), if all see the same. `scale` of
+    the scores is 1 / sqrt(E) unless given; several heads of queries may share those of keys (H a
+    multiple of Hk).
     """
     fused = mask is None and fits_cudnn(q)
+    if mask is None and lengths is None and scale is None and splash.fits(q, k):
+        if not causal or q.shape[1] == k.shape[1]:
+            return splash.attend(q, k, v, causal)
 
     def call(q):
         return jax.nn.dot_product_attention(

@@ -15,13 +15,13 @@ add up (FlashAttention-2, arXiv:2307.08691, eq. 13 f.).
 
 A part runs in cuDNN where it can: on a GPU, in half precision, with heads of a multiple of 8 and at
 most 128 channels. JAX's public call rounds the log-sum-exp to the inputs' type and does not take
-another in the backward pass, hence the two private primitives. Elsewhere, and so on a TPU, scores
-lie in memory, as many queries' at a time as `MOST_SCORES` allows.
+another in the backward pass, hence the two private primitives. On a TPU it runs in `splash`.
+Elsewhere scores lie in memory, as many queries' at a time as `MOST_SCORES` allows.
 """
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +29,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fourdstar_jax import sharding
-from fourdstar_jax.nn import attention
+from fourdstar_jax.nn import attention, splash
 from fourdstar_jax.nn.linear import SAVED
+from fourdstar_jax.nn.splash import Part
 
-Implementation = Literal["cudnn", "plain"]
-
-
-class Part(NamedTuple):
-    """What a part of the softmax gives: outputs as if it were all, log-sum-exp of its scores."""
-
-    out: Float[Array, "B L H E"]
-    lse: Float[Array, "B H L"]  # float32
+Implementation = Literal["cudnn", "splash", "plain"]
 
 
 def attend_groups(
@@ -57,7 +51,8 @@ def attend_groups(
     `implementation` is the best there is by default; see above.
     """
     if implementation is None:
-        implementation = "cudnn" if attention.fits_cudnn(q) else "plain"
+        implementation = "splash" if splash.fits(q, shared[0]) else "plain"
+        implementation = "cudnn" if attention.fits_cudnn(q) else implementation
     return _attend(q, *shared, *own, num_open, implementation)
 
 
@@ -85,7 +80,7 @@ def _whole(
     q, shared_k, shared_v, k, v, *, num_open: int, implementation: Implementation
 ) -> tuple[Float[Array, "B G Q H E"], Float[Array, "B G H Q"]]:
     """The merged output and log-sum-exp."""
-    forward = _cudnn_part if implementation == "cudnn" else _plain_part
+    forward = PARTS[implementation][0]
     batch, groups, slots, heads, _ = q.shape
     part = forward(q.reshape(batch, -1, *q.shape[3:]), shared_k, shared_v, causal=False)
     lse = jnp.moveaxis(part.lse.reshape(batch, heads, groups, slots), 2, 1)
@@ -114,7 +109,7 @@ def _gradients(
     q, shared_k, shared_v, k, v, out, lse, dout, *, num_open: int, implementation: Implementation
 ):
     """Those of the five inputs."""
-    backward = _cudnn_gradients if implementation == "cudnn" else _plain_gradients
+    backward = PARTS[implementation][1]
     batch, slots = q.shape[0], q.shape[2]
 
     def long(x):  # [B, G, Q, H, E] to [B, G Q, H, E]
@@ -250,3 +245,10 @@ def _cudnn_part(q, k, v, causal: bool) -> Part:
 
 def _cudnn_gradients(q, k, v, out, lse, dout, causal: bool):
     return tuple(_cudnn("bwd", q, k, v, lse, out, dout, q=q, causal=causal))
+
+
+PARTS = {
+    "cudnn": (_cudnn_part, _cudnn_gradients),
+    "splash": (splash.part, splash.gradients),
+    "plain": (_plain_part, _plain_gradients),
+}

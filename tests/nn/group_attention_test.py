@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import nn, sharding
-from fourdstar_jax.nn import attention, group_attention
+from fourdstar_jax.nn import attention, group_attention, splash
 from fourdstar_jax.star.transformer import group_mask
 
 B, G, Q, P, E = 2, 3, 7, 5, 8
@@ -53,6 +53,35 @@ def test_parts_equal_the_masked_softmax(num_open, heads):
     want = both(functools.partial(masked, num_open=num_open), arrays, dout)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_tpu_kernel_gives_the_same():
+    """Interpreted; the lengths are not those of its blocks."""
+    arrays, dout = example(heads=2, kv_heads=1, batch=1)
+    want = both(functools.partial(masked, num_open=2), arrays, dout)
+    got = both(functools.partial(grouped, num_open=2, implementation="splash"), arrays, dout)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_blocks_and_causal_halves_of_a_tpu_kernel(monkeypatch):
+    """Two blocks of queries, three of keys, the last ones not full; and it lowers for a TPU."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (1, n, h, 8))
+        for key, n, h in zip(keys, (200, 300, 300), (2, 1, 1), strict=True)
+    )
+    for causal, arrays in ((False, (q, k, v)), (True, (q, k[:, :200], v[:, :200]))):
+        got = both(functools.partial(splash.attend, causal=causal), arrays, q)
+        want = both(functools.partial(nn.attend, causal=causal), arrays, q)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (q, k, v)]
+    lowered = jax.jit(lambda *x: jax.grad(lambda *y: nn.attend(*y).sum())(*x)).trace(*arrays)
+    text = lowered.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3  # forward; queries' gradients, keys' and values'
 
 
 def test_queries_in_parts_change_nothing(monkeypatch):

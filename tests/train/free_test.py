@@ -1,8 +1,15 @@
 """What is measured of free samples: against copying, and from picture to picture."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fourdstar_jax.perceptual import lpips
 from fourdstar_jax.train import free
@@ -51,3 +58,63 @@ def test_changes_are_those_from_picture_to_picture():
     assert found["change"] == found["frozen_change"] == 0 < found["true_change"]
     np.testing.assert_allclose(found["lpips"], found["true_change"] / 2, rtol=1e-4)
     assert free.compared(None, truth, masks, still, still).keys() == {"psnr_in_mask"}
+
+
+PROCESS = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from fourdstar_jax import geometry, processes, sharding
+from fourdstar_jax.star.model import STAR
+from fourdstar_jax.train import free, optim, state as train_state
+
+SIZES = dict(
+    num_codebooks=2, vocab_size=16, code_dim=8, resolution=8, grid=2, dim=16, num_layers=1,
+    num_heads=2, head_dim=16, head_layers=1, head_heads=2, container_slots=3, text_vocab=4,
+    container_neighbors=2, text_length=2, normalize=True, rope="axial", predict_input_view=False,
+    inject="both", container_place=0.25,
+)
+B, T, V, n = 3, 2, 2, 4
+rig = geometry.orbit_cameras([0.0, 180.0], width=8, height=8)
+batch = dict(
+    tokens=np.random.default_rng(0).integers(0, 16, (B, T, V, n, 2), np.int32),
+    text_ids=np.ones((B, 2), np.int32), times=np.tile(np.arange(T, dtype=np.float32), (B, 1)),
+    viewmats=np.tile(rig.viewmats, (B, 1, 1, 1)), Ks=np.tile(rig.Ks, (B, 1, 1, 1)),
+)
+with processes.joined(processes.find()), sharding.use_mesh(dict(fsdp=-1)) as mesh:
+    schedule = dict(b1=0.9, b2=0.95, weight_decay=0.0, clip_norm=1.0, average=0.9)
+    tx = optim.make_optimizer(1e-3, **schedule)
+    graphdef, state = train_state.create(STAR, SIZES, tx, jax.random.key(0), mesh)
+    move = jax.jit(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape))
+    model = nnx.merge(graphdef, jax.tree.map(move, state.params), state.rest)
+    condition = train_state.replicate(free.condition_of(batch), mesh)
+    settings = dict(temperature=0.5, cfg_scale=1.5)
+    sampler = free.Sampler(batch, condition, jax.random.key(0), mesh, None, None, settings)
+    tokens = sampler.sample(model)
+    figures, _ = sampler.measure(tokens)
+    print(json.dumps([figures, {k: x.tolist() for k, x in tokens.items()}]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does():
+    """Weights in two halves, three clips that two devices cannot share."""
+
+    def run(count):
+        with socket.create_server(("localhost", 0)) as server:
+            address = f"localhost:{server.getsockname()[1]}"
+        started = []
+        for index in range(count):
+            environ = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+            if count > 1:
+                environ |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+                environ["JAX_PROCESS_ID"] = str(index)
+            words = [sys.executable, "-c", PROCESS]
+            started.append(subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True))
+        outputs = [process.communicate(timeout=300)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * count
+        return [json.loads(text.splitlines()[-1]) for text in outputs]
+
+    (alone,) = run(1)
+    assert run(2) == [alone, alone]
+    assert len(np.unique(alone[1]["real"])) > 4 and alone[1]["real"] != alone[1]["other"]
