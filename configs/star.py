@@ -102,7 +102,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.wandb = placeholder(str)  # a project of Weights & Biases that the log goes to as well
     config.eval_every = 5000
     config.checkpoint_every = 5000
-    config.storage = "float16"  # of the bundle's weights
+    config.storage = "float16"  # of the bundle's weights; or float32, int8
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, seq=1, tensor=1))
     config.rules = ConfigDict()  # changes to sharding.DEFAULT_RULES
 
@@ -124,6 +124,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.data.update(dir="data/small", on_device=True)
             config.augment.update(mirror=0.5, colour=0.8, reverse=0.25, frozen=0.05)
             config.schedule.update(learning_rate=5e-4, decay=0.25)
+            config.storage = "int8"  # all three stages are 31.4 MB then
         case "base":
             config.batch_size = 32
             config.data.text_features = "data/base_text"

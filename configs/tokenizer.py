@@ -77,7 +77,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.wandb = placeholder(str)  # a project of Weights & Biases that the log goes to as well
     config.eval_every = 5000
     config.checkpoint_every = 5000
-    config.storage = "float16"  # of the bundle's weights
+    config.storage = "float16"  # of the bundle's weights; or float32, int8
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, seq=1, tensor=1))
     config.rules = ConfigDict()  # changes to sharding.DEFAULT_RULES
 

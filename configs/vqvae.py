@@ -102,7 +102,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.eval_every = 5000
     config.picture_every = 1000  # of unseen clips, into WORKDIR/pictures
     config.checkpoint_every = 5000
-    config.storage = "float16"  # of the bundle's weights
+    config.storage = "float16"  # of the bundle's weights; or float32, int8
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, seq=1, tensor=1))
     config.rules = ConfigDict()  # changes to sharding.DEFAULT_RULES
 
@@ -134,6 +134,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             # row are compared, and how they change (docs/RESULTS.md).
             config.render = ConfigDict(dict(num_timesteps=6, rig_views=1, extra_views=2))
             config.loss.temporal_weight = 0.2
+            config.storage = "int8"
         case "base" | "paper":
             if scale == "paper":
                 config.data.update(timesteps=24, buckets=((1, 0.1), (8, 0.2), (24, 0.7)))

@@ -15,13 +15,17 @@ grows with them. Only JSON and safetensors are read, never a pickle.
                          SHA-256 of its file and of the weights in it)
     packages             versions that wrote it
 
-Tensors are named by their place in the module, `blocks/0/attention/qkv/kernel`.
+Tensors are named by their place in the module, `blocks/0/attention/qkv/kernel`. Where `storage` is
+int8 a kernel is a matrix of int8 for every output channel and `kernel:scale`, what one of its steps
+is; all other floats are float16.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import re
 import typing
@@ -64,7 +68,9 @@ READERS = 2  # threads that copy tensors: new memory comes faster to two
 PACKAGES = ("fourdstar-jax", "jax", "flax", "numpy")
 
 
-Storage = Literal["float32", "float16"]  # of the stored floats
+Storage = Literal["float32", "float16", "int8"]  # of the stored floats
+SCALE = ":scale"  # after the name of an array of int8
+FEW_INPUTS = 16  # a kernel of fewer is not stored as int8, which would save little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +148,9 @@ class Bundle:
             sha256 = pool.submit(file_sha256, path)
             try:
                 arrays = _stacked(name, _mapped(path))
-                module = _build(name, stage.model, set(arrays), arrays.__getitem__)
+                module = _build(
+                    name, stage.model, _names(arrays), functools.partial(_whole, arrays)
+                )
                 if name == "tokenizer":
                     self._check_tokenizer(module, stage, sha256.result())
             except (ValueError, safetensors.SafetensorError) as error:
@@ -154,13 +162,18 @@ class Bundle:
         return module
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """One stage's arrays by name, as stored. Raises ValueError if it is missing or damaged."""
+        """One stage's arrays by name, float32 where stored as int8, else as stored.
+
+        Raises ValueError if it is missing or damaged.
+        """
         stage, path = self.stage(name), self._file(name)
         _check_sha256(path, file_sha256(path), stage)
         try:
-            return safetensors.numpy.load_file(path)
+            arrays = _stacked(name, safetensors.numpy.load_file(path))
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        names = _names(arrays)
+        return {name: _whole(arrays, name) for name in arrays if name in names}
 
     def _check_tokenizer(self, module: Tokenizer, stage: Stage, file_sha256: str) -> None:
         hashed = stage.hashed or {}
@@ -219,9 +232,9 @@ def save_stage(
     """Adds or replaces one stage of a bundle.
 
     `config` is the resolved configuration, with the constructor's arguments under `model`
-    (a ConfigDict or a dict). `storage` float16 halves the file; the stage then acts as loaded
-    from it, so train what builds on it (tokens, above all) with `Bundle.load`. `info` is anything
-    JSON can hold.
+    (a ConfigDict or a dict). `storage` float16 halves the file, int8 halves it again; the stage
+    then acts as loaded from it, so train what builds on it (tokens, above all) with `Bundle.load`.
+    `info` is anything JSON can hold.
 
     The new file is written aside and renamed, then `model.json` likewise: whenever it is
     interrupted, the bundle is the old one, the new one, or one whose hash does not fit, which
@@ -242,8 +255,8 @@ def save_arrays(
     """`save_stage` of arrays by name, where there is no module (yet)."""
     if stage not in (*STAGES, *RAW_STAGES):
         raise ValueError(f"{stage=} must be one of {sorted((*STAGES, *RAW_STAGES))}")
-    if storage not in ("float32", "float16"):
-        raise ValueError(f"{storage=} must be 'float32' or 'float16'")
+    if storage not in typing.get_args(Storage):
+        raise ValueError(f"{storage=} must be one of {list(typing.get_args(Storage))}")
     folder = Path(folder)
     bundle = read(folder) if (folder / FILE).exists() else Bundle(folder, None, {}, {})
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # pyright: ignore
@@ -254,7 +267,11 @@ def save_arrays(
         if array.dtype == np.float32:
             if not np.isfinite(array).all():
                 raise ValueError(f"{stage} holds values that are not finite: {name}")
-            array = array.astype(storage)
+            if storage == "int8" and is_int8(name, array.shape):
+                steps, array = _in_steps(array)
+                arrays[name + SCALE] = steps
+            else:
+                array = array.astype("float16" if storage == "int8" else storage)
             if not np.isfinite(array).all():
                 raise ValueError(f"{stage}: {name} does not fit into {storage=}")
         elif not np.issubdtype(array.dtype, np.integer):
@@ -275,17 +292,85 @@ def save_arrays(
         model=config["model"],
         config=config,
         info=info,
-        num_parameters=sum(array.size for array in arrays.values()),
+        num_parameters=sum(arrays[name].size for name in _names(arrays)),
     )
     stages, spec = {**bundle.stages, stage: entry}, bundle.tokenizer
     if stage == "tokenizer":
         # the spec of the weights as stored, which is what everybody will load
-        spec = _build(stage, entry.model, set(arrays), arrays.__getitem__).spec
+        get = functools.partial(_whole, arrays)
+        spec = _build(stage, entry.model, _names(arrays), get).spec
         hashed = {"file": entry.sha256, "weights": spec.weights_sha256}
         stages[stage] = dataclasses.replace(entry, hashed=hashed)
         if bundle.tokenizer not in (None, spec):
             stages = {name: s for name, s in stages.items() if name not in ("vqvae", "star")}
     Bundle(folder, spec, stages, versions())._write()
+
+
+def is_int8(name: str, shape: Sequence[int]) -> bool:
+    """Whether an array is stored as int8 where `storage` is: the kernels of linear layers and
+    convolutions, which are nearly all of a model, and neither tables nor the head's output."""
+    return name.endswith("kernel") and len(shape) > 1 and shape[-2] >= FEW_INPUTS
+
+
+def stored_bytes(arrays: Mapping[str, Any], storage: Storage) -> int:
+    """Bytes of a stage's arrays by name, which may be shapes, if they are stored as `storage`."""
+    total = 0
+    for name, array in arrays.items():
+        size = math.prod(array.shape)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            total += size * array.dtype.itemsize
+        elif storage == "int8" and is_int8(name, array.shape):
+            total += size + 4 * size // array.shape[-2]
+        else:
+            total += size * (4 if storage == "float32" else 2)
+    return total
+
+
+def _in_steps(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel [..., inputs, outputs] as steps [..., 1, outputs], and how many of them it is."""
+    steps = np.abs(array).max(axis=-2, keepdims=True) / 127
+    return steps, np.rint(array / np.where(steps > 0, steps, 1)).astype(np.int8)
+
+
+def _names(arrays: Mapping[str, np.ndarray]) -> set[str]:
+    """Names of a stage's arrays as its module has them, without the scales of those of int8."""
+    return {name for name in arrays if not name.endswith(SCALE)}
+
+
+def _whole(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """An array of the module, out of its steps where it is stored as int8."""
+    array, steps = arrays[name], arrays.get(name + SCALE)
+    if steps is None:
+        return array
+    if steps.shape != (*array.shape[:-2], 1, *array.shape[-1:]) or array.dtype != np.int8:
+        raise ValueError(
+            f"{name} is {array.dtype} {array.shape}, which steps of {steps.shape} do not fit"
+        )
+    return array.astype(np.float32) * steps
+
+
+def store_as(
+    source: str | os.PathLike[str], folder: str | os.PathLike[str], storage: Storage
+) -> None:
+    """Makes bundle `folder` of another one, with its weights stored as `storage`.
+
+    A tokenizer that other stages were trained on stays as it is: what its tokens mean to them hangs
+    on its weights. Raises ValueError for a `folder` that is there already.
+    """
+    found, folder = read(source), Path(folder)
+    if (folder / FILE).exists():
+        raise ValueError(f"{folder} is a bundle already: give a new folder")
+    kept = ["tokenizer"] if "tokenizer" in found.stages and len(found.stages) > 1 else []
+    if kept:
+        copy(source, folder, kept)
+    for name, entry in found.stages.items():
+        if name not in kept:
+            config = {**entry.config, "model": entry.model}
+            arrays = {
+                name: array.astype(np.float32) if array.dtype == np.float16 else array
+                for name, array in found.arrays(name).items()
+            }
+            save_arrays(folder, name, arrays, config, storage=storage, **entry.info)
 
 
 def add_info(folder: str | os.PathLike[str], stage: str, **info: Any) -> None:

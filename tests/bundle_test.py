@@ -98,6 +98,53 @@ def test_float16_is_half_the_size_and_its_spec_is_of_what_is_stored(tmp_path, fo
         np.testing.assert_allclose(got, array, rtol=1e-3, atol=1e-6)  # half precision: 2^-11
 
 
+def test_a_bundle_is_stored_anew(tmp_path, folder):
+    """Of more than a tokenizer that stays: those after it were trained on its very weights."""
+    bundle.store_as(folder, tmp_path / "half", "float16")
+    bundle.store_as(tmp_path / "half", tmp_path / "small", "int8")
+    assert bundle.read(tmp_path / "small").stage("tokenizer").storage == "int8"
+    assert bundle.read(tmp_path / "small").stages["tokenizer"].info == {"data_sha256": "abc"}
+    with pytest.raises(ValueError, match="is a bundle already"):
+        bundle.store_as(folder, tmp_path / "small", "float16")
+    bundle.store_as(BUNDLED_MODEL, tmp_path / "tiny", "int8")
+    before, after = bundle.read(BUNDLED_MODEL), bundle.read(tmp_path / "tiny")
+    sizes = {
+        name: (tmp_path / "tiny" / stage.file).stat().st_size
+        / (BUNDLED_MODEL / stage.file).stat().st_size
+        for name, stage in after.stages.items()
+    }
+    assert sizes["tokenizer"] == 1 and sizes["vqvae"] < 0.6 and sizes["star"] < 0.55
+    assert before.spec == after.spec and after.load("tokenizer").spec == before.spec
+    star = after.stage("star")
+    assert star.info == before.stage("star").info and star.storage == "int8"
+    assert star.num_parameters == before.stage("star").num_parameters
+    stored = safetensors.numpy.load_file(tmp_path / "tiny/star.safetensors")
+    old, new = before.arrays("star"), after.arrays("star")
+    loaded = nn.named_arrays(after.load("star"))
+    assert set(old) == set(new) == set(loaded) and "head/output" in old and "text/table" in old
+    for name, array in old.items():
+        kernel = name.endswith("kernel") and array.shape[-2] >= 16
+        assert stored[name].dtype == (np.int8 if kernel else np.float16)
+        step = np.abs(array).max(axis=-2, keepdims=True) / 127 if kernel else 0
+        assert np.all(np.abs(new[name] - array.astype(np.float32)) <= 0.501 * step), name
+        np.testing.assert_array_equal(loaded[name], new[name])
+
+
+def test_steps_that_do_not_fit_are_refused(tmp_path, model):
+    bundle.save_stage(tmp_path, "tokenizer", model, CONFIG, storage="int8")
+    path = tmp_path / "tokenizer.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    name = next(name for name in arrays if name.endswith(bundle.SCALE))
+    arrays[name] = np.ones((1 << 10, 1 << 10), np.float32)
+    safetensors.numpy.save_file(arrays, path)
+    description = (tmp_path / bundle.FILE).read_text()
+    old = bundle.read(tmp_path).stage("tokenizer").sha256
+    new = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / bundle.FILE).write_text(description.replace(old, new))
+    with pytest.raises(ValueError, match="steps of"):
+        bundle.read(tmp_path).load("tokenizer")
+
+
 def test_copy_starts_a_new_bundle(tmp_path, folder):
     bundle.copy(folder, tmp_path / "new", stages=("tokenizer",))
     assert bundle.read(tmp_path / "new").weights_sha256() == bundle.read(folder).weights_sha256()

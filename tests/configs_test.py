@@ -72,6 +72,18 @@ def test_builds_at_its_size(stage, scale):
         assert told[scale][stage] == counted
 
 
+def test_small_is_no_larger_than_a_download_may_be():
+    """32 MB, with as many words as captions have."""
+    stored = {
+        stage: bundle.stored_bytes(
+            nn.named_arrays(shapes(stage, "small")), config_of(stage, "small").storage
+        )
+        for stage in STAGES
+    }
+    words = 1000 * config_of("star", "small").model.text_dim * 2
+    assert 25e6 < sum(stored.values()) + words < 32e6
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_stages_fit_together(scale):
     """Images of a config's size go through all three stages, abstractly."""

@@ -12,20 +12,21 @@ inception make the .npz that losses and metrics read, from the packages lpips-ja
 the files that OpenAI, transformers and 3D-ResNets-PyTorch released, and dreamsim from the folder
 that its package fills (its ensemble). Nothing in the file is run,
 PyTorch is not needed, and every tensor is accounted for. --reverse writes a stage as safetensors
-with the original's names.
+with the original's names. bundle takes a BUNDLE as the file and makes another of it, with its
+weights stored as --storage says; its tokenizer stays as it is, where others build on it.
 """
 TO_BUNDLE = ("unitok", "vq16", "t5", "llamagen", "mvar")
 MEASURING = ("lpips", "lpips_alexnet", "i3d", "inception", "clip", "resnet3d", "dreamsim")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=[*TO_BUNDLE, *MEASURING])
+    parser.add_argument("kind", choices=[*TO_BUNDLE, "bundle", *MEASURING])
     parser.add_argument("file", type=Path, metavar="FILE", help="the released file; or BUNDLE")
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="bundle; or FILE.safetensors, FILE.npz"
     )
     parser.add_argument("--reverse", action="store_true", help="from the bundle FILE to OUT")
-    parser.add_argument("--storage", choices=["float32", "float16"], default="float32")
+    parser.add_argument("--storage", choices=["float32", "float16", "int8"], default="float32")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -43,9 +44,19 @@ def run(arguments: argparse.Namespace) -> None:
         arrays = measuring.convert(arguments.kind, arguments.file, arguments.out)
         print(f"{len(arrays)} arrays: {arguments.out}")
         return
+    if arguments.reverse and arguments.kind == "bundle":
+        raise ValueError("a bundle has no way back: convert the one that it was made of")
     if arguments.reverse:
         shapes = command.reverse(arguments.kind, arguments.file, arguments.out)
         print(f"{len(shapes)} tensors with {arguments.kind}'s names: {arguments.out}")
+        return
+    if arguments.kind == "bundle":
+        from fourdstar_jax import bundle
+
+        bundle.store_as(arguments.file, arguments.out, arguments.storage)
+        for name, stage in bundle.read(arguments.out).stages.items():
+            size = (arguments.out / stage.file).stat().st_size / 1e6
+            print(f"{name}: {size:.1f} MB as {stage.storage}")
         return
     info = command.convert(
         arguments.kind,
