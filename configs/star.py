@@ -64,7 +64,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.augment = ConfigDict(dict(mirror=0.0, colour=0.0, hue=0.5, saturation=0.4, value=0.3))
     config.augment.update(reverse=0.0, frozen=0.0)
     config.bundle = "runs/vqvae/bundle"  # its tokenizer and decoder go into the new bundle
-    # a folder made by `fourdstar convert llamagen` or `mvar`, whose layers a new run starts from
+    # a bundle whose STAR a new run starts from; or one made by `fourdstar convert llamagen` or
+    # `mvar`, whose layers it takes
     config.warm_start = placeholder(str)
 
     config.model = model(scale, tokenizer)

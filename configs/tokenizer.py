@@ -36,6 +36,7 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.augment = ConfigDict(dict(mirror=0.5, colour=0.8, hue=0.5, saturation=0.4, value=0.3))
 
     config.model = model(scale, tokenizer)
+    config.warm_start = placeholder(str)  # bundle of one of these sizes that a new run starts from
     config.loss = ConfigDict(
         dict(
             l1_weight=0.2,

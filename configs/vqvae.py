@@ -51,7 +51,9 @@ def get_config(argument: str = "small") -> ConfigDict:
 
     config.model = model(scale, tokenizer)
     config.model.offsets = True  # False: coarse Gaussians alone, as in the paper's Table 3
-    config.warm_start = placeholder(str)  # bundle of a UniTok whose decoder it starts as; "": none
+    # A bundle whose 4D VQ-VAE a new run starts from (it may be one without offsets), or without one
+    # the decoder of its UniTok; "": none.
+    config.warm_start = placeholder(str)
     # What is rendered of each object and step; the tokens of all timesteps and views go in.
     config.render = ConfigDict(dict(num_timesteps=4, rig_views=2, extra_views=4))
     # Share of codes, view 0's left out, that are taken for one of their `near` nearest.

@@ -41,6 +41,10 @@ class WordTokenizer:
         """Rows of the table, padding and unknown included."""
         return 2 + len(self.t5_vocabulary)
 
+    def rows(self) -> dict[int, int]:
+        """The table's row of each id of T5's, padding and unknown as -1 and -2."""
+        return {-1: PAD, -2: UNKNOWN} | self._row
+
     def __call__(self, captions: Sequence[str]) -> Int32[np.ndarray, "B L"]:
         out = np.full((len(captions), self.max_len), PAD, np.int32)
         for row, caption in zip(out, captions, strict=True):

@@ -17,6 +17,7 @@ from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.star import sample, warm_start
 from fourdstar_jax.star.forcing import corrupt
 from fourdstar_jax.star.model import STAR
+from fourdstar_jax.text.words import WordTokenizer
 from fourdstar_jax.tokenizer import quantize
 from fourdstar_jax.train import free, inputs, optim, pictures, views, work
 from fourdstar_jax.train import state as train_state
@@ -36,6 +37,9 @@ METRICS = {
     "free/psnr_in_mask": True,
     "free/lpips": False,
 }
+
+
+WORDS = "text/table"  # of STAR's arrays: a row a word
 
 
 def all_views(batch: Mapping[str, Any]) -> jax.Array:
@@ -127,9 +131,34 @@ def start_warm(
     state: train_state.TrainState,
     folder: str | os.PathLike[str],
     workdir: str | os.PathLike[str],
+    words: WordTokenizer,
+    source: str | os.PathLike[str],
 ) -> train_state.TrainState:
-    """A new state with what fits of the weights in bundle `folder` (see `star.warm_start`)."""
+    """A new state with the weights of bundle `folder`: of its STAR, if it has one.
+
+    That must have been trained on the tokenizer of bundle `source`. The rows of words go with the
+    words; new ones start anew. Else with what fits of its trunk (see `star.warm_start`).
+    """
     found = bundle.read(folder)
+
+    def by_word(arrays, ours):
+        if WORDS not in arrays or WORDS not in ours:
+            return None
+        about = found.info("star").part("words")
+        old = WordTokenizer.from_dict(about.values, f"{about.where}: {about.path}").rows()
+        new = words.rows()
+        table, rows = np.array(ours[WORDS]), arrays[WORDS]
+        if table.shape[1:] != rows.shape[1:]:
+            return None  # `start_from_stage` tells
+        both = [word for word in new if word in old]
+        table[[new[word] for word in both]] = rows[[old[word] for word in both]]
+        arrays[WORDS] = table
+        return f"words: {len(both)} of {len(new)} rows were known"
+
+    if "star" in found.stages:
+        return train_state.start_from_stage(
+            graphdef, state, found, "star", workdir, source=source, change=by_word
+        )
     arrays, trunk = found.arrays("trunk"), found.stage("trunk")
 
     def load(model):
@@ -224,7 +253,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         if config.warm_start is not None and checkpoints.latest_step() is None:
-            state = start_warm(graphdef, state, config.warm_start, workdir)
+            state = start_warm(
+                graphdef, state, config.warm_start, workdir, source.words, config.bundle
+            )
         state, batches = checkpoints.restore(state, batches)
 
         forcing, near = config.forcing.to_dict(), None

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fourdstar_jax import nn, sharding
+from fourdstar_jax import bundle, nn, sharding
 from fourdstar_jax.train import optim
 
 WARM_START = "warm_start.txt"  # in the workdir: what a warm start took and left
@@ -131,8 +131,73 @@ def start_warm(
         path = Path(workdir) / WARM_START
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
-    params = nnx.split(model, nnx.Param, ...)[1]
-    return state._replace(params=params, opt_state=optim.restart_average(state.opt_state, params))
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    opt_state = optim.restart_average(state.opt_state, params)
+    return state._replace(params=params, rest=rest, opt_state=opt_state)
+
+
+def start_from_stage(
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    found: bundle.Bundle,
+    stage: str,
+    workdir: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    may_lack: tuple[str, ...] = (),
+    change: Callable[[dict[str, Any], dict[str, Any]], str | None] = lambda arrays, ours: None,
+) -> TrainState:
+    """A new state with the weights of a stage of a bundle, by name (see `start_warm`).
+
+    The tokenizer of bundle `source`, if given, must be the one that the stage was trained on.
+    Arrays whose names begin with one of `may_lack` may be missing there: all of them, and they
+    start anew. `change(arrays, ours)`, both by name, may fit `arrays` to the model before, and then
+    returns what it did. Raises ValueError with names and shapes that differ.
+    """
+
+    if source is not None:
+        try:
+            bundle.read(source).spec.check(found.spec)
+        except ValueError as error:
+            raise ValueError(f"config.warm_start: bundle {found.folder}: {error}") from error
+
+    def load(model):
+        arrays, ours = found.arrays(stage), nn.named_arrays(model)
+        changed = change(arrays, ours)
+        anew = [n for n in ours if n.startswith(may_lack) and may_lack and n not in arrays]
+        if anew and len(anew) < sum(n.startswith(may_lack) for n in ours):
+            anew = []
+        differing = [
+            f"{name} is {_shape(arrays, name)} there and {_shape(ours, name)} here"
+            for name in sorted(set(arrays) | set(ours))
+            if _shape(arrays, name) != _shape(ours, name) and name not in anew
+        ]
+        if differing:
+            more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+            raise ValueError(
+                f"config.warm_start: {stage} of bundle {found.folder} is another model: "
+                f"{'; '.join(differing[:4])}{more}"
+            )
+
+        def filled(name, leaf):
+            if name in anew:
+                return leaf
+            array = arrays[name].astype(leaf.dtype)
+            return jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, lambda index: array[index]
+            )
+
+        leaves = [filled(name, leaf) for name, leaf in ours.items()]
+        model = jax.tree.unflatten(jax.tree.structure(model), leaves)
+        lines = [f"loaded {len(leaves) - len(anew)} arrays of {stage}; {len(anew)} start anew"]
+        lines += [f"  {changed}"] if changed else []
+        return model, [*lines, f"  from {found.folder}, sha256 {found.stage(stage).sha256}"]
+
+    return start_warm(graphdef, state, load, workdir)
+
+
+def _shape(arrays: dict[str, Any], name: str) -> str:
+    return "x".join(map(str, arrays[name].shape)) or "()" if name in arrays else "missing"
 
 
 def warm_info(workdir: str | os.PathLike[str]) -> dict[str, str]:

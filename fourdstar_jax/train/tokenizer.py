@@ -113,7 +113,9 @@ def eval_step(graphdef, state, frozen, batch, *, loss_config):
 def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     """Trains by `config`, a ConfigDict (see configs/tokenizer.py) and leaves `<workdir>/bundle`.
 
-    Restarts from the newest checkpoint in `workdir`, with the batches it would have seen.
+    Restarts from the newest checkpoint in `workdir`, with the batches it would have seen. A run
+    that starts at step 0 begins with the tokenizer in bundle `config.warm_start`, if given, and
+    its codebooks, else with codebooks from the data.
     Raises FloatingPointError when the loss is not finite, and NotImplementedError for a tokenizer
     that cannot be trained here.
     """
@@ -146,6 +148,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         )
         state = state._replace(judge=judge)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
+        if config.warm_start is not None and checkpoints.latest_step() is None:
+            found = bundle.read(config.warm_start)
+            state = train_state.start_from_stage(graphdef, state, found, "tokenizer", workdir)
         state, batches = checkpoints.restore(state, batches)
 
         loss_config = config.loss.to_dict()
@@ -179,9 +184,13 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             batch = train_state.to_device(read, mesh)
             writer.count(batch)
             repair_key = jax.random.fold_in(key, step)
-            if step == 0:  # the codebooks start from data
+            if step == 0 and config.warm_start is None:  # the codebooks start from data
                 state, _ = repair_fn(state, frozen, batch, repair_key, max_idle_steps=0)
-            elif step % config.repair_every == 0 and step < config.repair_until * config.steps:
+            elif (
+                step
+                and step % config.repair_every == 0
+                and step < config.repair_until * config.steps
+            ):
                 state, count = repair_fn(
                     state, frozen, batch, repair_key, max_idle_steps=config.repair_every
                 )
@@ -219,5 +228,6 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             config,
             storage=config.storage,
             **pipeline.provenance(config.data.dir),
+            **(train_state.warm_info(workdir) if config.warm_start is not None else {}),
         )
         reach.measure(Path(workdir) / "bundle", config.data.dir)

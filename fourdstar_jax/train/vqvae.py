@@ -186,9 +186,18 @@ def start_warm(
     state: train_state.TrainState,
     folder: str | os.PathLike[str],
     workdir: str | os.PathLike[str],
+    source: str | os.PathLike[str],
 ) -> train_state.TrainState:
-    """A new state with the decoder of the tokenizer in bundle `folder` (see `vqvae.warm_start`)."""
+    """A new state with the weights of bundle `folder`: of its 4D VQ-VAE, if it has one.
+
+    That may have been trained without offsets, on the tokenizer of bundle `source`. Else with the
+    decoder of its tokenizer (see `vqvae.warm_start`).
+    """
     found = bundle.read(folder)
+    if "vqvae" in found.stages:
+        return train_state.start_from_stage(
+            graphdef, state, found, "vqvae", workdir, source=source, may_lack=("offsets/",)
+        )
     arrays, stage = found.arrays("tokenizer"), found.stage("tokenizer")
 
     def load(model):
@@ -243,7 +252,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
 
     The tokenizer comes from `config.bundle` and goes into the new bundle. Restarts from the newest
     checkpoint in `workdir`, with the batches it would have seen. A run that starts at step 0 begins
-    with the decoder of the tokenizer in `config.warm_start`, if given. Without
+    with the 4D VQ-VAE in bundle `config.warm_start`, or its tokenizer's decoder, if given. Without
     `config.loss.capacity` the rasterizer's capacity follows the counts of the steps before; a step
     that overflows it learns nothing. Raises FloatingPointError when the loss is not finite, and
     RuntimeError when Gaussians overflow `config.loss.capacity`.
@@ -279,7 +288,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         state = state._replace(judge=judge)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)
         if config.warm_start and checkpoints.latest_step() is None:
-            state = start_warm(graphdef, state, config.warm_start, workdir)
+            state = start_warm(graphdef, state, config.warm_start, workdir, config.bundle)
         state, batches = checkpoints.restore(state, batches)
 
         configs: dict[str, Any] = dict(

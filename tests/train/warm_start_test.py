@@ -10,6 +10,8 @@ import pytest
 from fourdstar_jax import bundle, cli, nn, sharding
 from fourdstar_jax.convert import llamagen
 from fourdstar_jax.data import prepare
+from fourdstar_jax.star.model import STAR
+from fourdstar_jax.text.words import WordTokenizer
 from fourdstar_jax.train import encode, optim, star, vqvae
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.vqvae.model import VQVAE4D
@@ -103,7 +105,8 @@ def test_a_run_starts_warm_once(token_dir, tiny_bundle, tmp_path, one_device, ca
 
 
 def test_a_folder_without_a_trunk_is_refused(token_dir, tiny_bundle, tmp_path, one_device):
-    config = config_of(token_dir, tiny_bundle, tiny_bundle)
+    bundle.copy(tiny_bundle, tmp_path / "tokenizer", ["tokenizer"])
+    config = config_of(token_dir, tiny_bundle, tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="has no trunk"):
         star.train(config, tmp_path)
 
@@ -120,6 +123,7 @@ def test_a_trunk_is_no_model_but_can_be_inspected(tmp_path, capsys):
 
 def test_the_vqvae_starts_as_its_tokenizer(tmp_path, tiny_bundle, one_device, capsys):
     stage = bundle.read(tiny_bundle).stage("tokenizer")
+    bundle.copy(tiny_bundle, tmp_path / "tokenizer", ["tokenizer"])
     with sharding.use_mesh() as mesh:
         tokenizer = bundle.read(tiny_bundle).load("tokenizer")
         changes = dict(up="shuffle", up_channels=[5, 3], num_blocks=1, view_attention_every=1)
@@ -130,12 +134,12 @@ def test_the_vqvae_starts_as_its_tokenizer(tmp_path, tiny_bundle, one_device, ca
         graphdef, state = train_state.create(VQVAE4D, sizes, tx, jax.random.key(0), mesh)
         refused = pytest.raises(ValueError, match="config.warm_start: bundle .*learned positions")
         with refused:
-            vqvae.start_warm(graphdef, state, tiny_bundle, tmp_path)
+            vqvae.start_warm(graphdef, state, tmp_path / "tokenizer", tmp_path, tiny_bundle)
         model = stage.model | dict(learned_positions=False)
         arrays = nn.named_arrays(tokenizer)
         arrays = {n: np.asarray(x) for n, x in arrays.items() if not n.endswith("pos_embed")}
         bundle.save_arrays(tmp_path / "unitok", "tokenizer", arrays, {"model": model})
-        state = vqvae.start_warm(graphdef, state, tmp_path / "unitok", tmp_path)
+        state = vqvae.start_warm(graphdef, state, tmp_path / "unitok", tmp_path, tiny_bundle)
     for params in (state.params, optim.averaged(state.opt_state, state.params)):
         found = nn.named_arrays(params)
         name = "decoder/blocks/0/mlp/w1/kernel"
@@ -145,3 +149,65 @@ def test_the_vqvae_starts_as_its_tokenizer(tmp_path, tiny_bundle, one_device, ca
     assert train_state.warm_info(tmp_path) == {"warm_start": report.splitlines()[0]}
     assert report in capsys.readouterr().out and stage.sha256 not in report
     assert bundle.read(tmp_path / "unitok").weights_sha256()["tokenizer"] in report
+
+
+def test_a_run_starts_from_a_bundle_of_its_own_stage(token_dir, tiny_bundle, tmp_path, one_device):
+    """Weights by name, words by word; what differs is told, with the shapes of both."""
+    first = config_of(token_dir, tiny_bundle, None)
+    star.train(first, tmp_path / "first")
+    source = tmp_path / "first/bundle"
+    star.train(config_of(token_dir, tiny_bundle, source), tmp_path / "second")
+    old, new = (
+        bundle.read(tmp_path / name / "bundle").arrays("star") for name in ("first", "second")
+    )
+    assert set(old) == set(new)
+    for name, array in old.items():
+        np.testing.assert_allclose(new[name], array, atol=ATOL, err_msg=name)
+    report = (tmp_path / "second/warm_start.txt").read_text()
+    assert report.startswith(f"loaded {len(old)} arrays of star; 0 start anew\n  words: ")
+
+    other = config_of(token_dir, tiny_bundle, source)
+    other.model.head_dim = 32
+    with pytest.raises(ValueError, match=r"star of bundle .* head/input/kernel is 16x16 there and"):
+        star.train(other, tmp_path / "third")
+
+
+def test_words_keep_their_rows(tmp_path, tiny_bundle):
+    """Of a bundle with other captions: its rows by word, those of new words as they were."""
+    stage = bundle.read(tiny_bundle).stage("star")
+    old = WordTokenizer.from_dict(bundle.read(tiny_bundle).info("star").part("words").values)
+    words = WordTokenizer([7, *old.t5_vocabulary[::-1]], old.max_len)
+    tx = optim.make_optimizer(
+        lambda step: 1e-3, b1=0.9, b2=0.9, weight_decay=0.0, clip_norm=1.0, average=0.9
+    )
+    sizes = stage.model | {"text_vocab": words.vocab_size}
+    with sharding.use_mesh(devices=jax.devices()[:1]) as mesh:
+        arguments = bundle.module_arguments("star", sizes)
+        graphdef, state = train_state.create(STAR, arguments, tx, jax.random.key(0), mesh)
+        before = np.asarray(nn.named_arrays(state.params)[star.WORDS])
+        state = star.start_warm(graphdef, state, tiny_bundle, tmp_path, words, tiny_bundle)
+    table = np.asarray(nn.named_arrays(state.params)[star.WORDS])
+    rows = bundle.read(tiny_bundle).arrays("star")[star.WORDS]
+    np.testing.assert_array_equal(table[[0, 1]], rows[[0, 1]])
+    np.testing.assert_array_equal(table[2], before[2])
+    np.testing.assert_array_equal(table[3:], rows[:1:-1])
+
+
+def test_offsets_may_come_later(tmp_path, tiny_bundle):
+    stage = bundle.read(tiny_bundle).stage("vqvae")
+    arrays = bundle.read(tiny_bundle).arrays("vqvae")
+    still = {name: x for name, x in arrays.items() if not name.startswith("offsets/")}
+    bundle.copy(tiny_bundle, tmp_path / "still", ["tokenizer"])
+    bundle.save_arrays(
+        tmp_path / "still", "vqvae", still, {"model": stage.model | {"offsets": False}}
+    )
+    tx = optim.make_optimizer(
+        lambda step: 1e-3, b1=0.9, b2=0.9, weight_decay=0.0, clip_norm=1.0, average=0.9
+    )
+    with sharding.use_mesh(devices=jax.devices()[:1]) as mesh:
+        graphdef, state = train_state.create(VQVAE4D, stage.model, tx, jax.random.key(0), mesh)
+        before = nn.named_arrays(state.params)
+        state = vqvae.start_warm(graphdef, state, tmp_path / "still", tmp_path, tiny_bundle)
+    for name, array in nn.named_arrays(state.params).items():
+        wanted = before[name] if name.startswith("offsets/") else arrays[name]
+        np.testing.assert_array_equal(array, wanted, err_msg=name)
