@@ -55,7 +55,7 @@ def open_data(config: Any, mesh: Mesh, *, maps: Sequence[str] = ()) -> Inputs:
     return Inputs(iter(batches), held_out, frames)
 
 
-def reading(config: Any) -> dict[str, int]:
+def reading(config: Any) -> dict[str, Any]:
     """How the training clips are read, for `pipeline.make_loader`."""
     return dict(worker_count=config.data.workers, cache_bytes=config.data.cache_bytes)
 
