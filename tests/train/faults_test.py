@@ -232,7 +232,7 @@ def test_a_step_that_hangs_ends_the_run_with_its_stacks():
 
 
 def test_a_reader_that_is_killed_ends_the_run(data_dir, tmp_path):
-    """Its process is told in one line, and started again the run goes on."""
+    """In one line that tells of it, and no reader stays behind."""
     config = ["--config.data.workers=2", "--config.steps=1000000"]
     with started(data_dir, tmp_path / "w", config=config) as run:
         reaches(run, tmp_path / "w", 2)
@@ -244,6 +244,11 @@ def test_a_reader_that_is_killed_ends_the_run(data_dir, tmp_path):
         readers = [int(x.split()[0]) for x in listed.stdout.splitlines() if "spawn_main" in x]
         os.kill(readers[0], signal.SIGKILL)
         (code,), (error,) = ended(run)
-    assert len(readers) == 2 and not any(pathlib.Path(f"/proc/{pid}").exists() for pid in readers)
-    assert code == 2 and "Traceback" not in error
-    assert "a process that reads the data is gone" in error and "exit code -9" in error
+    assert len(readers) == 2
+    begun = time.monotonic()
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in readers):
+        assert time.monotonic() - begun < LIMIT_S
+        time.sleep(0.1)
+    told = [line for line in error.splitlines() if line.startswith("fourdstar: ")]
+    assert code == 2 and len(told) == 1  # Orbax may say more, if a save is under way
+    assert "a process that reads the data is gone" in told[0] and "exit code -9" in told[0]
