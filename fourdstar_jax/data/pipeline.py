@@ -269,7 +269,9 @@ def as_text(value: bytes | str) -> str:
 class Windows:
     """A clip and a random generator to an example; a class, so that worker processes can have it.
 
-    Without `random` an example is the first window with its own caption, the rig as it is.
+    Without `random` an example is the first window with its own caption, the rig as it is. With it,
+    windows take every frame or, as often, every second and so on to every `max_stride`-th: motions
+    of other speeds.
     """
 
     def __init__(
@@ -281,12 +283,13 @@ class Windows:
         neutral_prompt: float,
         features: Features | None = None,
         form: Form = "float",
+        max_stride: int = 1,
     ):
-        if timesteps < 1:
-            raise ValueError(f"{timesteps=} must be positive")
+        if timesteps < 1 or max_stride < 1:
+            raise ValueError(f"{timesteps=} and {max_stride=} must be positive")
         self.words, self.timesteps, self.random = words, timesteps, random
         self.rig_roll, self.neutral_prompt = rig_roll, neutral_prompt
-        self.features, self.form = features, form
+        self.features, self.form, self.max_stride = features, form, max_stride
 
     def text(self, clip: dict[str, Any], neutral: bool) -> dict[str, np.ndarray]:
         """What an example says of its text."""
@@ -303,7 +306,13 @@ class Windows:
 
         The draws come in one order and number, so that images and tokens of one seed agree.
         """
-        frames = transforms.window(num_frames, self.timesteps, rng if self.random else None)
+        stride = 1
+        if self.random and self.max_stride > 1:  # as far as it does not make the clip loop
+            most = (num_frames - 1) // max(1, self.timesteps - 1)
+            stride = 1 + int(rng.integers(max(1, min(self.max_stride, most))))
+        frames = transforms.window(
+            num_frames, self.timesteps, rng if self.random else None, stride=stride
+        )
         view, chance = int(rng.integers(num_views)), rng.random()
         return frames, view if self.rig_roll else 0, bool(chance < self.neutral_prompt)
 
@@ -369,6 +378,7 @@ def make_loader(
     features: Features | None = None,
     worker_count: int = 0,
     cache_bytes: int = 2 << 30,
+    max_stride: int = 1,
 ):
     """A grain dataset of batches; its iterators have `get_state` and `set_state` to resume exactly.
 
@@ -388,6 +398,8 @@ def make_loader(
       features: of a caption, ids [L] and features [L, C] in place of the words' ids.
       worker_count: processes that read; 0 reads in threads of this one.
       cache_bytes: decoded clips kept in memory, a process.
+      max_stride: of the frames of random windows, see `Windows`; without maps of flow, which lead
+        from each frame to the next.
     """
     random = split == "train" if train is None else train
     neutral_prompt = (0.5 if random else 0.0) if neutral_prompt is None else neutral_prompt
@@ -405,6 +417,7 @@ def make_loader(
             neutral_prompt,
             features,
             form,
+            max_stride,
         ),
         batch_size=batch_size,
         seed=seed,

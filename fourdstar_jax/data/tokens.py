@@ -241,6 +241,7 @@ def make_loader(
     max_len: int = 12,
     features: pipeline.Features | None = None,
     worker_count: int = 0,
+    max_stride: int = 1,
 ):
     """Like `pipeline.make_loader`, over tokens: `tokens` [B, T, V, n, K] int32 in place of images.
 
@@ -263,6 +264,7 @@ def make_loader(
             random if rig_roll is None else rig_roll,
             neutral_prompt,
             features,
+            max_stride=max_stride,
         ),
         batch_size=batch_size,
         seed=seed,

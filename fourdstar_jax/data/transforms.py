@@ -7,17 +7,18 @@ from fourdstar_jax import geometry
 
 
 def window(
-    num_frames: int, timesteps: int, rng: np.random.Generator | None
+    num_frames: int, timesteps: int, rng: np.random.Generator | None, *, stride: int = 1
 ) -> Int64[np.ndarray, " T"]:
-    """Frames of a window: from a random start, or from the first frame without `rng`.
+    """Every `stride`-th frame of a window: from a random start, or from the first without `rng`.
 
     A clip shorter than the window loops (any start); a longer one is never wrapped.
     """
-    if num_frames < 1 or timesteps < 1:
-        raise ValueError(f"{num_frames=} and {timesteps=} must be positive")
-    starts = num_frames if num_frames < timesteps else num_frames - timesteps + 1
+    if num_frames < 1 or timesteps < 1 or stride < 1:
+        raise ValueError(f"{num_frames=}, {timesteps=} and {stride=} must be positive")
+    reach = (timesteps - 1) * stride + 1
+    starts = num_frames if num_frames < reach else num_frames - reach + 1
     start = 0 if rng is None else int(rng.integers(starts))
-    return (start + np.arange(timesteps)) % num_frames
+    return (start + stride * np.arange(timesteps)) % num_frames
 
 
 def on_white(

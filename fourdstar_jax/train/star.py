@@ -235,8 +235,14 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         train_state.check_parts(config.accumulate, config.batch_size, mesh)
         source, features = views.open_source(config, mesh)
-        options = dict(batch_size=config.batch_size, seed=config.seed, **inputs.reading(config))
-        batches = iter(source.loader(split="train", **options))
+        batches = source.loader(
+            split="train",
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_stride=config.data.max_stride,
+            **inputs.reading(config),
+        )
+        batches = iter(batches)
         held_out = ()  # a dataset of one's own objects has no unseen clips
         if "unseen_clip" in source.splits:
             held_out = source.loader(split="unseen_clip", batch_size=config.batch_size)

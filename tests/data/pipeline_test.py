@@ -70,6 +70,19 @@ def test_windows_start_at_random_and_short_clips_loop():
     assert transforms.window(7, 3, None).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="timesteps=0"):
         transforms.window(7, 0, None)
+    wide = {tuple(transforms.window(7, 3, rng, stride=2)) for _ in range(200)}
+    assert wide == {(s, s + 2, s + 4) for s in range(3)}
+
+
+def test_windows_of_other_speeds(dataset_dir):
+    """Every or every second frame, and where that would make the clip loop every one."""
+    windows = pipeline.Windows(
+        pipeline.load_words(dataset_dir, 5), 3, True, True, 0.5, max_stride=2
+    )
+    for frames, strides in ((5, {1, 2}), (4, {1})):
+        drawn = [windows.draw(frames, 3, np.random.default_rng(i))[0] for i in range(60)]
+        assert {int(x[1] - x[0]) for x in drawn} == strides
+        assert all(np.diff(x).min() == np.diff(x).max() for x in drawn)
 
 
 def test_a_rolled_rig_shows_the_same_scene(dataset_dir):
