@@ -19,7 +19,7 @@ short=("--config.lpips=$lpips" ${STEPS:+"--config.steps=$STEPS"})
   echo "small: no GPU here that JAX sees: .venv/bin/python -m pip install -e '.[cuda]'" >&2; exit 2; }
 say() { printf '\n== %s\n' "$*"; }
 
-say "1 of 5: the clips of every file as pictures from eight sides (363 files: 2 minutes on 64 cores, and as long to write)"
+say "1 of 5: the clips of every file as pictures from eight sides (363 files: 2 minutes to render on 64 cores)"
 [ -e "$out/data/manifest.json" ] ||
   $fourdstar prepare --assets "$assets" --out "$out/data" --image_size 128 --max_frames 16 \
     --extra_views 4 --depth ${licence:+--licence "$licence"}
