@@ -95,6 +95,7 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.checkpoint_every = 1000
         case "small":
             config.steps = 25_000
+            config.storage = "int8"  # the other stages are trained on it as it is stored
             config.data.on_device = True
             config.adversarial.weight = 0.0  # so few steps are not enough for it
             config.schedule.decay = 0.25

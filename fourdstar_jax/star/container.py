@@ -192,6 +192,26 @@ class RefineBlock(nnx.Module):
         return z + self.mlp(self.norm2(z))
 
 
+class Surroundings(nnx.Module):
+    """Adds to what each place is told what the places around it are: a 3x3 convolution.
+
+    Where something moves, what is at a place was beside it before.
+    """
+
+    def __init__(self, dim: int, grid: int, *, dtype: nn.Dtype, rngs: nnx.Rngs):
+        self.mix = nn.linear(9 * dim, dim, (None, "embed"), dtype=dtype, rngs=rngs)
+        self.grid = grid
+
+    def __call__(self, told: Float[Array, "B G N D"]) -> Float[Array, "B G N D"]:
+        """N are views of `grid` x `grid` places, one after another."""
+        side = self.grid
+        x = told.reshape(*told.shape[:2], -1, side, side, told.shape[-1])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        near = [x[..., i : i + side, j : j + side, :] for i in range(3) for j in range(3)]
+        near = jnp.concatenate(near, axis=-1)
+        return told + self.mix(near.reshape(*told.shape[:3], -1))
+
+
 class Container(nnx.Module):
     """The Spatial-Temporal Container: the state of all groups before a group.
 
@@ -224,6 +244,7 @@ class Container(nnx.Module):
         blank_code: int | None = None,
         density: Density = "group",
         update: Update = "all_history",
+        around: int | None = None,
         init,
         out_init=None,
         dtype,
@@ -235,7 +256,8 @@ class Container(nnx.Module):
         cluster a patch of one part; queries, keys and values of the refinement then carry the
         place, too. None: neither. Tokens with `blank_code` in every codebook are in no cluster. For
         `density` see `container_update`. `update` says what is clustered for group t: the tokens of
-        all groups before, or the state for t - 1 and the tokens of t - 1.
+        all groups before, or the state for t - 1 and the tokens of t - 1. With `around`, tokens a
+        side of a view, the state by place comes with those of the places around it.
 
         Raises ValueError for options there are not.
         """
@@ -258,6 +280,7 @@ class Container(nnx.Module):
             self.aligned = nnx.List([nn.Mlp(dim, dim, dim, use_bias=False, **kw) for _ in INJECTED])
             absent = None if blank_code is None else vector(rngs.params(), dim, std=1.0)
             self.absent = absent
+            self.around = None if around is None else Surroundings(dim, around, **kw)
         self.dim, self.num_slots, self.neighbors = dim, num_slots, neighbors
         self.place, self.blank_code = place, blank_code
         self.density: Density = density
@@ -482,6 +505,7 @@ class Container(nnx.Module):
         if self.absent is not None:
             told = jnp.where((previous < 0)[..., None], self.absent[...].astype(dtype), told)
         told = jnp.where(begun[..., None, None], told, 0)
+        told = told if self.around is None else self.around(told)
         return State(tokens, coordinates, [mlp(told) for mlp in self.aligned])
 
 

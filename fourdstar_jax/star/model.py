@@ -121,6 +121,7 @@ class STAR(nnx.Module):
         container_density: Density = "group",
         container_update: Update = "all_history",
         container_merge: Literal["clusters", "mean", "learned", "last"] = "clusters",
+        container_around: bool = False,
         blank_code: int | None = None,
         history: str = "container",
         dropout: float = 0.0,
@@ -143,7 +144,8 @@ class STAR(nnx.Module):
 
         `inject` says how the container's state reaches a group: as tokens, by place, in both ways,
         or not at all. For `container_*` and `blank_code` see `Container`; `container_merge` other
-        than "clusters" puts a `Pooling` in its place. `history` is what else a group sees of those
+        than "clusters" puts a `Pooling` in its place; with `container_around` what is told by place
+        has the places around it in it. `history` is what else a group sees of those
         before: nothing (`container`), the tokens of the w before it (`window:w`) or of all
         (`full`). `head_parallel` is for comparison, see `DepthHead`; for `remat` of the layers and
         what it saves see `nn.recomputed`.
@@ -187,16 +189,18 @@ class STAR(nnx.Module):
         self.start = embed.vector(rngs.params(), dim)
         self.video_segment = embed.vector(rngs.params(), dim)
         self.null_video = embed.vector(rngs.params(), dim)
+        around = grid if container_around else None
         self.container: Any  # None, or a Container, which a Pooling is called like
         if inject == "none":
             self.container = None
         elif container_merge != "clusters":
-            self.container = Pooling(dim, pool=container_merge, inject=inject, **kw)
+            self.container = Pooling(dim, pool=container_merge, inject=inject, around=around, **kw)
         else:
             self.container = Container(
                 dim, num_heads, num_slots=container_slots, neighbors=container_neighbors,
                 refine_blocks=refine_blocks, inject=inject, place=container_place,
                 blank_code=blank_code, density=container_density, update=container_update,
+                around=around,
                 **initializers(dim, refine_blocks, init_std), **kw,
             )  # fmt: skip
         self.trunk = Transformer(

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax import nn
-from fourdstar_jax.star.container import INJECTED, Inject, State
+from fourdstar_jax.star.container import INJECTED, Inject, State, Surroundings
 from fourdstar_jax.star.embed import vector
 
 Pool = Literal["mean", "learned", "last"]
@@ -46,7 +46,14 @@ class Pooling(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, *, pool: Pool, inject: Inject = "both", dtype: nn.Dtype, rngs: nnx.Rngs
+        self,
+        dim: int,
+        *,
+        pool: Pool,
+        inject: Inject = "both",
+        around: int | None = None,
+        dtype: nn.Dtype,
+        rngs: nnx.Rngs,
     ):
         if pool not in typing.get_args(Pool):
             raise ValueError(f"{pool=} must be one of {typing.get_args(Pool)}")
@@ -62,6 +69,7 @@ class Pooling(nnx.Module):
             self.empty = vector(rngs.params(), dim)
         if self.by_place:
             self.aligned = nnx.List([nn.Mlp(dim, dim, dim, use_bias=False, **kw) for _ in INJECTED])
+            self.around = None if around is None else Surroundings(dim, around, **kw)
         self.dim, self.pool = dim, pool
 
     def check(self, num_tokens: int):
@@ -138,4 +146,5 @@ class Pooling(nnx.Module):
         if not self.by_place:
             return State(tokens, coordinates, [])
         told = jnp.where(valid, z, 0).astype(dtype)
+        told = told if self.around is None else self.around(told)
         return State(tokens, coordinates, [mlp(told) for mlp in self.aligned])

@@ -9,7 +9,13 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import cluster_dpc_knn, nn, sharding
-from fourdstar_jax.star.container import Container, Group, empty_container, merge
+from fourdstar_jax.star.container import (
+    Container,
+    Group,
+    Surroundings,
+    empty_container,
+    merge,
+)
 
 B, T, N, K, D, M = 2, 3, 7, 3, 12, 5
 BEGUN = np.tile(np.arange(T) > 0, (B, 1))
@@ -204,6 +210,16 @@ def test_a_place_is_told_the_state_of_its_cluster(history):
             assert (cluster < 0) == blank[b, t - 1, j]
             want = container.absent[...] if cluster < 0 else z[b, t, cluster]
             np.testing.assert_allclose(told[b, t, j], mlp(want), rtol=1e-3, atol=1e-5)
+
+
+def test_a_place_is_told_of_those_around_it():
+    """In its own view only, and not over its edges."""
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        around = nn.build(Surroundings, jax.random.key(0), dim=D, grid=3, dtype=jnp.float32)
+    for place, reached in ((4, range(9)), (0, (0, 1, 3, 4)), (9 + 8, (13, 14, 16, 17))):
+        told = jnp.zeros((1, 1, 18, D)).at[0, 0, place].set(1.0)
+        changed = np.flatnonzero(np.abs(around(told)[0, 0]).max(axis=-1) > 1e-3)
+        assert changed.tolist() == list(reached)
 
 
 def test_blank_tokens_are_no_centres():

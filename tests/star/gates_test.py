@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from fourdstar_jax import geometry, nn
@@ -104,3 +105,20 @@ def test_it_propagates_what_no_condition_tells():
     assert right["nll_group2"] < 0.3 and right["nll_group3"] < 0.3
     without = metrics(Forcing(drop_history=jnp.ones(B, bool)))
     assert without["nll_group2"] > right["nll_group2"] + 1
+
+
+def moves(key):
+    """The other views have random tokens, whose columns change places from frame to frame."""
+    video, novel = jax.random.split(key)
+    video = jax.random.randint(video, (B, T, n, K), 0, VOCAB, jnp.int32)
+    novel = jax.random.randint(novel, (B, V - 1, GRID, GRID, K), 0, VOCAB, jnp.int32)
+    frames = [jnp.roll(novel, t, axis=3).reshape(B, -1, K) for t in range(T)]
+    return jnp.concatenate([video, jnp.stack(frames, axis=1)], axis=2)
+
+
+@pytest.mark.slow
+def test_it_finds_what_has_moved_beside_its_place():
+    """With the places around it; of its own place alone it sees half: what is told to its left."""
+    slots = dict(container_slots=n * (V - 1))  # a cluster for each token
+    around, alone = (train(moves, 400, container_around=x, **slots)() for x in (True, False))
+    assert around["nll_group2"] < 0.3 < 0.7 < alone["nll_group2"]

@@ -97,7 +97,7 @@ def test_positional_encoding_is_that_of_the_next_token(model, data):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(inject="aligned"),
+        dict(inject="aligned", container_around=True),
         dict(history="window:1", inject="none"),
         dict(container_merge="learned"),
         pytest.param(dict(container_merge="mean"), marks=pytest.mark.slow),

@@ -54,7 +54,8 @@ def test_cached_decoding_equals_teacher_forcing(model, data, logits):
         dict(container_update="recursive", container_density="global"),
         dict(history="window:1", num_layers=4, blank_code=2),
         dict(container_merge="mean"),
-        dict(container_merge="learned", inject="aligned"),
+        dict(container_merge="learned", inject="aligned", container_around=True),
+        dict(container_around=True),
         dict(container_merge="last"),
     ],
 )
