@@ -192,24 +192,22 @@ class RefineBlock(nnx.Module):
         return z + self.mlp(self.norm2(z))
 
 
-class Surroundings(nnx.Module):
-    """Adds to what each place is told what the places around it are: a 3x3 convolution.
+def surroundings(told: Float[Array, "B G N D"], grid: int) -> Float[Array, "B G N D9"]:
+    """What each place is told, with what the eight around it are, zero beyond the edges.
 
-    Where something moves, what is at a place was beside it before.
+    N are views of `grid` x `grid` places, one after another. Where something moves, what is at a
+    place was beside it before.
     """
+    x = told.reshape(*told.shape[:2], -1, grid, grid, told.shape[-1])
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    near = [x[..., i : i + grid, j : j + grid, :] for i in range(3) for j in range(3)]
+    return jnp.concatenate(near, axis=-1).reshape(*told.shape[:3], -1)
 
-    def __init__(self, dim: int, grid: int, *, dtype: nn.Dtype, rngs: nnx.Rngs):
-        self.mix = nn.linear(9 * dim, dim, (None, "embed"), dtype=dtype, rngs=rngs)
-        self.grid = grid
 
-    def __call__(self, told: Float[Array, "B G N D"]) -> Float[Array, "B G N D"]:
-        """N are views of `grid` x `grid` places, one after another."""
-        side = self.grid
-        x = told.reshape(*told.shape[:2], -1, side, side, told.shape[-1])
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-        near = [x[..., i : i + side, j : j + side, :] for i in range(3) for j in range(3)]
-        near = jnp.concatenate(near, axis=-1)
-        return told + self.mix(near.reshape(*told.shape[:3], -1))
+def aligned_mlps(dim: int, around: int | None, **kw: Any) -> nnx.List:
+    """For each of `INJECTED`: the state by place, with its `surroundings` if `around`, to add."""
+    width = dim if around is None else 9 * dim
+    return nnx.List([nn.Mlp(width, dim, dim, use_bias=False, **kw) for _ in INJECTED])
 
 
 class Container(nnx.Module):
@@ -277,11 +275,11 @@ class Container(nnx.Module):
             self.segment = vector(rngs.params(), dim)
             self.empty = vector(rngs.params(), dim)
         if self.by_place:
-            self.aligned = nnx.List([nn.Mlp(dim, dim, dim, use_bias=False, **kw) for _ in INJECTED])
+            self.aligned = aligned_mlps(dim, around, **kw)
             absent = None if blank_code is None else vector(rngs.params(), dim, std=1.0)
             self.absent = absent
-            self.around = None if around is None else Surroundings(dim, around, **kw)
         self.dim, self.num_slots, self.neighbors = dim, num_slots, neighbors
+        self.around = around
         self.place, self.blank_code = place, blank_code
         self.density: Density = density
         self.recursive = update == "recursive"
@@ -505,7 +503,7 @@ class Container(nnx.Module):
         if self.absent is not None:
             told = jnp.where((previous < 0)[..., None], self.absent[...].astype(dtype), told)
         told = jnp.where(begun[..., None, None], told, 0)
-        told = told if self.around is None else self.around(told)
+        told = told if self.around is None else surroundings(told, self.around)
         return State(tokens, coordinates, [mlp(told) for mlp in self.aligned])
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax import nn
-from fourdstar_jax.star.container import INJECTED, Inject, State, Surroundings
+from fourdstar_jax.star.container import Inject, State, aligned_mlps, surroundings
 from fourdstar_jax.star.embed import vector
 
 Pool = Literal["mean", "learned", "last"]
@@ -68,9 +68,8 @@ class Pooling(nnx.Module):
             self.segment = vector(rngs.params(), dim)
             self.empty = vector(rngs.params(), dim)
         if self.by_place:
-            self.aligned = nnx.List([nn.Mlp(dim, dim, dim, use_bias=False, **kw) for _ in INJECTED])
-            self.around = None if around is None else Surroundings(dim, around, **kw)
-        self.dim, self.pool = dim, pool
+            self.aligned = aligned_mlps(dim, around, **kw)
+        self.dim, self.pool, self.around = dim, pool, around
 
     def check(self, num_tokens: int):
         """Any number of tokens does."""
@@ -146,5 +145,5 @@ class Pooling(nnx.Module):
         if not self.by_place:
             return State(tokens, coordinates, [])
         told = jnp.where(valid, z, 0).astype(dtype)
-        told = told if self.around is None else self.around(told)
+        told = told if self.around is None else surroundings(told, self.around)
         return State(tokens, coordinates, [mlp(told) for mlp in self.aligned])

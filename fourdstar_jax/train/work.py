@@ -98,7 +98,7 @@ def forward_flops(
         if box.as_tokens:
             count += 2 * groups * box.num_slots * weights(box.mlp)
         if box.by_place:
-            count += 2 * groups * tokens * (weights(box.aligned) + weights(box.around))
+            count += 2 * groups * tokens * weights(box.aligned)
         flops["container"] = count
     return {name: objects * x for name, x in flops.items()}
 
