@@ -29,13 +29,13 @@ SCALES = (
 STAGES = {"tokenizer": make, "vqvae": VQVAE4D, "star": STAR}
 # Millions of parameters, tokenizer, vqvae and star: from the sizes of the published parts.
 MILLIONS = {
-    "tiny": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
+    "tiny": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.3)),
     "small": ((2, 4), (3, 7), (11, 20)),
     "base": ((680, 710), (360, 420), (330, 400)),
     "paper": ((680, 710), (370, 430), (800, 870)),
     "base,vq16": ((71.8, 71.9), (360, 420), (330, 400)),
     "paper,vq16": ((71.8, 71.9), (370, 430), (800, 870)),
-    "tiny,unitok": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.0)),
+    "tiny,unitok": ((0.2, 0.6), (0.2, 0.8), (1.0, 2.3)),
     "small,unitok": ((3, 7), (3, 7), (11, 20)),
 }
 

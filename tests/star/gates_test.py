@@ -121,4 +121,4 @@ def test_it_finds_what_has_moved_beside_its_place():
     """With the places around it; of its own place alone it sees half: what is told to its left."""
     slots = dict(container_slots=n * (V - 1))  # a cluster for each token
     around, alone = (train(moves, 400, container_around=x, **slots)() for x in (True, False))
-    assert around["nll_group2"] < 0.3 < 0.7 < alone["nll_group2"]
+    assert around["nll_group2"] < 0.3 < 0.5 < alone["nll_group2"]
