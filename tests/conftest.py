@@ -70,6 +70,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f"{total:7.1f} s  {name}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """A file's compiled programs go with it: all files' have more memory maps than Linux grants."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def mesh():
     """The one-device mesh that parameters are made on."""
