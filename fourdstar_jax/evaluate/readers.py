@@ -31,7 +31,7 @@ from fourdstar_jax.types import Gaussians
 Load = Callable[[tuple[int, int] | None], Frames]
 Objects = dict[str, dict[float, Load]]  # views of an object by azimuth, degrees
 
-MESH_FPS = 24.0  # Blender's, by which both mesh systems key one frame a timestep
+MESH_FPS = 24.0  # Blender's, by which Motion 3-to-4 keys one frame a timestep
 MESH_POINTS = 4096  # of a surface that stand for it in geometry
 NAMES = "names.txt"  # names of objects that a system only numbers, a line each
 SIDES = {"front": 0.0, "right": 90.0, "back": 180.0, "left": 270.0}
@@ -179,10 +179,16 @@ def _sv4d2(path: Path) -> Objects:
 def _gvfdiffusion(path: Path) -> Objects:
     """A picture a camera and timestep, 128 cameras around; other folders' objects are not read."""
     files: dict[int, dict[int, dict[int, Path]]] = {}
-    pattern = re.compile(r"rank_\d+_render_(\d+)_cam_(\d+)_timesteps_(\d+)\.png")
+    ranks: dict[int, str] = {}
+    pattern = re.compile(r"rank_(\d+)_render_(\d+)_cam_(\d+)_timesteps_(\d+)\.png")
     for file in path.glob("rank_*.png"):
         if told := pattern.fullmatch(file.name):
-            number, camera, timestep = (int(x) for x in told.groups())
+            number, camera, timestep = (int(x) for x in told.groups()[1:])
+            if ranks.setdefault(number, told[1]) != told[1]:
+                raise ValueError(
+                    f"{path}: object {number:06d} is of ranks {ranks[number]} and {told[1]}, each "
+                    "of which counts from 0: give each a folder"
+                )
             files.setdefault(number, {}).setdefault(camera, {})[timestep] = file
     names = _named(path, files)
     return {
@@ -272,7 +278,8 @@ def _animated(path: Path) -> tuple[gltf.Asset, np.ndarray, np.ndarray]:
         if not asset.clips:
             raise gltf.MalformedAsset("no animation")
         count = int(round(asset.clips[0].duration_s * MESH_FPS)) + 1
-        posed = asset.pose(asset.clips[0].index, np.arange(count) / MESH_FPS)
+        # Keys are float32 and may be steps: a hair after each is its own frame, not the one before.
+        posed = asset.pose(asset.clips[0].index, np.arange(count) / MESH_FPS + 1e-5)
     except gltf.MalformedAsset as error:
         raise ValueError(f"{path}: {error}") from error
     assert posed.normals is not None
@@ -280,7 +287,11 @@ def _animated(path: Path) -> tuple[gltf.Asset, np.ndarray, np.ndarray]:
 
 
 def _deformed(folder: Path) -> tuple[gltf.Asset, np.ndarray, np.ndarray]:
-    """The arrays that ActionMesh always writes; its GLB is compressed, and wants Blender."""
+    """The arrays that ActionMesh always writes, which are (-z, x, y) of its meshes.
+
+    That is a mirror image; as (-z, y, x) they are its meshes again, turned from +x, where its first
+    camera stands, to our azimuth 0.
+    """
     arrays = []
     for part, kind in (("vertices", "f"), ("faces", "iu")):
         path = folder / f"deformations_{part}.npy"
@@ -295,7 +306,7 @@ def _deformed(folder: Path) -> tuple[gltf.Asset, np.ndarray, np.ndarray]:
         ):
             raise ValueError(f"{path}: {array.dtype} {array.shape}, not of {part}")
         arrays.append(array)
-    positions, faces = arrays[0].astype(np.float32), arrays[1].astype(np.uint32)
+    positions, faces = arrays[0].astype(np.float32)[..., [0, 2, 1]], arrays[1].astype(np.uint32)
     if faces.size == 0 or faces.max() >= positions.shape[1]:
         raise ValueError(f"{folder}: faces of other vertices than the {positions.shape[1]} there")
     normals = np.zeros_like(positions)
@@ -344,13 +355,17 @@ def _still(positions: np.ndarray, faces: np.ndarray) -> bytes:
 
 
 def _actionmesh(path: Path) -> Objects:
-    """A folder an object: the deformed vertices, or an `animated_mesh.glb` that can be read."""
+    """A folder an object: the deformed vertices. The GLB that Blender makes of them is not read: it
+    is compressed, and mirrored in depth as they are."""
     found: Objects = {}
     for folder in sorted(p for p in path.iterdir() if p.is_dir()):
         if (folder / "deformations_vertices.npy").is_file():
             found[folder.name] = _views(functools.partial(_deformed, folder))
         elif (folder / "animated_mesh.glb").is_file():
-            found[folder.name] = _views(functools.partial(_animated, folder / "animated_mesh.glb"))
+            raise ValueError(
+                f"{folder}: animated_mesh.glb is not read; deformations_vertices.npy and _faces.npy"
+                " were written beside it"
+            )
     return found
 
 
@@ -388,7 +403,7 @@ SYSTEMS = {
     ),
     "actionmesh": System(
         "facebookresearch/actionmesh inference/video_to_animated_mesh.py, actionmesh/io",
-        "outputs/OBJECT/deformations_vertices.npy and _faces.npy, or animated_mesh.glb",
+        "outputs/OBJECT/deformations_vertices.npy and deformations_faces.npy",
         _actionmesh,
     ),
     "motion324": System(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.glb import moving_box
+from helpers.glb import box_writer, moving_box
 from PIL import Image
 
 from fourdstar_jax.data import untrusted, video
@@ -97,6 +97,9 @@ def test_gvfdiffusion(tmp_path):
     source = readers.open_source(tmp_path, "gvfdiffusion", PAPER)
     assert source.azimuths == protocols.SIDES
     assert levels(source, "000003")["azimuth 90"] == [30, 130]
+    picture(tmp_path / "rank_01_render_000003_cam_000_timesteps_00.png", 0)
+    with pytest.raises(ValueError, match="object 000003 is of ranks 0[01] and 0[01], each of"):
+        readers.open_source(tmp_path, "gvfdiffusion", PAPER)
 
 
 def test_meshes(tmp_path):
@@ -113,6 +116,14 @@ def test_meshes(tmp_path):
     np.testing.assert_allclose(points[-1] - points[0], [[moved, 0, 0]] * len(points[0]), atol=1e-2)
     columns = [np.flatnonzero(a.max(axis=0)).mean() for a in frames[0].alphas[[0, -1]]]
     assert columns[1] > columns[0] + 3  # to the right, seen from the front
+    # Keys that are steps, as Blender rounds them: each frame is its own.
+    keys = np.arange(8, dtype=np.float32) / np.float32(24)
+    writer = box_writer()
+    steps = (0, "translation", keys, [[t, 0, 0] for t in range(8)], "STEP")
+    writer.animate("steps", steps)
+    (tmp_path / "steps.glb").write_bytes(writer.bytes())
+    positions = readers._animated(tmp_path / "steps.glb")[1]
+    np.testing.assert_allclose(np.diff(positions[:, 0, 0]), 1, atol=1e-5)
     (tmp_path / "m" / "fbx").mkdir()
     (tmp_path / "m" / "fbx" / "output_animation.fbx").write_bytes(b"")
     with pytest.raises(ValueError, match="fbx: FBX is not read"):
@@ -120,13 +131,16 @@ def test_meshes(tmp_path):
 
 
 def test_actionmesh(tmp_path):
-    """A pyramid that grows, without a GLB."""
+    """A pyramid that grows, its tip up and drawn out to what its front camera has at the right."""
     folder = tmp_path / "cone"
     folder.mkdir()
-    corners = np.array([[-1, 0, -1], [1, 0, -1], [1, 0, 1], [-1, 0, 1], [0, 1, 0]], np.float32)
+    (folder / "mesh_00.glb").write_bytes(b"")
+    # As its meshes stand: y is up, and the first camera at +x has -z at its right.
+    corners = np.array([[-1, 0, -1], [1, 0, -1], [1, 0, 1], [-1, 0, 1], [0, 1, -2]], np.float32)
     faces = [[0, 1, 2], [0, 2, 3], [1, 0, 4], [2, 1, 4], [3, 2, 4], [0, 3, 4]]
     frames = np.stack([corners * s for s in (0.5, 0.75, 1.0)])
-    np.save(folder / "deformations_vertices.npy", frames)
+    saved = frames[:, :, [2, 0, 1]] * np.array([-1, 1, 1], np.float32)
+    np.save(folder / "deformations_vertices.npy", saved)
     np.save(folder / "deformations_faces.npy", np.array(faces, np.int32))
     source = readers.open_source(tmp_path, "actionmesh", OPEN, azimuths=(0.0,))
     found = source.entries["cone"].views[0].load((24, 24))
@@ -134,9 +148,21 @@ def test_actionmesh(tmp_path):
     assert areas[0] / areas[2] == pytest.approx(0.25, abs=0.08) and found.images.shape[0] == 3
     blue = found.images[2][found.alphas[2] == 255].mean(axis=0)
     assert blue[2] > blue[1] > blue[0]
-    spread = np.ptp(source.entries["cone"].gaussians().means, axis=1)[:, 0]
+    rows, columns = np.nonzero(found.alphas[2] > 127)
+    assert columns[rows == rows.min()].mean() > columns[rows == rows.max()].mean() + 3
+    points = source.entries["cone"].gaussians().means
+    spread = np.ptp(points, axis=1)[:, 0]
     np.testing.assert_allclose(spread / spread[2], [0.5, 0.75, 1], rtol=1e-4)
+    # no mirror image: of the asset, normals point out of what is convex
+    asset, positions, normals = readers._deformed(folder)
+    outwards = positions[2] - positions[2].mean(axis=0)
+    assert (np.einsum("vc,vc->v", outwards, normals[2]) > 0).all()
+    np.testing.assert_allclose(positions[2][4], [2, 1, 0])
     np.save(folder / "deformations_faces.npy", np.array(faces, np.int32) + 1)
     source = readers.open_source(tmp_path, "actionmesh", OPEN, azimuths=(0.0,))
     with pytest.raises(ValueError, match="faces of other vertices than the 5"):
         source.entries["cone"].views[0].load((24, 24))
+    (tmp_path / "bird").mkdir()
+    (tmp_path / "bird" / "animated_mesh.glb").write_bytes(b"")
+    with pytest.raises(ValueError, match="bird: animated_mesh.glb is not read; deformations_vert"):
+        readers.open_source(tmp_path, "actionmesh", OPEN)
