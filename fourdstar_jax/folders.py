@@ -140,7 +140,8 @@ def _check_kind(path: str | os.PathLike[str], kind: Kind) -> None:
 def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary sibling of a file to write to, which becomes the file when the block succeeds.
 
-    At any moment the file is the old one or the new one. After an error nothing is left.
+    At any moment the file is the old one or the new one. After an error nothing is left; an OSError
+    about the temporary one names the file instead.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +149,13 @@ def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _clear_up(path)
     partial = _sibling(path, "partial")
     with _begun(partial):
-        yield partial
-        partial.replace(path)
+        try:
+            yield partial
+            partial.replace(path)
+        except OSError as error:
+            if error.filename is not None and os.fsdecode(error.filename) == str(partial):
+                error.filename = str(path)
+            raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -185,7 +191,9 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        # not there, in a file that stands for its folder, or on a disk that is read only
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def _sibling(path: Path, what: str) -> Path:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -302,6 +303,28 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "run", scope["surprise"])
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["doctor"])
+
+
+def test_own_warnings_are_a_line_and_names_are_told_in_any_encoding(tmp_path):
+    """A library's warning keeps its place; what stdout cannot spell does not end a command."""
+    script = tmp_path / "warns.py"
+    script.write_text(
+        "import sys, types, warnings\n"
+        "from fourdstar_jax import cli, signals\n"
+        "from fourdstar_jax.cli import doctor\n"
+        "def run(arguments):\n"
+        "    warnings.warn_explicit('of ours', UserWarning, signals.__file__, 7)\n"
+        "    warnings.warn_explicit('of others', UserWarning, 'library.py', 7)\n"
+        "    print('caf\\udce9')\n"
+        "doctor.run = run\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment
+    )
+    assert (result.returncode, result.stdout) == (0, "caf\\udce9\n")
+    assert result.stderr == "warning: of ours\nlibrary.py:7: UserWarning: of others\n"
 
 
 CONFIG = """

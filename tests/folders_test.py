@@ -157,3 +157,16 @@ def test_what_is_unfinished_can_be_abandoned(tmp_path):
         folders.abandon()
         assert list(tmp_path.iterdir()) == []
         partial.mkdir()  # for the end of the block
+
+
+def test_an_error_names_what_was_asked_for(tmp_path):
+    """Not the temporary sibling that it was about."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/out cannot be made: Not a directory$"):
+        with output_folder(tmp_path / "file" / "out", OBJECT):
+            pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as raised, folders.output_file(tmp_path / "folder") as partial:
+        partial.write_text("")
+    assert raised.value.filename == str(tmp_path / "folder") and names(tmp_path / "folder") == []
+    assert names(tmp_path) == ["file", "folder"]

@@ -101,6 +101,19 @@ def test_unknown_profile(checkout):
     assert code == 1 and len(lines) == 1 and "run or dev" in lines[0]
 
 
+def test_the_demo_takes_paths_from_where_it_is_called(checkout):
+    shutil.copy(ROOT / "launch" / "demo.sh", checkout / "launch")
+    (checkout / "launch" / "setup.sh").write_text("#!/bin/sh\n")
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    fake_python(checkout / ".venv" / "bin" / "fourdstar", 'pwd; echo "$@"')
+    (elsewhere := checkout / "else where").mkdir()
+    said = subprocess.run(
+        ["bash", "../launch/demo.sh", "--video", "a b.mp4"],
+        capture_output=True, text=True, check=True, cwd=elsewhere,
+    ).stdout  # fmt: skip
+    assert said == f"{elsewhere}\ngenerate --out out/demo --overwrite --video a b.mp4\n"
+
+
 @pytest.mark.parametrize(
     "script",
     [

@@ -5,9 +5,15 @@ cannot be used ends with one line on stderr and exit code 2.
 """
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import fourdstar_jax
 from fourdstar_jax import signals
@@ -61,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     if extra and not getattr(arguments, "takes_overrides", False):
         arguments.parser.error(f"unrecognized arguments: {' '.join(extra)}")
     arguments.overrides = extra
-    with signals.ending():
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be in no encoding's letters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with signals.ending(), _warnings_in_a_line():
         return _run(arguments)
 
 
@@ -90,6 +98,23 @@ def _run(arguments: argparse.Namespace) -> int:
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return _refuse(f"{place}{error.strerror}")
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """This package's own warnings look as those about inputs do; others as Python shows them."""
+    package, as_before = Path(fourdstar_jax.__file__).parent, warnings.formatwarning
+
+    def formatted(message: Any, category: Any, filename: str, *place: Any) -> str:
+        if Path(filename).is_relative_to(package):
+            return f"warning: {message}\n"
+        return as_before(message, category, filename, *place)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = as_before
 
 
 def _refuse(reason: object) -> int:

@@ -61,6 +61,7 @@ class MetricWriter:
             self._jsonl = path.open("a")
             if config is not None and config.wandb is not None:
                 self._wandb = open_wandb(config, self._workdir)
+            print(beginning(first_step, total_steps), file=sys.stderr, flush=True)
 
     def write(self, step: int, metrics: dict, *, prefix: str = "train") -> dict[str, float]:
         """Records metrics (scalars on device or host); returns them as floats.
@@ -157,6 +158,14 @@ class MetricWriter:
                 self._wandb.finish()
             if self._events is not None:
                 self._events.close()
+
+
+def beginning(first_step: int, total_steps: int) -> str:
+    """What a run is about to do, in a line: a minute may pass before its first metrics."""
+    if first_step >= total_steps:
+        return f"the run is at step {first_step} of {total_steps}: nothing is left to train"
+    start = f"goes on after step {first_step}" if first_step else "begins"
+    return f"the run {start}, to step {total_steps}; its first step is compiled"
 
 
 def since(path: Path, first_step: int) -> tuple[float, float]:

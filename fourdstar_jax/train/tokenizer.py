@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,8 +222,9 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         writer.close()
         model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
     if jax.process_index() == 0:
+        target = Path(workdir) / "bundle"
         bundle.save_stage(
-            Path(workdir) / "bundle",
+            target,
             "tokenizer",
             model,
             config,
@@ -230,4 +232,5 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             **pipeline.provenance(config.data.dir),
             **(train_state.warm_info(workdir) if config.warm_start is not None else {}),
         )
-        reach.measure(Path(workdir) / "bundle", config.data.dir)
+        reach.measure(target, config.data.dir)
+        print(f"{target}: the last weights, of step {int(state.step)}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -387,9 +388,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         writer.close()
         model = nnx.merge(graphdef, train_state.averaged(state).params, state.rest)
     if jax.process_index() == 0:
-        bundle.copy(config.bundle, Path(workdir) / "bundle", stages=("tokenizer",))
+        target = Path(workdir) / "bundle"
+        bundle.copy(config.bundle, target, stages=("tokenizer",))
         bundle.save_stage(
-            Path(workdir) / "bundle",
+            target,
             "vqvae",
             model,
             config,
@@ -398,3 +400,4 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             **pipeline.provenance(config.data.dir),
             **(train_state.warm_info(workdir) if config.warm_start else {}),
         )
+        print(f"{target}: the last weights, of step {int(state.step)}", file=sys.stderr, flush=True)

@@ -76,3 +76,16 @@ def test_weights_and_biases_without_the_package(tmp_path, monkeypatch):
     config = read_config("configs/star.py:tiny", ["--config.wandb=test"])
     with pytest.raises(ValueError, match=r"needs wandb: pip install 'fourdstar-jax\[wandb\]'"):
         write(tmp_path, 1, config=config)
+
+
+@pytest.mark.parametrize(
+    "first, said",
+    [
+        (0, "the run begins, to step 9; its first step is compiled"),
+        (4, "the run goes on after step 4, to step 9; its first step is compiled"),
+        (9, "the run is at step 9 of 9: nothing is left to train"),
+    ],
+)
+def test_a_run_says_at_once_what_it_is_about_to_do(tmp_path, capsys, first, said):
+    write(tmp_path, 0, first_step=first)
+    assert capsys.readouterr().err == f"{said}\n"

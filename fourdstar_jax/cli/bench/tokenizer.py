@@ -13,9 +13,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--size", choices=["released", "tiny"], help="of random weights; default released"
     )
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="its tokenizer instead")
-    parser.add_argument(
-        "--batch", type=whole(1, 1 << 16), default=64, metavar="N", help="images; default 64"
-    )
+    parser.add_argument("--batch", type=whole(1, 1 << 16), default=64, metavar="N", help="images")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default bfloat16, or as in the bundle"
     )
@@ -31,9 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of the original's arrays, the fastest is reported; default contiguous channels_last",
     )
-    parser.add_argument(
-        "--repeats", type=whole(1, 10**6), default=20, metavar="N", help="calls; default 20"
-    )
+    parser.add_argument("--repeats", type=whole(1, 10**6), default=20, metavar="N", help="calls")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the results as JSON")
     parser.add_argument("--commit", help="of the code, for the results; default git's")
 

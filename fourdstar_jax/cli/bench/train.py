@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--views", type=whole(1, 64), metavar="N", help="of the rig; 8 at size paper, else 4"
     )
     parser.add_argument(
-        "--devices", type=whole(1, 1 << 10), default=1, metavar="N", help="for star; default 1"
+        "--devices", type=whole(1, 1 << 10), default=1, metavar="N", help="for star"
     )
     parser.add_argument(
         "--parts", nargs="*", metavar="NAME", help="what to time beside the step; default all"
