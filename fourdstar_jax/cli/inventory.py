@@ -73,6 +73,7 @@ OTHERS = (
         ASK,
         "github.com/ssundaram21/dreamsim",
     ),
+    Entry("data", "Cap3D's captions", "ODC-By-1.0", "yes", "huggingface.co/datasets/tiange/Cap3D"),
     Entry("data", "one's own GLBs, Objaverse", "each asset's: prepare --licence", "as each says"),
 )
 

@@ -17,9 +17,23 @@ LIMITS = Limits()
 def add_flags(parser: argparse.ArgumentParser) -> None:
     default = Settings()
     parser.add_argument("--assets", type=Path, metavar="DIR", help="folder of GLB files")
+    parser.add_argument(
+        "--renders",
+        type=Path,
+        metavar="DIR",
+        help="in place of --assets: pictures as L4GM's Blender script writes (docs/DATASET.md)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder")
     parser.add_argument(
         "--list", type=Path, metavar="FILE", help="only these: a path below --assets a line"
+    )
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CSV",
+        help="rows `uid,caption` as Cap3D's for looks, `clip_id,caption` for motions",
     )
     parser.add_argument(
         "--work",
@@ -76,15 +90,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=real(0.1, 2),
         nargs=2,
         metavar=("LOW", "HIGH"),
-        default=default.zoom,
-        help="of clips of training, drawn at random between the two",
+        help="of clips of training, drawn at random between the two; default "
+        + " ".join(map(str, default.zoom)),
     )
     for name, text in (("flow", "optical flow"), ("depth", "depth maps")):
         parser.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
-            default=getattr(default, name),
-            help=text,
+            help=f"{text}; default {'on' if getattr(default, name) else 'off'}, off with --renders",
         )
     parser.add_argument(
         "--workers", type=whole(0, 1024), help="processes; 0 works in this one, default one a core"
@@ -124,10 +137,13 @@ def run(arguments: argparse.Namespace) -> None:
         _out(arguments)
         command = tokenize if arguments.tokens else encode_text
         return command.run(arguments)
-    if arguments.assets is None:
+    assets = arguments.renders or arguments.assets
+    if assets is None:
         raise ValueError("--assets DIR is needed")
-    if not arguments.assets.is_dir():
-        raise ValueError(f"{arguments.assets} is not a folder")
+    if arguments.renders and arguments.assets:
+        raise ValueError("give --assets or --renders, not both")
+    if not assets.is_dir():
+        raise ValueError(f"{assets} is not a folder")
     if arguments.shard is not None and (not arguments.work or arguments.out is not None):
         raise ValueError(
             "--shard needs --work DIR and no --out: when all shards are "
@@ -139,15 +155,22 @@ def run(arguments: argparse.Namespace) -> None:
 
     limits = Limits(arguments.timeout, int(arguments.memory * 2**30))
     options = {name: getattr(arguments, name) for name in ("licence", "limit", "workers", "retry")}
-    options |= {name: getattr(arguments, name) for name in Settings._fields}
+    usual = Settings()
+    if arguments.renders:  # what pictures do not have
+        usual = usual._replace(flow=False, depth=False, zoom=(1.0, 1.0))
+    for name in Settings._fields:
+        given = getattr(arguments, name)
+        options[name] = getattr(usual, name) if given is None else given
+    options["renders"] = arguments.renders is not None
     options["splits"] = arguments.splits and tuple(dict.fromkeys(arguments.splits))
     options |= {"list_file": arguments.list, "limits": limits, "more_work": arguments.work[1:]}
     if arguments.shard is not None:
-        prepare.render(arguments.assets, arguments.work[0], shard=arguments.shard, **options)
+        prepare.render(assets, arguments.work[0], shard=arguments.shard, **options)
         return
     prepare.prepare(
-        arguments.assets,
+        assets,
         _out(arguments),
+        captions_from=arguments.captions,
         work_dir=arguments.work[0] if arguments.work else None,
         overwrite=arguments.overwrite,
         **options,

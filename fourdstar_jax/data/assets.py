@@ -1,4 +1,4 @@
-"""One animated asset to the records of its clips: what a worker process of `prepare` does."""
+"""One asset to the records of its clips: what a worker process of `prepare` does."""
 
 import functools
 import hashlib
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fourdstar_jax import geometry
-from fourdstar_jax.data import gltf, posing, render, splits
+from fourdstar_jax.data import gltf, l4gm, posing, render, splits
 from fourdstar_jax.data.settings import Settings
 from fourdstar_jax.text import captions
 from fourdstar_jax.types import Cameras
 
 EXTRA_ELEVATIONS_DEG = (-30.0, 5.0)  # negative looks from above
 PNG_LEVEL = 4
+MIN_CHANGE = 0.01  # of what pictures show, mean over the object: nearly nothing, as noise is
 
 
 class Job(NamedTuple):
@@ -25,11 +26,12 @@ class Job(NamedTuple):
     file: str  # the path below the folder of assets
     licence: str
     settings: Settings
+    renders: bool = False  # a clip's folder of pictures below `path`, not a GLB file
 
     @property
     def object_id(self) -> str:
-        """The file's path without its ending."""
-        return self.file.removesuffix(".glb")
+        """The file's path without its ending, or that of a clip's folder without its number."""
+        return l4gm.identity(self.file)[0] if self.renders else self.file.removesuffix(".glb")
 
 
 @functools.cache
@@ -44,6 +46,8 @@ def render_asset(job: Job, folder: Path) -> dict[str, list[dict]]:
     That is lists of its clips, of clips that were dropped, of warnings, and of itself if it is
     quarantined: then nothing is written. Raises OSError if the folder cannot be written to.
     """
+    if job.renders:
+        return _read_renders(job, folder)
     s = job.settings
     result = {"clips": [], "quarantined": [], "dropped": [], "warnings": []}
     made: list[Path] = []
@@ -112,17 +116,65 @@ def _render_clip(asset, clip, split: str, rig: int, renderer, job: Job, path: Pa
         "clip_id": np.asarray(f"{job.object_id}#{clip.index}" + (f"@{rig}" if rig else "")),
         "split": np.asarray(split),
     }
+    looks = {"coloured": asset.coloured(), "textured": bool(asset.textures)}
+    return _written(record, areas, path) | looks
+
+
+def _written(record: dict[str, np.ndarray], areas: np.ndarray, path: Path) -> dict:
+    """Writes a record to `path`; returns what the report says of it."""
     np.savez(path, allow_pickle=False, **record)
-    told = {k: str(record[k]) for k in ("clip_id", "object_id", "split", "appearance", "motion")}
-    return told | {
-        "asset_sha256": asset.sha256,
-        "num_frames": len(sequence.positions),
+    texts = ("clip_id", "object_id", "split", "appearance", "motion", "asset_sha256")
+    return {k: str(record[k]) for k in texts} | {
+        "num_frames": len(record["frame_times"]),
         "sha256": content_hash(record),
         "record": path.name,
-        "coloured": asset.coloured(),
-        "textured": bool(asset.textures),
         "mask_area": float(areas.mean()),
     }
+
+
+def _read_renders(job: Job, folder: Path) -> dict[str, list[dict]]:
+    """As `render_asset`, of a clip that is there as pictures.
+
+    It is of training unless its path is that of an unseen object. Whether it has colours is not
+    looked at.
+    """
+    s, (object_id, index) = job.settings, l4gm.identity(job.file)
+    result = {"clips": [], "quarantined": [], "dropped": [], "warnings": []}
+    try:
+        clip = l4gm.Clip(*l4gm.places(Path(job.path), job.file), s.views, s.extra_views)
+        if (F := min(clip.num_frames, s.max_frames)) < 1:
+            raise l4gm.Malformed("no frames that all cameras have")
+        frames = np.stack(list(clip.pictures(F, s.image_size)))
+    except l4gm.Malformed as error:
+        return quarantined(job.file, str(error))
+    split = splits.split_of(clip.sha256(), index, object_id)
+    if s.splits is not None and split not in s.splits:
+        return result
+    if (dropped := _dropped(frames[:, : s.views], s.max_frames)) is not None:
+        told = {"file": job.file, "clip": str(index), "reason": dropped}
+        return result | {"dropped": [told]}
+    pngs = {
+        "rig_rgba": [_png(image) for frame in frames for image in frame[: s.views]],
+        "extra_rgba": [_png(image) for frame in frames for image in frame[s.views :]],
+    }
+    record = _fields(job, clip.sha256(), index, "", F, pngs, *clip.cameras(s.image_size))
+    record |= {"clip_id": np.asarray(f"{object_id}#{index}"), "split": np.asarray(split)}
+    areas = frames[:, : s.views, ..., 3].mean(axis=(2, 3)) / 255
+    told = _written(record, areas, folder / f"{index}-0.npz")
+    return result | {"clips": [told | {"coloured": False, "textured": False}]}
+
+
+def _dropped(frames: np.ndarray, wanted: int) -> str | None:
+    """Why a clip of pictures [F, V, h, w, 4] is no use, if it is none."""
+    if len(frames) < min(2, wanted):
+        return "one frame"
+    areas = frames[..., 3].mean(axis=(2, 3)) / 255
+    if (seen := areas.max(axis=1).min()) < posing.MIN_AREA:
+        return f"covers {seen:.2%} of each picture of a frame, less than {posing.MIN_AREA:.0%}"
+    way = np.abs(frames.astype(np.float32) - frames[0]).mean(axis=(1, 2, 3, 4)).max() / 255
+    if wanted > 1 and (share := way / areas.mean()) < MIN_CHANGE:
+        return f"hardly moves: its pictures change by {share:.4f} < {MIN_CHANGE}"
+    return None
 
 
 def _record(asset, clip, sequence, renderer, job: Job, rng) -> tuple[dict, np.ndarray]:
@@ -157,16 +209,36 @@ def _record(asset, clip, sequence, renderer, job: Job, rng) -> tuple[dict, np.nd
             flow.append(frame.flow[:V].astype(np.float16))
         if frame.depth is not None:
             depth.append(frame.depth[:V].astype(np.float16))
+    record = _fields(job, asset.sha256, clip.index, clip.name, F, pngs, rig, extra)
+    if s.flow:
+        record["rig_flow"] = np.stack(flow)
+    if s.depth:
+        record["rig_depth"] = np.stack(depth)
+    return record, np.array(areas)
+
+
+def _fields(
+    job: Job,
+    sha256: str,
+    clip_index: int,
+    clip_name: str,
+    num_frames: int,
+    pngs: dict[str, list[bytes]],
+    rig: Cameras,
+    extra: Cameras,
+) -> dict[str, np.ndarray]:
+    """What every record has."""
+    fps = job.settings.fps
     record: dict[str, Any] = {
         "object_id": job.object_id,
-        "asset_sha256": asset.sha256,
-        "clip_index": clip.index,
-        "clip_name": clip.name,
+        "asset_sha256": sha256,
+        "clip_index": clip_index,
+        "clip_name": clip_name,
         "licence": job.licence,
         "appearance": captions.appearance_caption(job.object_id),
-        "motion": captions.motion_caption(clip.name),
-        "fps": np.float32(s.fps),
-        "frame_times": (np.arange(F) / s.fps).astype(np.float32),
+        "motion": captions.motion_caption(clip_name),
+        "fps": np.float32(fps),
+        "frame_times": (np.arange(num_frames) / fps).astype(np.float32),
         "rig_viewmats": rig.viewmats,
         "rig_Ks": rig.Ks,
         "extra_viewmats": extra.viewmats,
@@ -175,11 +247,7 @@ def _record(asset, clip, sequence, renderer, job: Job, rng) -> tuple[dict, np.nd
     for key, images in pngs.items():
         record[key] = np.frombuffer(b"".join(images), np.uint8)
         record[f"{key}_lengths"] = np.array([len(p) for p in images], np.int64)
-    if s.flow:
-        record["rig_flow"] = np.stack(flow)
-    if s.depth:
-        record["rig_depth"] = np.stack(depth)
-    return {key: np.asarray(value) for key, value in record.items()}, np.array(areas)
+    return {key: np.asarray(value) for key, value in record.items()}
 
 
 def _png(image: np.ndarray) -> bytes:

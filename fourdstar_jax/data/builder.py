@@ -13,7 +13,7 @@ with frame 0.
 | `clip_index` | number of the animation in the file | int64 |
 | `split` | train, unseen_clip or unseen_object | text |
 | `licence` | of the asset, "unknown" without an assets.csv | text |
-| `appearance`, `motion` | captions made from the two names | text |
+| `appearance`, `motion` | captions: from the two names, or from tables of them | text |
 | `fps`, `frame_times` | frames a second; seconds since the clip's first key | float32, [F] |
 | `rig_rgba` | PNG, straight alpha (alpha is the mask), frame-major | [F*V] images [h, w, 4] |
 | `rig_viewmats`, `rig_Ks` | world to camera (OpenCV); pixels | float32 [V, 4, 4], [V, 3, 3] |

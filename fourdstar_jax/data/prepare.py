@@ -1,12 +1,13 @@
-"""From animated GLB files to a dataset: what `fourdstar prepare` does.
+"""From animated GLB files, or L4GM's renders, to a dataset: what `fourdstar prepare` does.
 
-Every asset is rendered once, by a process of its own, into a work folder (`workers`), which many
-machines may share; the dataset is made of that. Files that cannot be read are quarantined, clips
-that hardly move are dropped; both are named with the reason in `report.json`. The dataset is
-written to a temporary folder beside the wanted one and renamed at the end, so that a folder of that
-name is complete.
+Every asset is rendered (or read) once, by a process of its own, into a work folder (`workers`),
+which many machines may share; the dataset is made of that. Files that cannot be read are
+quarantined, clips that hardly move are dropped; both are named with the reason in `report.json`.
+The dataset is written to a temporary folder beside the wanted one and renamed at the end, so that a
+folder of that name is complete.
 """
 
+import collections
 import contextlib
 import csv
 import errno
@@ -16,6 +17,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -25,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from fourdstar_jax.data import l4gm, splits
 from fourdstar_jax.data import render as rendering
-from fourdstar_jax.data import splits
 from fourdstar_jax.data.assets import Job, content_hash
 from fourdstar_jax.data.licences import UNKNOWN, has, listed
 from fourdstar_jax.data.settings import Limits, Settings
@@ -44,9 +46,11 @@ def prepare(
     assets_dir: str | Path,
     out_dir: str | Path,
     *,
+    renders: bool = False,
     list_file: str | Path | None = None,
     licence: str | None = None,
     limit: int | None = None,
+    captions_from: Sequence[str | Path] = (),
     work_dir: str | Path | None = None,
     more_work: Sequence[str | Path] = (),
     workers: int | None = None,
@@ -60,9 +64,11 @@ def prepare(
 
     Args:
       settings: fields of `Settings`.
+      renders: `assets_dir` has pictures in L4GM's layout (`l4gm`), and no GLB files.
       list_file: the files to take, a path below `assets_dir` a line; otherwise all there are.
       licence: keep assets that have it in `assets_dir/assets.csv`, as `licences.has` says ("cc0").
       limit: keep the first so many assets, in order of their paths or of the list.
+      captions_from: CSV files of captions, as `captions.read` says, in place of those from names.
       work_dir: where rendered assets are kept; what is there already is not rendered again, and
         what other processes are at is waited for. None is a temporary folder.
       more_work: folders like it, of shards that had their own, which are only read.
@@ -74,7 +80,7 @@ def prepare(
     other settings and an `out_dir` that is not empty; RuntimeError when there is no EGL.
     """
     chosen = Settings(**settings).check()
-    assets = _Assets(Path(assets_dir), list_file, licence, limit, chosen.splits)
+    assets = _Assets(Path(assets_dir), renders, list_file, licence, limit, chosen)
     out_dir = Path(out_dir)
     with output_folder(out_dir, DATASET, overwrite=overwrite) as partial:
         place = partial / "work" if work_dir is None else Path(work_dir)
@@ -98,10 +104,11 @@ def prepare(
             raise ValueError(
                 f"no clip left of {len(assets.files)} files below {assets_dir} ({detail})"
             )
+        told_by = _captioned(clips, captions_from) if captions_from else None
         _build(partial, clips, chosen)
         images = sum(c["num_frames"] for c in clips) * (chosen.views + chosen.extra_views)
         worker_s = sum(r["seconds"] for r in results.values())
-        manifest = _manifest(clips, chosen)
+        manifest = _manifest(clips, chosen, captioned=told_by is not None)
         report = {
             "assets": len(assets.files),
             "assets_without_the_licence": assets.without_the_licence,
@@ -110,7 +117,9 @@ def prepare(
             "missing": sorted(q["file"] for q in told["quarantined"] if _missing(q)),
             "quarantined": sorted(told["quarantined"], key=lambda q: q["file"]),
             "dropped": sorted(told["dropped"], key=lambda d: (d["file"], d["clip"])),
+            "reasons": {name: _reasons(told[name]) for name in ("quarantined", "dropped")},
             "warnings": sorted(told["warnings"], key=lambda w: w["file"]),
+            **({} if told_by is None else {"captions": told_by}),
             "images": images,
             "render_seconds": round(seconds, 1),  # of this run
             "worker_seconds": round(worker_s, 1),  # of all processes that rendered, added up
@@ -123,9 +132,59 @@ def prepare(
     of_splits = ", ".join(f"{n} {s}" for s, n in manifest["splits"].items())
     log(
         f"{len(clips)} clips ({of_splits}), {len(report['dropped'])} dropped, "
-        f"{len(report['quarantined'])} files quarantined: {out_dir / 'report.json'}"
+        f"{len(report['quarantined'])} files quarantined ({len(report['missing'])} of them are not "
+        f"there): {out_dir / 'report.json'}"
     )
+    if told_by is not None:
+        log(
+            "captions: "
+            + ", ".join(
+                f"{told['found']} of {told['found'] + len(told['without'])} {what}"
+                for what, told in told_by.items()
+            )
+        )
     return manifest
+
+
+def _captioned(clips: list[dict], paths: Sequence[str | Path]) -> dict[str, dict]:
+    """Gives clips the captions of CSV files where these have them; returns what the report says.
+
+    Rows of an object have its id, or the last part of that (Objaverse's uid), and tell its looks;
+    rows of a clip have the clip's id and tell its motion. Raises ValueError if there is no row of
+    any.
+    """
+    ids = {name for c in clips for name in (c["object_id"], _uid(c), _motion_id(c))}
+    found = captions.read(paths, ids)
+    if not found:
+        files, uid = ", ".join(map(str, paths)), _uid(clips[0])
+        raise ValueError(f"{files}: no row is of these {len(clips)} clips, as of {uid!r}")
+    told = {name: {"found": set(), "without": set()} for name in ("objects", "motions")}
+    for clip in clips:
+        looks = found.get(clip["object_id"], found.get(_uid(clip)))
+        motion = found.get(_motion_id(clip))
+        clip["appearance"], clip["motion"] = looks or clip["appearance"], motion or clip["motion"]
+        told["objects"]["found" if looks else "without"].add(clip["object_id"])
+        told["motions"]["found" if motion else "without"].add(_motion_id(clip))
+    return {
+        what: {"found": len(names["found"]), "without": sorted(names["without"])}
+        for what, names in told.items()
+    }
+
+
+def _uid(clip: dict) -> str:
+    return clip["object_id"].rpartition("/")[2]
+
+
+def _motion_id(clip: dict) -> str:
+    """The clip's id without its rig."""
+    object_id, _, number = clip["clip_id"].rpartition("#")
+    return f"{object_id}#{number.partition('@')[0]}"
+
+
+def _reasons(told: list[dict]) -> dict[str, int]:
+    """How often each reason occurs, whatever its numbers; the most frequent first."""
+    kinds = (re.sub(r"\d[\d.]*", "N", one["reason"].partition(": ")[0]) for one in told)
+    return dict(collections.Counter(kinds).most_common())
 
 
 def render(
@@ -133,6 +192,7 @@ def render(
     work_dir: str | Path,
     *,
     shard: Shard,
+    renders: bool = False,
     more_work: Sequence[str | Path] = (),
     list_file: str | Path | None = None,
     licence: str | None = None,
@@ -148,7 +208,7 @@ def render(
     `prepare` with the same arguments makes the dataset. Raises as that does.
     """
     chosen = Settings(**settings).check()
-    assets = _Assets(Path(assets_dir), list_file, licence, limit, chosen.splits)
+    assets = _Assets(Path(assets_dir), renders, list_file, licence, limit, chosen)
     work = Work(Path(work_dir), chosen, limits, [Path(folder) for folder in more_work])
     _render(work, assets, shard, workers, retry, log)
     left = [file for file in assets.files if not work.done(file)]
@@ -166,13 +226,18 @@ class _Assets:
     def __init__(
         self,
         folder: Path,
+        renders: bool,
         list_file: str | Path | None,
         licence: str | None,
         limit: int | None,
-        of_splits: tuple[str, ...] | None,
+        settings: Settings,
     ):
         if not folder.is_dir():
             raise ValueError(f"assets_dir={str(folder)!r} is not a folder")
+        if renders:
+            _check_renders(settings)
+        self.renders, self._what = renders, "clip of L4GM's layout" if renders else ".glb file"
+        of_splits = settings.splits
         self.folder, self._list, self._licence, self._limit = folder, list_file, licence, limit
         self._splits = of_splits
         self._may_have = splits.may_have(of_splits or splits.SPLITS)
@@ -189,7 +254,9 @@ class _Assets:
     def read(self) -> None:
         """Looks again at what is listed."""
         if self._list is not None:
-            files = _listed(Path(self._list))
+            files = _listed(Path(self._list), "" if self.renders else ".glb")
+        elif self.renders:
+            files = l4gm.clips(self.folder)
         else:
             found = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*.glb"))
             files = sorted(found)
@@ -211,9 +278,9 @@ class _Assets:
         self.files = kept[: self._limit]
         if not self.files:
             raise ValueError(
-                f"no .glb file below {self.folder}"
+                f"no {self._what} below {self.folder}"
                 if self._list is None
-                else f"{self._list} lists no .glb file"
+                else f"{self._list} lists no {self._what}"
             )
 
     def _wanted(self, path: Path, file: str) -> bool:
@@ -222,10 +289,21 @@ class _Assets:
 
     def job(self, file: str, settings: Settings) -> Job:
         """What is to be made of a file."""
-        return Job(str(self.folder / file), file, self._licences.get(file, UNKNOWN), settings)
+        path = self.folder if self.renders else self.folder / file
+        licence = self._licences.get(file, UNKNOWN)
+        return Job(str(path), file, licence, settings, self.renders)
 
 
-def _listed(path: Path) -> list[str]:
+def _check_renders(s: Settings) -> None:
+    """Raises ValueError for what pictures do not have or cannot be made to have."""
+    for name, wanted in (("flow", False), ("depth", False), ("points", 0), ("rigs", 1)):
+        if (value := getattr(s, name)) != wanted:
+            raise ValueError(f"{name}={value} needs GLB files: renders have {name}={wanted}")
+    if tuple(s.zoom) != (1.0, 1.0):
+        raise ValueError(f"zoom={s.zoom} needs GLB files: renders are as large as they are, 1 1")
+
+
+def _listed(path: Path, ending: str) -> list[str]:
     """The paths in a list file: one a line, in order, each once."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -237,10 +315,11 @@ def _listed(path: Path) -> list[str]:
         if not line or line.startswith("#"):
             continue
         parts = PurePosixPath(line).parts
-        if not line.endswith(".glb") or line.startswith("/") or ".." in parts or "\0" in line:
-            raise ValueError(
-                f"{path}, line {number}: {line[:80]!r} is no path of a .glb file below --assets"
-            )
+        if "://" in line:
+            raise ValueError(f"{path}, line {number}: {line[:80]!r} is a URL: download it first")
+        if not line.endswith(ending) or line.startswith("/") or ".." in parts or "\0" in line:
+            what = "a .glb file below --assets" if ending else "a clip below --renders"
+            raise ValueError(f"{path}, line {number}: {line[:80]!r} is no path of {what}")
         files[PurePosixPath(line).as_posix()] = None
     return list(files)
 
@@ -254,7 +333,8 @@ def _render(
     log: Callable[[str], None],
 ) -> None:
     """Does what is left to do: of the shard, then of the others; the only shard waits for more."""
-    rendering.Renderer(work.settings.image_size, 1).close()  # a missing EGL is said here, once
+    if not assets.renders:
+        rendering.Renderer(work.settings.image_size, 1).close()  # a missing EGL is said here, once
     if retry:
         for i in shard.own(len(assets.files)):
             work.forget_quarantined(assets.files[i])
@@ -344,6 +424,7 @@ def _example(clip: dict, index: int, s: Settings) -> dict:
     if content_hash(record) != clip["sha256"]:
         raise ValueError(f"{path} is damaged: remove its folder and prepare again")
     example: dict[str, Any] = {"index": index}
+    record |= {name: np.asarray(clip[name]) for name in ("appearance", "motion")}
     for key, value in record.items():
         if key.endswith("_lengths") or (key.startswith("extra_") and s.extra_views == 0):
             continue
@@ -398,7 +479,7 @@ def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _manifest(clips: list[dict], s: Settings) -> dict:
+def _manifest(clips: list[dict], s: Settings, *, captioned: bool) -> dict:
     """What a reader must know, with a hash over settings, records and split."""
     identity = {
         "schema": 1,
@@ -407,6 +488,8 @@ def _manifest(clips: list[dict], s: Settings) -> dict:
         "split_sha256": splits.SHA256,
         "records": [[c["clip_id"], c["sha256"]] for c in clips],
     }
+    if captioned:
+        identity["captions"] = [[c["appearance"], c["motion"]] for c in clips]
     train = {(c["appearance"], c["motion"]) for c in clips if c["split"] == "train"}
     return {
         "schema": 1,

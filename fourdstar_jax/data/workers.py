@@ -251,7 +251,8 @@ def _work(work: Work, job: Job, many: bool, said: multiprocessing.connection.Con
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        renderer_of(work.settings)
+        if not job.renders:
+            renderer_of(work.settings)
         most = _address_space() + limits.memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         work.write(job)

@@ -1,16 +1,19 @@
-"""Captions of objects and motions, made from their names.
+"""Captions of objects and motions: made from their names, or from tables that others made.
 
 The names that artists give ("AnimalArmature|Attack_Headbutt" on "animals_pack__Bull.glb") are all
 the text that comes with the files; cleaned, they make "a bull, attack headbutt".
 """
 
+import csv
 import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 NEUTRAL_PROMPT = "Generate object of the following video"  # the paper's, when no text is given
 
 _NOISE = {"transformed", "animations", "animation", "animated", "armature", "action", "smooth"}
 _NOISE |= {"flatshaded", "anim", "rig", "clip", "godot", "mixamo", "com"}
+_UID = re.compile("[0-9a-f]{32}")  # Objaverse's, which says nothing
 _SPELLING = {"recieve": "receive", "headlow": "head low", "toidle": "to idle"}
 
 
@@ -29,7 +32,8 @@ def _words(name: str) -> list[str]:
 
 def appearance_caption(object_name: str) -> str:
     """ "animals_pack__Bull.glb" -> "a bull"; what precedes a double underscore is the pack."""
-    words = _words(Path(object_name).stem.split("__")[-1])
+    name = Path(object_name).stem
+    words = [] if _UID.fullmatch(name) else _words(name.split("__")[-1])
     article = "an" if words and words[0][0] in "aeiou" else "a"
     return " ".join([article, *words]) if words else "an object"
 
@@ -51,3 +55,39 @@ def caption(appearance: str, motion: str) -> str:
     while len(words) > 1 and words[0] in body:
         words.pop(0)
     return f"{appearance}, {' '.join(words)}"
+
+
+def read(paths: Iterable[str | Path], wanted: Collection[str]) -> dict[str, str]:
+    """The captions of the ids in `wanted` from CSV files as Cap3D's: `id,caption`, no header.
+
+    Of an id that occurs twice the last counts. Raises ValueError, which names the line, for a row
+    that is not so, whoever's it is.
+    """
+    found = {}
+    for path in paths:
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                for row in _rows(file, path):
+                    if row[0].strip() in wanted:
+                        found[row[0].strip()] = _tidy(row[1])
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+            raise ValueError(f"{path} cannot be read: {why}") from error
+    return found
+
+
+def _rows(file: Iterable[str], path: str | Path) -> Iterator[list[str]]:
+    rows = csv.reader(file, strict=True)
+    try:
+        for row in rows:
+            if len(row) != 2 or not row[0].strip() or not _tidy(row[1]):
+                shown = ascii(",".join(row)[:60])
+                raise ValueError(f"{path}, line {rows.line_num}: {shown} is no id and caption")
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _tidy(text: str) -> str:
+    """In one line, without the full stop."""
+    return " ".join(text.split()).removesuffix(".").strip()

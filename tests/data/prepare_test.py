@@ -96,6 +96,34 @@ def test_the_same_files_give_the_same_hash_and_options_change_it(objects_dir, tm
     assert not (tmp_path / "a" / "spool").exists()
 
 
+def test_captions_come_from_tables_and_need_no_new_pictures(objects_dir, tmp_path, monkeypatch):
+    options = TINY | {"work_dir": tmp_path / "work"}
+    plain = prepare.prepare(objects_dir, tmp_path / "a", **options)
+    monkeypatch.setattr(prepare.rendering.Renderer, "draw", None)
+    rows = "wild_pack__Plate2,A blue plate.\npack/wild_pack__Plate2#1,spinning\nnobody,else\n"
+    (tmp_path / "table.csv").write_text(rows)
+    said = []
+    options |= {"captions_from": [tmp_path / "table.csv"], "log": said.append}
+    told = prepare.prepare(objects_dir, tmp_path / "b", **options)
+    assert told["train_captions"] == [
+        "A blue plate, jump high",
+        "A blue plate, spinning",
+        "a red box, slide right",
+    ]
+    assert plain["clips"] == told["clips"] and plain["sha256"] != told["sha256"]
+    assert plain["recipe_sha256"] == told["recipe_sha256"]
+    assert said[-1] == "captions: 1 of 2 objects, 1 of 3 motions"
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert report["captions"]["objects"] == {"found": 1, "without": ["pack/wild_pack__RedBox"]}
+    clips = pipeline.Records(tmp_path / "b", "train", only=("clip_id", "appearance", "motion"))
+    found = {c["clip_id"].decode(): c for c in (clips[i] for i in range(len(clips)))}
+    plate = found["pack/wild_pack__Plate2#1"]
+    assert (plate["appearance"], plate["motion"]) == (b"A blue plate", b"spinning")
+    (tmp_path / "table.csv").write_text("nobody,else\n")
+    with pytest.raises(ValueError, match="no row is of these 3 clips, as of 'wild_pack__Plate2'"):
+        prepare.prepare(objects_dir, tmp_path / "c", **options)
+
+
 def test_licence_and_limit_choose_assets(objects_dir, tmp_path):
     make = prepare.prepare
     kept = make(objects_dir, tmp_path / "a", **TINY, licence="cc0")

@@ -175,11 +175,11 @@ def test_other_settings_and_damaged_records_are_told(begun):
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("line", ["/box.glb", "../box.glb", "box.obj"])
+@pytest.mark.parametrize("line", ["/box.glb", "../box.glb", "box.obj", "s3://x/box.glb"])
 def test_lists_stay_below_the_assets(begun, line):
     folder, names, options = begun
     (folder / "list.txt").write_text(f"# the first\n\n{names[0]}\n{line}\n")
-    with pytest.raises(ValueError, match=f"list.txt, line 4: '{line}' is no path"):
+    with pytest.raises(ValueError, match=f"list.txt, line 4: '{line}' is (no path|a URL)"):
         prepare.prepare(folder / "in", folder / "out", **options)
 
 
