@@ -93,7 +93,7 @@ def container_update(
 
     `density` says among which tokens the k nearest are: those of a token's own timestep, as the
     paper has it, or all so far, which starts anew with every group. For `rounded` see
-    `dpc_knn.reference.distances`; a density among all has nothing of it.
+    `dpc_knn.reference.squared_distances`; a density among all has nothing of it.
     """
     x = jax.lax.stop_gradient(group.x).astype(jnp.float32)
 

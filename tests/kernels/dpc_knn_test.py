@@ -9,10 +9,13 @@ from fourdstar_jax import cluster_dpc_knn as exported
 from fourdstar_jax.kernels.dpc_knn import (
     add_group,
     cluster_dpc_knn,
+    clusters_before,
     empty_peaks,
     find_clusters,
     reference,
 )
+
+BEFORE = jax.jit(clusters_before, static_argnames=("k", "num_clusters"))
 
 
 def naive(x, ids, mask, *, num_clusters, k, num_groups):
@@ -75,6 +78,13 @@ def test_group_by_group_equals_all_at_once(seed):
         np.testing.assert_array_equal(got.valid, want.valid)
         np.testing.assert_array_equal(got.assignment[:end], want.assignment)
         assert (got.assignment[end:] == -1).all()
+        # As training has it: of g + 2 groups (even and odd), the last one of no account.
+        if g + 1 < groups:
+            arrays = (y[: end + size].reshape(g + 2, size, *y.shape[1:]) for y in (x, ids, mask))
+            before = BEFORE(*arrays, jnp.array([g + 1, 1]), k=k, num_clusters=5)
+            for at, name in enumerate(got._fields):
+                np.testing.assert_array_equal(before[at][0][:end], got[at][:end], err_msg=name)
+            assert (before.assignment[0, end:] == -1).all()
 
 
 def test_batch_axes_are_independent():

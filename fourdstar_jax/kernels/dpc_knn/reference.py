@@ -41,14 +41,14 @@ class Peaks(NamedTuple):
     filled: Int[Array, ""]  # how many slots are taken
 
 
-def distances(
+def squared_distances(
     x: Float[Array, "L D"],
     y: Float[Array, "R D"],
     x_ids: Int[Array, "L K"],
     y_ids: Int[Array, "R K"],
     rounded: DTypeLike | None = None,
 ) -> Float[Array, "L R"]:
-    """Euclidean distances divided by sqrt(D); exactly 0 between equal ids.
+    """Squared Euclidean distances, not divided by D; exactly 0 between equal ids.
 
     With `rounded`, bfloat16 say, they are those of the features rounded to that type: matrix units
     then multiply exactly and add in float32.
@@ -63,7 +63,18 @@ def distances(
     same = jnp.ones(square.shape, bool)
     for k in range(x_ids.shape[1]):  # a loop, so that no [L, R, K] array is made
         same &= x_ids[:, None, k] == y_ids[:, k]
-    return jnp.where(same, 0.0, jnp.sqrt(jnp.maximum(square, 0.0) / x.shape[1]))
+    return jnp.where(same, 0.0, jnp.maximum(square, 0.0))
+
+
+def distances(
+    x: Float[Array, "L D"],
+    y: Float[Array, "R D"],
+    x_ids: Int[Array, "L K"],
+    y_ids: Int[Array, "R K"],
+    rounded: DTypeLike | None = None,
+) -> Float[Array, "L R"]:
+    """Euclidean distances divided by sqrt(D). For `rounded` see `squared_distances`."""
+    return jnp.sqrt(squared_distances(x, y, x_ids, y_ids, rounded) / x.shape[1])
 
 
 def usable_rows(
@@ -131,25 +142,45 @@ def is_denser(
     return (log_density > other) | ((log_density == other) & (index < other_index))
 
 
-def find_clusters(peaks: Peaks, *, num_clusters: int, rounded: DTypeLike | None = None) -> Clusters:
-    """Takes the tokens with the largest rho * delta as centres, for each token the nearest one.
+def find_centers(peaks: Peaks, *, num_clusters: int) -> tuple[Int[Array, " M"], Bool[Array, " M"]]:
+    """The tokens with the largest rho * delta, best first, and which of them are no surplus.
 
-    For `rounded` see `distances`. The densest token's delta is the largest distance of the sample.
-    A centre with delta 0 has a denser twin: it is surplus and takes no tokens. A centre belongs to
-    its own cluster.
+    The densest token's delta is the largest distance of the sample. A centre with delta 0 has a
+    denser twin: it is surplus.
     """
     deltas = jnp.where(jnp.isinf(peaks.deltas), peaks.max_distance, peaks.deltas)
     densest = peaks.mask & jnp.isinf(peaks.deltas)
     # With all tokens alike every delta is 0: the densest one is still a centre.
     score = peaks.log_densities + jnp.log(jnp.where(densest, jnp.maximum(deltas, 1e-30), deltas))
     score, centers = jax.lax.top_k(jnp.where(peaks.mask, score, -jnp.inf), num_clusters)
-    valid = score > -jnp.inf
+    return centers, score > -jnp.inf
+
+
+def join_centers(
+    peaks: Peaks,
+    centers: Int[Array, " M"],
+    valid: Bool[Array, " M"],
+    *,
+    rounded: DTypeLike | None = None,
+) -> Clusters:
+    """For each token the nearest centre; a centre belongs to its own cluster.
+
+    What is not valid takes no tokens. For `rounded` see `squared_distances`.
+    """
     distance = distances(peaks.x, peaks.x[centers], peaks.ids, peaks.ids[centers], rounded)
     assignment = jnp.argmin(jnp.where(valid, distance, jnp.inf), axis=1)  # of [S, M]
     own = jnp.where(valid, centers, peaks.x.shape[0])  # what is not valid falls out
-    number = jnp.arange(num_clusters, dtype=assignment.dtype)
+    number = jnp.arange(centers.shape[0], dtype=assignment.dtype)
     assignment = assignment.at[own].set(number, mode="drop")
     return Clusters(centers, valid, jnp.where(peaks.mask, assignment, -1))
+
+
+def find_clusters(peaks: Peaks, *, num_clusters: int, rounded: DTypeLike | None = None) -> Clusters:
+    """Takes the tokens with the largest rho * delta as centres, for each token the nearest one.
+
+    See `find_centers` and `join_centers`.
+    """
+    return join_centers(peaks, *find_centers(peaks, num_clusters=num_clusters), rounded=rounded)
 
 
 def cluster(

@@ -18,9 +18,11 @@ from fourdstar_jax.kernels.dpc_knn.reference import (
     Clusters,
     Peaks,
     distances,
-    find_clusters,
+    find_centers,
     is_denser,
+    join_centers,
     log_densities,
+    squared_distances,
     usable_rows,
 )
 
@@ -50,7 +52,7 @@ def add_group(
     k: int,
     rounded: DTypeLike | None = None,
 ) -> Peaks:
-    """Takes one more group of tokens into the peaks. For `rounded` see `distances`.
+    """Takes one more group of tokens into the peaks. For `rounded` see `squared_distances`.
 
     Densities never change, being of one group each, so delta is a running minimum. Memory and time
     grow with S times N, not with S squared. Rows that are not finite count as masked out.
@@ -97,41 +99,73 @@ def clusters_before(
 ) -> Clusters:
     """The clusters of the first s groups, for each s of `steps`; for 0 there are none.
 
-    Each pair of groups is compared once, a group's N columns at a time. For `rounded` see
-    `distances`.
+    Each pair of groups is compared once, for what either is to the other: all groups with those one
+    further on, then two, around the circle to its half. For `rounded` see `squared_distances`.
     """
-    timesteps, size = x.shape[:2]
-    flat, valid = usable_rows(x.reshape(-1, x.shape[-1]), mask.reshape(-1))
-    x, mask = flat.reshape(x.shape), valid.reshape(mask.shape)
+    timesteps, size, dim = x.shape
+    flat, valid = usable_rows(x.reshape(-1, dim), mask.reshape(-1))
     all_ids = ids.reshape(-1, ids.shape[-1])
-    compare = functools.partial(distances, rounded=rounded)
-    density = jax.lax.map(
-        lambda y: log_densities(compare(y[0], y[0], y[1], y[1]), y[2], k=k), (x, ids, mask)
-    )
-    densities, index = density.reshape(-1), jnp.arange(flat.shape[0])
-
-    def columns(group):
-        """Of every token the distance to the nearest denser one of a group, and the largest
-        distance between the group and those up to it."""
-        t, x, ids, mask, density = group
-        distance = compare(flat, x, all_ids, ids)  # [S, N]
-        pair = valid[:, None] & mask
-        number = t * size + jnp.arange(size)
-        denser = is_denser(density, number, densities[:, None], index[:, None])
-        delta = jnp.min(distance, 1, where=pair & denser, initial=jnp.inf)
-        largest = jnp.max(distance, 1, where=pair, initial=0.0)
-        return delta, jnp.max(largest, where=index < (t + 1) * size, initial=0.0)
-
     # The last group is in no history; where it is the only one, this is for nothing.
-    groups = (jnp.arange(timesteps), x, ids, mask, density)
-    groups = jax.tree.map(lambda y: y[: max(timesteps - 1, 1)], groups)
-    deltas, largest = jax.lax.map(columns, groups)
-    deltas, largest = jax.lax.cummin(deltas), jax.lax.cummax(largest)
+    past = max(timesteps - 1, 1)
+    x, ids, mask = flat.reshape(x.shape)[:past], ids[:past], valid.reshape(mask.shape)[:past]
+    if rounded is not None:
+        x = x.astype(rounded)
+    compare = functools.partial(squared_distances, rounded=rounded)
 
-    def clusters(step):
+    def own(group):
+        """Densities, the squared distances to the nearest denser token, and the largest one."""
+        x, ids, mask = group
+        square = compare(x, x, ids, ids)
+        density = log_densities(jnp.sqrt(square / dim), mask, k=k)
+        index = jnp.arange(size)
+        denser = is_denser(density, index, density[:, None], index[:, None])
+        pair = mask[:, None] & mask
+        nearest = jnp.min(square, 1, where=pair & denser, initial=jnp.inf)
+        return density, nearest, jnp.max(square, where=pair, initial=0.0)
+
+    density, nearest, largest = jax.lax.map(own, (x, ids, mask))
+    number = jnp.arange(past)
+    # [g, h]: of group g's tokens to the denser ones of group h, and between the two groups
+    table = jnp.full((past, past, size), jnp.inf, nearest.dtype).at[number, number].set(nearest)
+    most = jnp.zeros((past, past), largest.dtype).at[number, number].set(largest)
+
+    def pairs(found, offset):
+        """Every group with the one `offset` after it."""
+        other = (number + offset) % past
+        square = jax.vmap(compare)(x, x[other], ids, ids[other])  # [P, N, N]
+        pair = mask[:, :, None] & mask[other][:, None]
+        first, second = density[:, :, None], density[other][:, None]
+        earlier = (number < other)[:, None, None]
+        denser = (first > second) | ((first == second) & earlier)  # the first of the pair
+        rows = jnp.min(square, 2, where=pair & ~denser, initial=jnp.inf)
+        columns = jnp.min(square, 1, where=pair & denser, initial=jnp.inf)
+        largest = jnp.max(jnp.max(square, 2, where=pair, initial=0.0), 1)
+        table, most = found
+        table = table.at[number, other].set(rows).at[other, number].set(columns)
+        return (table, most.at[number, other].set(largest).at[other, number].set(largest)), None
+
+    (table, most), _ = jax.lax.scan(pairs, (table, most), jnp.arange(1, past // 2 + 1))
+    deltas = jnp.sqrt(jax.lax.cummin(table, axis=1) / dim)
+    largest = jnp.sqrt(jax.lax.cummax(jax.lax.cummax(most, axis=0), axis=1) / dim)
+    index = jnp.arange(flat.shape[0])
+
+    def whole(rows, empty):
+        """Of all tokens, from those of the past groups."""
+        return jnp.pad(rows.reshape(-1), (0, len(index) - past * size), constant_values=empty)
+
+    def peaks(step):
         last = jnp.maximum(step - 1, 0)
-        seen = valid & (index < step * size)
-        peaks = Peaks(flat, all_ids, seen, densities, deltas[last], largest[last], step * size)
-        return find_clusters(peaks, num_clusters=num_clusters, rounded=rounded)
+        return Peaks(
+            x=flat,
+            ids=all_ids,
+            mask=valid & (index < step * size),
+            log_densities=whole(density, 0.0),
+            deltas=whole(deltas[:, last], jnp.inf),
+            max_distance=largest[last, last],
+            filled=step * size,
+        )
 
-    return jax.lax.map(clusters, steps)
+    found = jax.vmap(lambda s: find_centers(peaks(s), num_clusters=num_clusters))(steps)
+    return jax.lax.map(
+        lambda y: join_centers(peaks(y[0]), y[1], y[2], rounded=rounded), (steps, *found)
+    )
