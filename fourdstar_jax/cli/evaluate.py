@@ -155,6 +155,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.split or "unseen_clip",
         lpips=lpips,
         sampled=arguments.clips or unseen.SAMPLED,
+        log=functools.partial(print, file=sys.stderr, flush=True),
     )
     if why:
         found["lpips"] = {"left_out": why}

@@ -21,6 +21,7 @@ from fourdstar_jax import geometry
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.evaluate import motion
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, by_object, psnr
+from fourdstar_jax.evaluate.progress import Log, Progress
 from fourdstar_jax.evaluate.protocols import SAME_PSNR
 from fourdstar_jax.generate import Model, decode_tokens
 from fourdstar_jax.kernels.rasterize import pick_capacity
@@ -53,6 +54,8 @@ def compare(
     train: Mapping[str, Any],
     samples: tuple[Int[np.ndarray, " m"], Int[np.ndarray, "m T V n K"]] | None,
     lpips: LPIPS | None,
+    *,
+    log: Log = lambda line: None,
 ) -> dict[str, Any]:
     """Figures of each of the four over objects, and each clip's own, as a JSON-ready dict.
 
@@ -70,8 +73,10 @@ def compare(
     def measure(name: str, i: int, images, alphas, more: Row | None = None) -> None:
         found = measured(lpips, images, alphas, truth[i], masks[i]) | true_rows[i] | (more or {})
         rows.setdefault(name, {})[i] = found
+        progress.step()
 
     nearest = nearest_clips(lpips, clips, train)
+    progress = Progress(3 * count + (0 if samples is None else len(samples[0])), log, "rows")
     timesteps = truth.shape[1]
     for i in range(count):
         cameras = Cameras(clips["viewmats"][i], clips["Ks"][i])

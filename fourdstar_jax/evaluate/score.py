@@ -24,6 +24,7 @@ from fourdstar_jax.evaluate import clips, distances, geometry, motion
 from fourdstar_jax.evaluate.clips import Frames, Pair, Source
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
 from fourdstar_jax.evaluate.networks import Networks
+from fourdstar_jax.evaluate.progress import Log, Progress
 from fourdstar_jax.evaluate.protocols import SAME_PSNR, Metric, Protocol, Resize, described
 from fourdstar_jax.evaluate.resizing import resized
 from fourdstar_jax.perceptual import i3d, ssim
@@ -64,7 +65,7 @@ def score(
     *,
     metrics: Sequence[str] = (),
     features: Features | None = None,
-    log: Callable[[str], None] = lambda line: None,
+    log: Log = lambda line: None,
 ) -> dict[str, Any]:
     """All figures as a JSON-ready dict; of `metrics` alone where some are given.
 
@@ -94,7 +95,12 @@ def score(
     sets: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
     shapes: dict[str, dict[str, Any]] = {}
     hashes: dict[tuple[str, str], str] = {}
-    begun = time.perf_counter()
+    names = [m.name for m in chosen if m.name not in left_out]
+    log(
+        f"{protocol.name}: {len(pairs)} clips of {len(truths.entries)} objects by "
+        + ", ".join(names)
+    )
+    progress = Progress(len(pairs), log)
     whole = [m for m in chosen if m.per == "object"]
     wholes: dict[str, dict[str, float]] = {}
     views: list[Clip] = []  # of the object so far
@@ -134,12 +140,7 @@ def score(
                 views = []
                 for name in set(left_out) - before if len(wholes) > 1 else ():
                     raise ValueError(f"object {pair.object}: {name}: {left_out[name]}")
-        now = time.perf_counter()
-        if done == 0:
-            log(f"{len(pairs)} clips of {len(truths.entries)} objects")
-        elif done == 1 and len(pairs) > 2:  # the first one has compiled
-            log(f"about {(now - begun) * (len(pairs) - 2) / 60:.1f} minutes to go")
-        begun = now
+        progress.step()
     for name in {m.name for m in whole} - left_out.keys():
         if not any(name in found for found in wholes.values()):
             left_out[name] = NO_OBJECT.get(name, "no object has 3 opaque Gaussians in every frame")

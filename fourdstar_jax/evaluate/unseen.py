@@ -9,6 +9,7 @@ with a 95 % bootstrap interval over objects; clips are seen from their first fra
 
 import functools
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import filled_batches, in_batches
 from fourdstar_jax.evaluate import comparisons, counts
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, by_object, psnr
+from fourdstar_jax.evaluate.progress import Log
 from fourdstar_jax.generate import Model, encode_images
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.perceptual import lpips as perceptual
@@ -42,6 +44,7 @@ def evaluate(
     *,
     lpips: str | os.PathLike[str] | None = None,
     sampled: int = SAMPLED,
+    log: Log = lambda line: None,
 ) -> dict[str, Any]:
     """All figures of a split as a JSON-ready dict; dB for PSNR, nats a code for likelihoods.
 
@@ -56,11 +59,18 @@ def evaluate(
         raise ValueError(f"the dataset's rig {rig} is not the bundle's {model.rig}")
     network = None if lpips is None else perceptual.load(lpips)
     clips = load(model, data_dir, split)
+    start = time.perf_counter()
+
+    def begin(what: str) -> None:
+        log(f"{time.perf_counter() - start:.0f} s: {what}")
+
+    num_clips, num_objects = len(clips["images"]), len(set(clips["object"]))
+    begin(f"{num_clips} clips of {num_objects} objects ({split}); reads those of training")
     train = load_train(model, data_dir)
     report: dict[str, Any] = {
         "split": split,
-        "num_clips": len(clips["images"]),
-        "num_objects": len(set(clips["object"])),
+        "num_clips": num_clips,
+        "num_objects": num_objects,
         "timesteps": model.max_timesteps,
         **pipeline.provenance(data_dir),
     }
@@ -68,16 +78,20 @@ def evaluate(
     if network is not None:
         about = perceptual.NETWORKS[network.network]
         report["lpips"] = {"network": network.network, "digest": about.digest}
+    begin("reconstruction of all clips")
     report["reconstruction"] = _reconstruction(model, clips, train["mean_image"], network)
     report["codes_used"] = _codes_used(train["tokens"], model.bundle.spec.vocab_size)
     samples = None
     if "star" in model.bundle.stages:
+        begin("likelihood of all clips, four times")
         report["likelihood"] = _likelihood(model, clips, train)
         drawn = sampler(model, clips, sampled, network)
+        begin(f"generation of {min(sampled, num_clips)} clips")
         found = drawn.sample(model.star)
         report["samples"] = drawn.measure(found)[0]
         samples = sampled_clips(clips, sampled), found["real"]
-    report["comparisons"] = comparisons.compare(model, clips, train, samples, network)
+    begin("comparisons of pictures")
+    report["comparisons"] = comparisons.compare(model, clips, train, samples, network, log=log)
     report["figures"] = figures(report)
     return report
 

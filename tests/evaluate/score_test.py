@@ -328,7 +328,10 @@ def test_the_command(folders, capsys):
     out = folders / "out" / "x.json"
     assert cli.main([*command, "--out", str(out)]) == 0
     told = capsys.readouterr()
-    assert "minutes to go" in told.err and "PSNR" in told.out
+    about, estimate, *_ = told.err.splitlines()
+    assert about == "fourdstar-open-v2: 6 clips of 3 objects by psnr, ssim"
+    assert estimate.startswith("2 of 6 clips, about ") and "minutes to go" in estimate
+    assert "PSNR" in told.out
     assert (out.with_suffix(".md")).read_text() == told.out
     assert cli.main([*command, "--against", str(out)]) == 0
     assert "| PSNR ↑ | +0.00 | [+0.00, +0.00] | 0 % of objects |" in capsys.readouterr().out

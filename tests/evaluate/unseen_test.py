@@ -24,7 +24,11 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
 
     monkeypatch.setattr(unseen, "BATCH", 3)
     monkeypatch.setattr(motion, "SEEN", 100.0)  # else front and back see no Gaussian in common
-    whole = unseen.evaluate(tiny_bundle, data_dir, "train")
+    lines: list[str] = []
+    whole = unseen.evaluate(tiny_bundle, data_dir, "train", log=lines.append)
+    assert "3 clips of 2 objects (train)" in lines[0]
+    assert any("generation of 3 clips" in line for line in lines)
+    assert any(line.startswith("2 of 12 rows, about ") for line in lines)
     assert whole["num_clips"] == 3
     monkeypatch.setattr(unseen, "BATCH", 2)
     generate.encode_images.clear_cache()
