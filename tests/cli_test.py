@@ -564,8 +564,14 @@ def test_doctor_tells_processes_and_mistakes(monkeypatch):
     monkeypatch.setattr(doctor, "free_gib", lambda folder: 3.2)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setitem(doctor.TRAINING_PACKAGES, "of-training", "there_is_no_such_module")
     notes = "\n".join(doctor.mistakes("cpu"))
-    for words in ("JAX uses the CPU: JAX_PLATFORMS=cpu", "3 GiB left", "by srun"):
+    for words in (
+        "JAX uses the CPU: JAX_PLATFORMS=cpu",
+        "3 GiB left",
+        "by srun",
+        "launch/setup.sh dev",
+    ):
         assert words in notes
 
 

@@ -27,6 +27,7 @@ TRAINING_PACKAGES = {
     "tensorboardX": "tensorboardX",
     "moderngl": "moderngl",
 }
+INSTALL_TRAINING = "pip install 'fourdstar-jax[train]' (in a checkout: launch/setup.sh dev)"
 EXIT_BAD_INPUT = 2
 
 

@@ -1,6 +1,7 @@
 """`fourdstar doctor`: versions, devices, what is missing, and usual mistakes."""
 
 import argparse
+import importlib.util
 import os
 import shutil
 import socket
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fourdstar_jax
-from fourdstar_jax.cli.common import BUNDLED_MODEL, TRAINING_PACKAGES
+from fourdstar_jax.cli.common import BUNDLED_MODEL, INSTALL_TRAINING, TRAINING_PACKAGES
 
 SUMMARY = "tell versions, devices, what is missing and usual mistakes"
 LITTLE_DISK = 20  # GiB
@@ -102,6 +103,8 @@ def mistakes(backend: str) -> Iterator[str]:
     """What often goes wrong and can be seen from here."""
     from fourdstar_jax import remote
 
+    if any(importlib.util.find_spec(module) is None for module in TRAINING_PACKAGES.values()):
+        yield f"packages that training needs are missing: {INSTALL_TRAINING}"
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if backend == "cpu" and shutil.which("nvidia-smi"):
         why = f"JAX_PLATFORMS={platforms}" if platforms else "pip install 'fourdstar-jax[cuda]'"

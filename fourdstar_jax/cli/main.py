@@ -35,7 +35,13 @@ from fourdstar_jax.cli import (
     train,
     view,
 )
-from fourdstar_jax.cli.common import EXIT_BAD_INPUT, TRAINING_PACKAGES, Parser, add_command
+from fourdstar_jax.cli.common import (
+    EXIT_BAD_INPUT,
+    INSTALL_TRAINING,
+    TRAINING_PACKAGES,
+    Parser,
+    add_command,
+)
 
 # The machine's, whatever file they are about: full disk, quota, too many files, no memory.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM, errno.EROFS}
@@ -85,8 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if (error.name or "").split(".")[0] not in TRAINING_PACKAGES.values():
             raise
         print(
-            f"fourdstar: {error.name} is missing, which training needs: "
-            "pip install 'fourdstar-jax[train]' (in a checkout: launch/setup.sh dev)",
+            f"fourdstar: {error.name} is missing, which training needs: {INSTALL_TRAINING}",
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT

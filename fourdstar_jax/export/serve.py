@@ -1,5 +1,6 @@
 """Serves one page over HTTP, to this machine unless told otherwise."""
 
+import errno
 import http.server
 import ipaddress
 import urllib.parse
@@ -32,7 +33,10 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise ValueError(f"{host} port {port} cannot be served: {error.strerror}") from error
+            remedy = " (port 0 takes a free one)" if error.errno == errno.EADDRINUSE else ""
+            raise ValueError(
+                f"{host} port {port} cannot be served: {error.strerror}{remedy}"
+            ) from error
 
     @property
     def url(self) -> str:
