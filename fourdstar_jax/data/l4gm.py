@@ -19,6 +19,7 @@ upwards; both turn into this project's here, so that an object faces as its GLB 
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,13 +129,7 @@ class Clip:
         for name in ("rotation", "elevation"):
             path = camera / "camera" / f"{name}.npy"
             shown = f"{camera.name}/camera/{path.name}"
-            data = self._bytes(path, shown)
-            try:
-                values = np.load(io.BytesIO(data), allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
-                raise Malformed(f"{shown} is no NumPy file of numbers") from error
-            if values.dtype.kind not in "fiu" or not values.size or not np.isfinite(values).all():
-                raise Malformed(f"{shown} holds no finite numbers")
+            values = _numbers(self._bytes(path, shown), shown)
             if np.ptp(values) > ANGLE_DEG:
                 raise Malformed(
                     f"the camera {camera.name} moves: its {name} goes from {values.min():g} to "
@@ -157,7 +152,7 @@ class Clip:
         return straight(on_white, alpha)
 
     def _open(self, camera: Path, name: str):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         shown = f"{camera.name}/{name}"
         try:
@@ -167,8 +162,11 @@ class Clip:
             if max(picture.size) > MAX_SIDE:
                 raise Malformed(f"{shown} is {picture.size}, more than {MAX_SIDE} pixels a side")
             picture.load()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise Malformed(f"{shown} cannot be read: {' '.join(str(error).split())}") from error
+        except (Malformed, MemoryError):
+            raise
+        except Exception as error:  # Pillow meets damage with exceptions of every kind
+            found = " ".join(str(error).split()) or type(error).__name__
+            raise Malformed(f"{shown} cannot be read: {found}") from error
         return picture
 
     def _bytes(self, path: Path, shown: str) -> bytes:
@@ -189,6 +187,23 @@ def straight(
     a = alpha[..., None] / 255
     color = np.where(a > 0, (on_white - 255 * (1 - a)) / np.maximum(a, 1 / 255), 0)
     return np.rint(np.concatenate([color.clip(0, 255), alpha[..., None]], -1)).astype(np.uint8)
+
+
+def _numbers(data: bytes, shown: str) -> np.ndarray:
+    """The finite numbers of an .npy file; nothing is made before header and size agree."""
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+            raise ValueError
+    except Exception as error:  # NumPy's own parser raises several kinds
+        raise Malformed(f"{shown} is no NumPy file of numbers") from error
+    values = np.frombuffer(data, dtype, offset=file.tell())
+    if not values.size or not np.isfinite(values).all():
+        raise Malformed(f"{shown} holds no finite numbers")
+    return values
 
 
 def _smaller(picture, size: int) -> np.ndarray:

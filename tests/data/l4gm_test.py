@@ -98,7 +98,7 @@ def test_edges_have_the_colour_of_the_object():
     )
 
 
-@pytest.mark.parametrize("what", ["moves", "mask", "gap", "object", "huge"])
+@pytest.mark.parametrize("what", ["moves", "mask", "gap", "object", "shape", "huge"])
 def test_a_clip_that_is_not_right_is_quarantined(made, tmp_path, what):
     shutil.copytree(made / l4gm.FIXED, tmp_path / "in")
     view = tmp_path / "in/036/ball/002/004"
@@ -110,6 +110,9 @@ def test_a_clip_that_is_not_right_is_quarantined(made, tmp_path, what):
         shutil.rmtree(view)
     elif what == "object":
         np.save(view / "camera" / "elevation.npy", np.array([{}]), allow_pickle=True)
+    elif what == "shape":
+        path = view / "camera" / "elevation.npy"
+        path.write_bytes(path.read_bytes().replace(b"(2, 1), }     ", b"(2000000000,)}"))
     else:
         Image.new("L", (5000, 1)).save(view / "img" / "000.jpg")
     manifest = prepare.prepare(tmp_path / "in", tmp_path / "out", **OPTIONS, log=lambda line: None)
@@ -120,6 +123,7 @@ def test_a_clip_that_is_not_right_is_quarantined(made, tmp_path, what):
         "mask": "004/mask/001.png cannot be read",
         "gap": "no camera at azimuth 270, elevation 0, as --views 4 wants: 15 are there",
         "object": "004/camera/elevation.npy is no NumPy file of numbers",
+        "shape": "004/camera/elevation.npy is no NumPy file of numbers",
         "huge": "004/img/000.jpg is (5000, 1), more than 4096 pixels a side",
     }
     assert told["file"] == "036/ball/002" and reasons[what] in told["reason"]
