@@ -43,7 +43,20 @@ class Clip:
     truth: Frames
     at: dict[tuple[Resize, ...], tuple[np.ndarray, np.ndarray]]  # [T, h, w, 3], 0 to 255
     truth_sha256: str  # of the true frames
+    known: dict[Any, np.ndarray]  # features of truths, by object, view and what they are
     features: dict[Any, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def of_both(
+        self, metric: Metric, key: Any, function: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A network's features of prediction and truth, computed once."""
+        if key not in self.features:
+            prediction, truth = self.both(metric)
+            where = (self.pair.object, self.pair.view, self.truth_sha256, key)
+            if where not in self.known:
+                self.known[where] = function(truth)
+            self.features[key] = function(prediction), self.known[where]
+        return self.features[key]
 
     def both(self, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
         """Prediction and truth at a metric's size."""
@@ -65,11 +78,13 @@ def score(
     *,
     metrics: Sequence[str] = (),
     features: Features | None = None,
+    known: dict[Any, np.ndarray] | None = None,
     log: Log = lambda line: None,
 ) -> dict[str, Any]:
     """All figures as a JSON-ready dict; of `metrics` alone where some are given.
 
-    The features that distances of sets are of are put into `features`, to compare results by.
+    The features that distances of sets are of are put into `features`, to compare results by. What
+    networks make of the truths is taken from `known`, and put there: for other predictions.
 
     Raises ValueError for clips that do not match, for weights that are missing, and where no metric
     is left; nothing is measured before files of all weights are known to be there.
@@ -101,10 +116,11 @@ def score(
         + ", ".join(names)
     )
     progress = Progress(len(pairs), log)
+    read = functools.partial(_read, protocol, sizes, {} if known is None else known)
     whole = [m for m in chosen if m.per == "object"]
     wholes: dict[str, dict[str, float]] = {}
     views: list[Clip] = []  # of the object so far
-    for done, clip in enumerate(_ahead(pairs, functools.partial(_read, protocol, sizes))):
+    for done, clip in enumerate(_ahead(pairs, read)):
         pair = clip.pair
         found = values.setdefault(pair.object, {}).setdefault(pair.view, {})
         count, height, width, _ = clip.truth.images.shape
@@ -205,7 +221,12 @@ def _ahead(pairs: Sequence[Pair], read: Callable[[Pair], Clip]) -> Iterator[Clip
                 future.cancel()
 
 
-def _read(protocol: Protocol, sizes: tuple[tuple[Resize, ...], ...], pair: Pair) -> Clip:
+def _read(
+    protocol: Protocol,
+    sizes: tuple[tuple[Resize, ...], ...],
+    known: dict[Any, np.ndarray],
+    pair: Pair,
+) -> Clip:
     prediction, truth = clips.load(pair, protocol)
     at = {}
     for steps in sizes:
@@ -213,7 +234,7 @@ def _read(protocol: Protocol, sizes: tuple[tuple[Resize, ...], ...], pair: Pair)
     frames = np.ascontiguousarray(truth.images)
     sha = hashlib.sha256(f"{frames.shape} ".encode())
     sha.update(frames.data)
-    return Clip(pair, prediction, truth, at, sha.hexdigest())
+    return Clip(pair, prediction, truth, at, sha.hexdigest(), known)
 
 
 def _digest(hashes: dict[tuple[str, str], str]) -> str:
@@ -386,13 +407,12 @@ VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
 
 
 def _logits(clip: Clip, metric: Metric, networks: Networks, *, pool_frames: int):
-    key = ("i3d", metric.resize, pool_frames)
-    if key not in clip.features:
-        least = i3d.MIN_FRAMES if pool_frames == i3d.POOL_FRAMES else 1
-        both = (_stretched(x, least) for x in clip.both(metric))
-        first, second = (networks.logits(x, pool_frames=pool_frames) for x in both)
-        clip.features[key] = first, second
-    return clip.features[key]
+    least = i3d.MIN_FRAMES if pool_frames == i3d.POOL_FRAMES else 1
+
+    def logits(frames):
+        return networks.logits(_stretched(frames, least), pool_frames=pool_frames)
+
+    return clip.of_both(metric, ("i3d", metric.resize, pool_frames), logits)
 
 
 def _stretched(frames: np.ndarray, least: int) -> np.ndarray:
@@ -402,11 +422,8 @@ def _stretched(frames: np.ndarray, least: int) -> np.ndarray:
 
 def _features(clip: Clip, metric: Metric, networks: Networks):
     assert metric.network is not None
-    key = (metric.network, metric.resize)
-    if key not in clip.features:
-        first, second = (networks.features(metric.network or "", x) for x in clip.both(metric))
-        clip.features[key] = first, second
-    return clip.features[key]
+    features = functools.partial(networks.features, metric.network)
+    return clip.of_both(metric, (metric.network, metric.resize), features)
 
 
 def _windows(clip: Clip, metric: Metric, networks: Networks):

@@ -64,6 +64,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Run]] = {}
     not_run: dict[str, str] = {}
+    known: dict[Any, np.ndarray] = {}  # what networks make of the truths, the same for all rows
     for name, row in config["rows"].items():
         several = seeds if row["how"] == "generate" else seeds[:1]
         found = [(Path(p), seed) for p in own.get(name) or [row["path"]] for seed in several]
@@ -82,7 +83,7 @@ def run(
             run.result.update(
                 score.score(
                     protocol, predictions, truths, networks, metrics=kept, features=run.features,
-                    log=log,
+                    known=known, log=log,
                 )
             )  # fmt: skip
             runs.setdefault(name, []).append(run)

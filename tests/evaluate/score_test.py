@@ -126,6 +126,28 @@ def test_an_optional_network_is_left_out_where_it_is_not_there(folders, tmp_path
         scored(folders, some, metrics=("dreamsim",))
 
 
+def test_what_networks_make_of_truths_serves_other_predictions(folders, monkeypatch):
+    asked = []
+
+    def features(self, name, images):
+        asked.append(len(images))
+        return images.mean(axis=(1, 2))
+
+    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    monkeypatch.setattr(Networks, "features", features)
+    known, found = {}, []
+    for side in ("pred", "gt"):
+        sources = (
+            clips.open_source(folders / s, OPEN, read_splats=read_splats) for s in (side, "gt")
+        )
+        result = score.score(
+            OPEN, *sources, Networks(None), metrics=("dreamsim", "fid"), known=known
+        )
+        found.append(result["summary"]["fid"]["value"])
+    assert len(asked) == 2 * (6 + 6 + 6)  # two networks: both sides of six clips, then one
+    assert found[0] > 1 and abs(found[1]) < 1e-6
+
+
 def test_dreamsim_is_one_less_the_cosine(folders, monkeypatch):
     def features(self, name, images):
         assert name == "dreamsim" and images.shape[1:3] == (224, 224)
