@@ -31,7 +31,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.batch_size = 8  # objects
     config.accumulate = 1  # parts of a batch that a step goes through, in the memory of one
     # `on_device`: all pictures lie in the memory of every device. `buckets` are (timesteps, share
-    # of the batches); without any all batches have `timesteps`.
+    # of the batches); without any all batches have `timesteps`. Each is a program of its own, 140 s
+    # of compiling at `small` on an H200: two lengths below 8 teach attention over time enough.
     config.data = ConfigDict(
         dict(
             dir=f"data/{scale}",

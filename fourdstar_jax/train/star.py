@@ -95,17 +95,6 @@ def eval_step(graphdef, state, batch, eyes=None):
     return model.loss(all_views(batch), condition_of(batch))[1]
 
 
-def shortened(batch: dict, seed: int, step: int, *, still: float, half: float) -> dict:
-    """The first timesteps of a batch: one in a share `still` of the steps, half of them in `half`.
-
-    Seed and step decide, so that all hosts do the same.
-    """
-    chance, timesteps = np.random.default_rng((seed, step)).random(), batch["times"].shape[1]
-    if chance < still + half:
-        timesteps = 1 if chance < still else (timesteps + 1) // 2
-    return inputs.cut(batch, timesteps)
-
-
 def reordered(batch: dict, seed: int, step: int) -> dict:
     """A batch whose novel views are to come in another order, by seed and step: `in_order`."""
     count, num_views = batch["viewmats"].shape[:2]
@@ -231,6 +220,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     step 0 begins with the weights of `config.warm_start`, if given.
     Raises FloatingPointError when the loss is not finite.
     """
+    inputs.check_buckets(config.data.buckets, config.data.timesteps)
     key = jax.random.key(config.seed)
     with sharding.use_mesh(config.mesh.to_dict(), rules=config.rules.to_dict()) as mesh:
         train_state.check_parts(config.accumulate, config.batch_size, mesh)
@@ -334,9 +324,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             ending.begin()
             with writer.waiting():
                 read = next(batches)
-            batch = shortened(
-                read, config.seed, step, still=config.data.still, half=config.data.half
+            timesteps = inputs.timesteps_of(
+                step, config.seed, config.data.buckets, config.data.timesteps
             )
+            batch = inputs.cut(read, timesteps)
             if config.data.shuffle_views:
                 batch = reordered(batch, config.seed, step)
             batch = train_state.to_device(batch, mesh)

@@ -90,7 +90,7 @@ def config_of(token_dir, source, feature_dir):
         num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,
         container_neighbors=2, text_encoder="t5", text_length=120, text_dim=6,
     )  # fmt: skip
-    config.data.update(dir=str(token_dir), timesteps=2)
+    config.data.update(dir=str(token_dir), timesteps=2, buckets=())
     config.forcing.near = 2
     config.data.text_features = None if feature_dir is None else str(feature_dir)
     config.mesh.data = 1

@@ -71,6 +71,8 @@ def config_of(stage, data_dir, source=None, steps=4):
     )[stage]  # fmt: skip
     config.model.update(model)
     config.data.update(dir=str(data_dir), timesteps=2)
+    if stage == "star":
+        config.data.buckets = ((1, 0.2), (2, 0.8))
     config.mesh.data = 1
     config.update(batch_size=2, steps=steps, log_every=2, checkpoint_every=2, eval_every=2)
     if stage == "vqvae":
@@ -214,7 +216,7 @@ def test_star_looks_at_what_it_makes(objects_dir, tmp_path, one_device, monkeypa
     with config_of("star", tmp_path / "tokens", tmp_path / "v").unlocked() as config:
         config.update(batch_size=1, best="free/psnr_in_mask")
         config.free.update(every=2, clips=3)
-        config.data.update(still=0.0, half=0.0, shuffle_views=True)
+        config.data.update(buckets=(), shuffle_views=True)
     star.train(config, tmp_path / "s")
     rows = [json.loads(x) for x in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
     free = [row for row in rows if "free/accuracy" in row]

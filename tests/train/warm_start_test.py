@@ -64,7 +64,7 @@ def config_of(token_dir, source, warm_start, steps=2):
         num_heads=2, hidden_dim=32, head_dim=16, head_heads=2, container_slots=3,
         container_neighbors=2, text_length=5, text_dim=6,
     )  # fmt: skip
-    config.data.update(dir=str(token_dir), timesteps=2)
+    config.data.update(dir=str(token_dir), timesteps=2, buckets=())
     config.forcing.near = 2
     config.mesh.data = 1
     config.update(batch_size=2, steps=steps, log_every=1, checkpoint_every=2, eval_every=2)
@@ -168,6 +168,10 @@ def test_a_run_starts_from_a_bundle_of_its_own_stage(token_dir, tiny_bundle, tmp
 
     other = config_of(token_dir, tiny_bundle, source)
     other.model.head_dim = 32
+    other.data.buckets = ((1, 0.1), (8, 0.9))
+    with pytest.raises(ValueError, match=r"config.data.buckets has \(8, 0.9\)"):
+        star.train(other, tmp_path / "third")
+    other.data.buckets = ()
     with pytest.raises(ValueError, match=r"star of bundle .* head/input/kernel is 16x16 there and"):
         star.train(other, tmp_path / "third")
 
