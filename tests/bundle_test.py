@@ -14,7 +14,13 @@ import safetensors.numpy
 
 from fourdstar_jax import bundle, nn, sharding
 from fourdstar_jax.cli import BUNDLED_MODEL
+from fourdstar_jax.data import pipeline, prepare
+from fourdstar_jax.text.words import WordTokenizer
 from fourdstar_jax.tokenizer.unitok import UniTok
+from fourdstar_jax.train import free
+from fourdstar_jax.train.star import all_views
+from fourdstar_jax.types import Cameras
+from fourdstar_jax.vqvae.losses import psnr_in_mask
 
 pytestmark = pytest.mark.central
 
@@ -128,6 +134,56 @@ def test_a_bundle_is_stored_anew(tmp_path, folder):
         step = np.abs(array).max(axis=-2, keepdims=True) / 127 if kernel else 0
         assert np.all(np.abs(new[name] - array.astype(np.float32)) <= 0.501 * step), name
         np.testing.assert_array_equal(loaded[name], new[name])
+
+
+def test_int8_hardly_changes_the_bundled_model(tmp_path, objects_dir):
+    """Nats a code of STAR, PSNR in the mask of 4D VQ-VAE and tokenizer, on a made clip."""
+    prepare.prepare(
+        objects_dir, tmp_path / "data", image_size=64, views=2, extra_views=0, max_frames=2,
+        workers=0, log=lambda line: None,
+    )  # fmt: skip
+    bundle.copy(BUNDLED_MODEL, tmp_path / "tokenizer", stages=("tokenizer",))
+    for name, source in (("tokenizer8", tmp_path / "tokenizer"), ("model8", BUNDLED_MODEL)):
+        bundle.store_as(source, tmp_path / name, "int8")
+    captions = bundle.read(BUNDLED_MODEL).info("star").part("words")
+    words = WordTokenizer.from_dict(captions.values)
+    loader = pipeline.make_loader(
+        tmp_path / "data", "train", batch_size=1, timesteps=2, words=words, seed=0
+    )
+    batch = {name: jnp.asarray(x) for name, x in next(iter(loader)).items() if name != "clip"}
+    cameras = Cameras(batch["viewmats"], batch["Ks"])
+    tokens = jax.jit(lambda model: model.encode(batch["images"]))(
+        bundle.read(BUNDLED_MODEL).load("tokenizer")
+    )
+
+    @jax.jit
+    def decoded(tokenizer):
+        images = tokenizer.decode(tokens)
+        return psnr_in_mask(images, batch["images"], batch["masks"])
+
+    @jax.jit
+    def rendered(vqvae, tokenizer):
+        decoder = free.Decoder(tokenizer, vqvae, None)
+        found = free.render_tokens(decoder, tokens, cameras, batch["times"])
+        return psnr_in_mask(found.renders, batch["images"], batch["masks"])
+
+    @jax.jit
+    def nats(model):
+        condition = free.condition_of(batch | {"tokens": tokens})
+        return model.loss(all_views({"tokens": tokens}), condition)[1]["nll_novel"]
+
+    def figures(model, tokenizer):
+        stage, first = bundle.read(model).load, bundle.read(BUNDLED_MODEL).load("tokenizer")
+        own = bundle.read(tokenizer).load("tokenizer")
+        return [
+            float(x) for x in (nats(stage("star")), rendered(stage("vqvae"), first), decoded(own))
+        ]
+
+    whole = figures(BUNDLED_MODEL, BUNDLED_MODEL)
+    small = figures(tmp_path / "model8", tmp_path / "tokenizer8")
+    changes = np.abs(np.subtract(small, whole))
+    assert np.all(changes > 0)  # they were stored so
+    assert changes[0] < 0.02 and np.all(changes[1:] < 0.1)
 
 
 def test_steps_that_do_not_fit_are_refused(tmp_path, model):

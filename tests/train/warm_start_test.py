@@ -12,7 +12,7 @@ from fourdstar_jax.convert import llamagen
 from fourdstar_jax.data import prepare
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.text.words import WordTokenizer
-from fourdstar_jax.train import encode, optim, star, vqvae
+from fourdstar_jax.train import encode, optim, star, tokenizer, vqvae
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.vqvae.model import VQVAE4D
 
@@ -174,6 +174,28 @@ def test_a_run_starts_from_a_bundle_of_its_own_stage(token_dir, tiny_bundle, tmp
     other.data.buckets = ()
     with pytest.raises(ValueError, match=r"star of bundle .* head/input/kernel is 16x16 there and"):
         star.train(other, tmp_path / "third")
+
+
+def test_a_tokenizer_starts_from_a_bundle_with_its_codebooks(token_dir, tmp_path, one_device):
+    def arrays_of(name, warm_start, seed):
+        config = cli.read_config("tests/helpers/small_tokenizer.py", [])
+        config.data.dir = str(token_dir.parent / "data")
+        config.mesh.data = 1
+        config.update(batch_size=2, steps=1, seed=seed, storage="float32", warm_start=warm_start)
+        config.schedule.update(learning_rate=1e-9, warmup_steps=1)
+        tokenizer.train(config, tmp_path / name)
+        return bundle.read(tmp_path / name / "bundle").arrays("tokenizer")
+
+    cold = arrays_of("cold", None, seed=0)
+    warm = arrays_of("from it", str(tmp_path / "cold/bundle"), seed=1)
+    assert set(warm) == set(cold) and any("codebook" in name for name in warm)
+    for name, array in cold.items():
+        if not name.endswith(("usage", "idle")):  # counts of this run
+            np.testing.assert_allclose(warm[name], array, atol=ATOL, err_msg=name)
+    report = (tmp_path / "from it/warm_start.txt").read_text()
+    assert report.startswith(f"loaded {len(cold)} arrays of tokenizer; 0 start anew")
+    told = bundle.read(tmp_path / "from it/bundle").stages["tokenizer"].info
+    assert told["warm_start"] == report.splitlines()[0]
 
 
 def test_words_keep_their_rows(tmp_path, tiny_bundle):
