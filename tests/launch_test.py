@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fourdstar_jax.cli import read_config
 from fourdstar_jax.cli.main import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +123,7 @@ def test_the_demo_takes_paths_from_where_it_is_called(checkout):
         "demo.sh",
         "tiny.sh",
         "small.sh",
+        "tables.sh",
         "wheel.sh",
         "release.sh",
         "slurm/train.sh",
@@ -134,6 +136,50 @@ def test_scripts_can_be_run(script):
     path = ROOT / "launch" / script
     assert os.access(path, os.X_OK)
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+def commands_of(folder, script, *argv, **environment):
+    """What a script gives to `fourdstar`, which does nothing; read as `fourdstar` reads it."""
+    (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    (folder / "launch").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch" / script, folder / "launch")
+    fake_python(folder / "launch/setup.sh", "exit 0")
+    fake_python(folder / ".venv/bin/python", "exit 0")
+    log = folder / f"{script}.log"
+    fake_python(folder / ".venv/bin/fourdstar", f'printf "%s\\n" "$@" "" >> {log}')
+    subprocess.run(
+        ["bash", f"launch/{script}", *argv], cwd=folder, check=True, capture_output=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    commands = [words.split("\n") for words in log.read_text().strip("\n").split("\n\n")]
+    for words in commands:
+        arguments, more = make_parser().parse_known_args(words)
+        if words[0] == "train":
+            read_config(arguments.config, more)
+        else:
+            assert more == []
+    return commands
+
+
+def test_small_and_its_tables_give_flags_that_there_are(tmp_path):
+    (tmp_path / "glb").mkdir()
+    (tmp_path / "lpips.npz").touch()
+    (tmp_path / "out/data").mkdir(parents=True)
+    commands = commands_of(tmp_path, "small.sh", "glb", "lpips.npz", "out")
+    assert [words[0] for words in commands] == (
+        ["prepare"] * 2 + ["train"] * 2 + ["prepare", "train", "evaluate", "train"]
+    )
+    for part in ("data/manifest.json", "videos/manifest.json", "tokenizer/bundle", "vqvae/bundle"):
+        (tmp_path / "out" / part).mkdir(parents=True)
+    commands = commands_of(tmp_path, "tables.sh", "lpips.npz", "glb", "out", SEEDS="0 1")
+    runs = [next(word for word in words if "workdir" in word) for words in commands[:4]]
+    assert runs[1] == "--workdir=out/tables/vqvae_without_0" and len(set(runs)) == 4
+    offsets = ["--config.model.offsets=" + value for value in ("True", "False")]
+    assert all(offsets[i % 2] in commands[i] for i in range(4))
+    tables = [words for words in commands if words[0] == "evaluate"]
+    rows = [words[words.index("--rows") + 1 :] for words in tables]
+    assert len(commands) == 4 + 2 + 10 + 2 and [len(row) for row in rows] == [4, 4, 10, 10]
+    assert rows[2][6] == "baseline=out/tables/star_baseline_1/bundle"
 
 
 def test_a_release_stops_at_what_does_not_hold(tmp_path):

@@ -10,6 +10,7 @@ CD-4D and CD-M among them.
 
 The bundles are of `configs/star.py:small` and `small,baseline`, `small,explicit`, `small,average`,
 `small,merging`. The paper's A is L4GM with explicit states; ours is STAR with them.
+`launch/tables.sh` trains them.
 """
 
 from ml_collections import ConfigDict

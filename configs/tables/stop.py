@@ -3,7 +3,8 @@
     fourdstar evaluate --table configs/tables/stop.py --data data/test --weights weights \\
         --out results/table3 --rows without=runs/vqvae_without/bundle with=runs/vqvae/bundle
 
-`without` is trained with `--config.model.offsets=False`, all else as `with`.
+`without` is trained with `--config.model.offsets=False`, all else as `with`;
+`launch/tables.sh` does so.
 """
 
 from ml_collections import ConfigDict
