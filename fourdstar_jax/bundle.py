@@ -280,10 +280,13 @@ def save_arrays(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage}.safetensors"
     with output_file(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         try:
             safetensors.numpy.save_file(arrays, partial)
         except safetensors.SafetensorError as error:  # a full disk, say
             raise ValueError(f"{path} cannot be written: {error}") from error
+        partial.chmod(mode)  # which safetensors makes its owner's alone
         sha256 = file_sha256(partial)
     entry = Stage(
         file=path.name,
@@ -386,7 +389,8 @@ def read(folder: str | os.PathLike[str]) -> Bundle:
     folder = remote.fetched(folder)
     path = folder / FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is not a model bundle: it has no {FILE}")
+        found = f"it has no {FILE}" if folder.exists() else "there is no such folder"
+        raise ValueError(f"{folder} is not a model bundle: {found}")
     found = outside.read(path, max_bytes=arguments.MAX_JSON)
     found.text("format", choices=[FORMAT])
     found.integer("version", VERSION, VERSION)

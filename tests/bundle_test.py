@@ -275,6 +275,18 @@ def test_the_blocks_of_older_decoders_are_stacked(tmp_path, tiny_bundle):
         bundle.read(tmp_path).load("vqvae")
 
 
+def test_all_may_read_what_they_may_read_of_other_files(folder):
+    modes = {(folder / name).stat().st_mode for name in ("model.json", "tokenizer.safetensors")}
+    assert len(modes) == 1
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        bundle.read(tmp_path / "no")
+    with pytest.raises(ValueError, match="it has no model.json"):
+        bundle.read(tmp_path)
+
+
 def test_interrupted_replacement_is_refused(folder):
     path = folder / "tokenizer.safetensors"
     path.write_bytes(path.read_bytes() + b"x")

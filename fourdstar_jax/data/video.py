@@ -97,7 +97,11 @@ def read_video(
     )
     numbers, found = info.pop("numbers", []), None
     if masks is not None:
-        frames, found = _masked(frames, path, Path(masks), numbers, limits), "mask"
+        alphas, found = _read_masks(masks, path, frames, numbers, limits), "mask"
+        if doubt := _doubt(alphas):
+            info["masks_doubt"] = doubt
+        seen = np.minimum(alphas, frames[..., 3])
+        frames = np.concatenate([frames[..., :3], seen[..., None]], axis=-1)
     elif cutter is not None and frames[..., 3].min() == 255:
         frames, found = cutter(frames), f"mask by {Path(os.fspath(rembg or '')).name}"
     try:
@@ -109,14 +113,15 @@ def read_video(
     return images, {**info, **framing, "start": start, "fps": fps, "timesteps": len(images)}
 
 
-def _masked(
-    frames: UInt8[np.ndarray, "T h w 4"],
+def _read_masks(
+    masks: str | os.PathLike[str],
     path: Path,
-    masks: Path,
+    frames: UInt8[np.ndarray, "T h w 4"],
     numbers: list[int],
     limits: dict[str, Any],
-) -> UInt8[np.ndarray, "T h w 4"]:
-    """Frames whose alpha is at most their masks': those of the same numbers."""
+) -> UInt8[np.ndarray, "T h w"]:
+    """The masks of the frames of these numbers, of the frames' size."""
+    masks = Path(masks)
     if not masks.exists():
         raise ValueError(f"masks {masks} do not exist")
     found, _ = _decode(
@@ -132,7 +137,19 @@ def _masked(
     if size != wanted:
         resized = [Image.fromarray(a).resize(wanted, Image.Resampling.BILINEAR) for a in alphas]
         alphas = np.stack([np.asarray(a) for a in resized])
-    return np.concatenate([frames[..., :3], np.minimum(alphas, frames[..., 3])[..., None]], axis=-1)
+    return alphas
+
+
+def _doubt(masks: UInt8[np.ndarray, "T h w"]) -> str | None:
+    """What speaks against masks that are white where the object is, if anything does."""
+    grey = np.mean((masks > 31) & (masks < 224))
+    if grey > 0.2:
+        return f"{grey:.0%} of the masks is neither black nor white: are they masks?"
+    edges = [masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]]
+    white = np.mean(np.concatenate(edges, axis=1) > 127)
+    if white > 0.5:
+        return f"{white:.0%} of the masks' edge is white: the object must be white, not black"
+    return None
 
 
 def read_frames(
@@ -210,7 +227,9 @@ def _described(info: dict[str, Any], fit: str) -> list[str]:
             "warning: no object was found, for lack of transparency or a plain background: "
             "the whole frame counts as the object (--masks or --rembg cut it out)",
         ]
-    return [*lines, f"object found by its {found}, {100 * info['object_area']:.1f} % of the frame"]
+    lines.append(f"object found by its {found}, {100 * info['object_area']:.1f} % of the frame")
+    doubt = info.get("masks_doubt")
+    return [*lines, f"warning: {doubt}"] if doubt else lines
 
 
 def _decode(path: Path, **request: Any) -> tuple[UInt8[np.ndarray, "T h w 4"], dict[str, Any]]:

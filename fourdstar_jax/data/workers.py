@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,6 +177,7 @@ def run(work: Work, jobs: Iterator[Job], workers: int) -> Iterator[str]:
         sender.close()
         running[process.sentinel] = _Running(process, job, attempt, time.monotonic(), receiver)
 
+    resource_tracker.ensure_running()  # which would end the next block's blocking
     with _no_interrupt():
         forkserver.ensure_running()
     try:

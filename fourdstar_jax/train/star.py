@@ -185,6 +185,17 @@ def open_sampler(config: Any, source: views.Source, mesh: Any) -> free.Sampler |
     )
 
 
+def check_codebooks(config: Any, found: tuple[int, ...]) -> None:
+    """Raises ValueError unless codebooks of shape `found`, K x vocab x d, are the config's."""
+    model = config.model
+    wanted = model.num_codebooks, model.vocab_size, model.code_dim // model.num_codebooks
+    if found != wanted:
+        raise ValueError(
+            f"config.bundle={config.bundle}: its tokenizer has codebooks of shape {found}, and the "
+            f"config's has {wanted}; is it another one? --config=configs/star.py:SCALE,TOKENIZER"
+        )
+
+
 def best_metric(config: Any, sampler: free.Sampler | None, held_out: Any) -> str | None:
     """The metric that the best weights are kept by; None without unseen clips.
 
@@ -245,6 +256,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         if features is None:
             sizes["text_vocab"] = source.words.vocab_size
         arguments = bundle.module_arguments("star", sizes)
+        check_codebooks(config, source.codebooks.shape)
         arguments["codebooks"] = jnp.asarray(source.codebooks)
         graphdef, state = train_state.create(STAR, arguments, tx, key, mesh)
         checkpoints = Checkpoints(workdir, every=config.checkpoint_every)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from fourdstar_jax import remote
+from fourdstar_jax.folders import DATASET
 
 # what a run that goes on needs of the one before, besides its checkpoints
 NEEDED = ("metrics.jsonl", "warm_start.txt", "goodput.json", "best/")
@@ -20,13 +21,18 @@ class Workdir(os.PathLike[str]):
 
     Checkpoints go to the store directly, into `checkpoints`. All else goes there by `send`, which
     is called before each checkpoint is saved and at the end. Every process has a copy of its own;
-    that of process 0 is sent.
+    that of process 0 is sent. Raises ValueError for a local one that is another output's.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.url = remote.url_of(path)
         if self.url is None:
             self.local = Path(path)
+            if (self.local / DATASET.manifest).exists():
+                raise ValueError(
+                    f"--workdir={path} holds a dataset or another output (it has "
+                    f"{DATASET.manifest}): a run needs a folder of its own"
+                )
             self.checkpoints: Any = self.local.resolve() / "checkpoints"
             return
         from etils import epath

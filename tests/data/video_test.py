@@ -325,6 +325,25 @@ def test_masks_that_do_not_fit_are_told(tmp_path):
         video.read_video(tmp_path / "a.png", **options | {"masks": tmp_path / "nowhere"})
 
 
+def test_masks_that_are_turned_round_or_none_are_doubted(tmp_path):
+    picture = disc((40, 40))
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    object_ = picture.min(axis=-1) < 128
+    greys = np.linspace(0, 255, object_.size).reshape(object_.shape)
+    words = []
+    for name, mask in (("right", 255 * object_), ("turned", 255 * ~object_), ("grey", greys)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.uint8(mask)).save(tmp_path / name / "a.png")
+        _, info = video.read_video(
+            tmp_path / "a.png", resolution=32, timesteps=1, masks=tmp_path / name
+        )
+        words.append("\n".join(video.described(info, fit="object")))
+    right, turned, grey = words
+    assert "warning" not in right
+    assert "warning: 100% of the masks' edge is white" in turned
+    assert "of the masks is neither black nor white" in grey
+
+
 # y = -(r + g + b) as one Conv of [1, 3, 32, 32], made with onnx 1.23
 NETWORK = bytes.fromhex(
     "08083a6b0a0f0a01780a01771201792204436f6e761201672a1b080108030801080110014201774a0c000080bf"

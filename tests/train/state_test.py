@@ -15,6 +15,7 @@ from fourdstar_jax import nn, sharding
 from fourdstar_jax.train import checkpoint, optim
 from fourdstar_jax.train import state as train_state
 from fourdstar_jax.train.checkpoint import Checkpoints
+from fourdstar_jax.train.workdir import Workdir
 
 MODEL = dict(dim=8, hidden_dim=16)
 
@@ -303,3 +304,9 @@ def test_unknown_mesh_axis_and_wrong_size_are_named():
         pass
     with pytest.raises(ValueError, match="3 devices"), sharding.use_mesh({"data": 3}):
         pass
+
+
+def test_a_run_needs_a_folder_of_its_own(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a dataset or another output"):
+        Workdir(tmp_path)

@@ -111,6 +111,13 @@ def test_a_folder_without_a_trunk_is_refused(token_dir, tiny_bundle, tmp_path, o
         star.train(config, tmp_path)
 
 
+def test_sizes_of_another_tokenizer_are_named(token_dir, tiny_bundle, tmp_path, one_device):
+    config = config_of(token_dir, tiny_bundle, None)
+    config.model.num_codebooks, config.model.code_dim = 4, 12
+    with pytest.raises(ValueError, match=r"its tokenizer has codebooks of shape \(2, 5, 3\).*4, 5"):
+        star.train(config, tmp_path)
+
+
 def test_a_trunk_is_no_model_but_can_be_inspected(tmp_path, capsys):
     save_trunk(tmp_path)
     with pytest.raises(ValueError, match="warm_start"):
