@@ -92,7 +92,8 @@ def output_folder(
             _remove(partial)
             partial.mkdir()
         except OSError as error:
-            raise ValueError(f"output folder {path} cannot be made: {error.strerror}") from error
+            why = "Not a directory" if path.parent.is_file() else error.strerror
+            raise ValueError(f"output folder {path} cannot be made: {why}") from error
         try:
             yield partial
         except OSError as error:
