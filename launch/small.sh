@@ -24,8 +24,9 @@ say() { printf '\n== %s\n' "$*"; }
 prepare=("$fourdstar" prepare --assets "$assets" --image_size 128 ${licence:+--licence "$licence"})
 
 if [ "$gates" != 0 ]; then
-  say "gate 1 of 2: STAR looks up what it is shown, int8 hardly changes a model (about 3 minutes)"
+  say "gate 1 of 2: gradients are finite, STAR looks up what it is shown, int8 hardly changes a model (3 minutes)"
   JAX_PLATFORMS=cuda,cpu .venv/bin/python -m pytest -q tests/star/overfit_test.py tests/star/gates_test.py \
+    tests/star/container_test.py::test_gradients_in_half_precision_are_finite \
     tests/bundle_test.py::test_int8_hardly_changes_the_bundled_model
 fi
 

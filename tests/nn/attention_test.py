@@ -40,3 +40,22 @@ def test_sums_are_attention_of_few_slots():
     got, want = run(attention.by_sums), run(attention.attend_short)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_what_cudnn_does_not_take_is_plain(monkeypatch):
+    """One query or key, as a clip of one timestep has, and what must not be fused."""
+    asked = []
+    call = jax.nn.dot_product_attention
+
+    def fake(*args, implementation, **kwargs):
+        asked.append(implementation)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "fits_cudnn", lambda q: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
+    x = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
+    attention.attend(x, x, x)
+    attention.attend(x[:, :1], x, x)
+    attention.attend(x, x[:, :1], x[:, :1])
+    attention.attend(x, x, x, fused=False)
+    assert asked == ["cudnn", None, None, None]

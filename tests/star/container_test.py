@@ -330,3 +330,38 @@ def test_bfloat16_clusters_rounded_features_and_trains_as_it_decodes(history):
     _, clusters = container.cluster(carry, Group(*(y[:, 1] for y in groups)))
     np.testing.assert_array_equal(trained.centers[:, 1], clusters.centers)
     np.testing.assert_array_equal(trained.assignment[:, 1], clusters.assignment)
+
+
+def test_gradients_in_half_precision_are_finite():
+    """As wide a head as `small` has, on whatever backend there is; nothing is in a cluster yet in
+    the first group, and cuDNN's gradient of such queries was not finite."""
+    dim, slots, size = 64, 8, 32
+    with sharding.use_mesh(devices=jax.devices()[:1]):
+        container = nn.build(
+            Container, jax.random.key(0), dim=dim, num_heads=1, num_slots=slots, neighbors=2,
+            refine_blocks=2, place=0.2, inject="both", init=nnx.initializers.normal(0.125),
+            dtype=jnp.bfloat16,
+        )  # fmt: skip
+    keys = jax.random.split(jax.random.key(3), 4)
+    tokens = jax.random.randint(keys[0], (B, T, size, K), 0, 9, jnp.int32)
+    positions = jax.random.normal(keys[2], (B, T, size, dim + 4))
+    rays = jax.random.normal(keys[3], (B, T, size, 6))
+    begun = jnp.asarray(BEGUN)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def gradient(params, x, rest):
+        whole = nnx.merge(graphdef, params, rest)
+        groups = whole.group(x, tokens, rays, jnp.ones(tokens.shape[:3], bool))
+        placed = jnp.concatenate([positions, groups.x[..., dim:]], axis=-1)
+        told = whole.tell(whole.over_time(groups, placed), begun, jnp.bfloat16)
+        return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in jax.tree.leaves(told)), told
+
+    graphdef, params, rest = nnx.split(container, nnx.Param, ...)
+    grads, _ = gradient(params, jax.random.normal(keys[1], (B, T, size, dim)), rest)
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    wrong = [jax.tree_util.keystr(path) for path, y in leaves if not jnp.all(jnp.isfinite(y))]
+    assert not wrong
+    names = {jax.tree_util.keystr(path): y for path, y in leaves}
+    queries = [y for name, y in names.items() if "['q']['kernel']" in name]
+    assert len(queries) == 2 and all(jnp.any(y != 0) for y in queries)
