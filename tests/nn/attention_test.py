@@ -43,7 +43,7 @@ def test_sums_are_attention_of_few_slots():
 
 
 def test_what_cudnn_does_not_take_is_plain(monkeypatch):
-    """One query or key, as a clip of one timestep has, and what must not be fused."""
+    """Odd numbers of queries or keys, as of one timestep, and what is not to be fused."""
     asked = []
     call = jax.nn.dot_product_attention
 
@@ -56,6 +56,6 @@ def test_what_cudnn_does_not_take_is_plain(monkeypatch):
     x = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
     attention.attend(x, x, x)
     attention.attend(x[:, :1], x, x)
-    attention.attend(x, x[:, :1], x[:, :1])
+    attention.attend(x, x[:, :3], x[:, :3])
     attention.attend(x, x, x, fused=False)
     assert asked == ["cudnn", None, None, None]
