@@ -70,7 +70,7 @@ def test_overfits_one_object():
         unet_channels=(8, 16),
         unet_blocks=1,
     )
-    steps = 500
+    steps = 650  # after 500 it is at 30 dB, more on one processor and less on another
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adam(optax.warmup_cosine_decay_schedule(1e-4, 4e-3, 30, steps, 1e-4)),
