@@ -93,6 +93,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="of clips of training, drawn at random between the two; default "
         + " ".join(map(str, default.zoom)),
     )
+    parser.add_argument(
+        "--shift",
+        type=real(0, 0.2),
+        metavar="SHARE",
+        help="of clips of training: drawn at random, at most so far off the middle, of a picture's "
+        f"side; default {default.shift}",
+    )
     for name, text in (("flow", "optical flow"), ("depth", "depth maps")):
         parser.add_argument(
             f"--{name}",
@@ -157,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("licence", "limit", "workers", "retry")}
     usual = Settings()
     if arguments.renders:  # what pictures do not have
-        usual = usual._replace(flow=False, depth=False, zoom=(1.0, 1.0))
+        usual = usual._replace(flow=False, depth=False, zoom=(1.0, 1.0), shift=0.0)
     for name in Settings._fields:
         given = getattr(arguments, name)
         options[name] = getattr(usual, name) if given is None else given

@@ -102,8 +102,11 @@ def _render_clip(asset, clip, split: str, rig: int, renderer, job: Job, path: Pa
     )
     if sequence.motion < posing.MIN_MOTION and s.max_frames > 1:
         return f"hardly moves: {sequence.motion:.4f} < {posing.MIN_MOTION}"
-    zoom = min(rng.uniform(*s.zoom), sequence.room) if split == "train" else 1.0
-    sequence = sequence._replace(positions=sequence.positions * np.float32(zoom))
+    zoom = 1.0
+    if split == "train":
+        zoom = min(rng.uniform(*s.zoom), sequence.room)
+        shift = s.shift * rng.uniform(-1, 1, 3) if s.shift else np.zeros(3)
+        sequence = posing.varied(sequence, zoom, shift)
     record, areas = _record(asset, clip, sequence, renderer, job, rng)
     if s.points:
         draws = np.random.default_rng(np.frombuffer(seed, "<u4")[::-1])  # `rng` has its own uses

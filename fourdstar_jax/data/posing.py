@@ -103,6 +103,19 @@ def sample_clip(
     return Sequence(placed, normals, float(moved), room)
 
 
+def varied(sequence: Sequence, zoom: float, shift: Float[np.ndarray, " 3"]) -> Sequence:
+    """Scaled by `zoom`, at most its room, then moved by `shift`, in sides of the rig's pictures.
+
+    By less where one of the rig's pictures would not show all of it.
+    """
+    widest, room = 2 * np.tan(np.deg2rad(FOV_DEG) / 2), sequence.room / zoom
+    # Whole is |across| + MARGIN * widest * ahead below the first product (`placing`).
+    most = MARGIN * widest * RADIUS * max(1 - 1 / room, 0) / (1 + MARGIN * widest)
+    aside = np.clip(shift * widest * RADIUS, -most, most)
+    positions = (sequence.positions * zoom + aside).astype(np.float32)
+    return sequence._replace(positions=positions, room=room)
+
+
 def root_motion(path: Float[np.ndarray, "F N"], size: float) -> Float[np.ndarray, "F N"]:
     """The part of an object's path that is to be taken away: all if it leads far, else zeros."""
     path = path - path[0]

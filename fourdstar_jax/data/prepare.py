@@ -296,7 +296,13 @@ class _Assets:
 
 def _check_renders(s: Settings) -> None:
     """Raises ValueError for what pictures do not have or cannot be made to have."""
-    for name, wanted in (("flow", False), ("depth", False), ("points", 0), ("rigs", 1)):
+    for name, wanted in (
+        ("flow", False),
+        ("depth", False),
+        ("points", 0),
+        ("rigs", 1),
+        ("shift", 0.0),
+    ):
         if (value := getattr(s, name)) != wanted:
             raise ValueError(f"{name}={value} needs GLB files: renders have {name}={wanted}")
     if tuple(s.zoom) != (1.0, 1.0):

@@ -19,7 +19,8 @@ class Settings(NamedTuple):
     flow: bool = True
     depth: bool = False
     zoom: tuple[float, float] = (0.6, 1.1)  # of clips of training: drawn between the two
-    rigs: int = 1  # that see a clip of training, each from its own side and with its own zoom
+    shift: float = 0.03  # of clips of training: at most so far off the middle, of a picture's side
+    rigs: int = 1  # that see a clip of training, each from its own side, with its zoom and shift
     points: int = 0  # of the surface, tracked through the clip: geometry is measured by them
     splits: tuple[str, ...] | None = None  # only clips of these, as of a benchmark; None is all
 
@@ -44,6 +45,8 @@ class Settings(NamedTuple):
             )
         if len(self.zoom) != 2 or not 0.1 <= self.zoom[0] <= self.zoom[1] <= 2:
             raise ValueError(f"zoom={self.zoom} must be two numbers of 0.1 to 2, in order")
+        if not 0 <= self.shift <= 0.2:
+            raise ValueError(f"shift={self.shift} must be from 0 to 0.2")
         return self
 
 

@@ -13,7 +13,7 @@ from fourdstar_jax.data import l4gm, pipeline, prepare
 
 SIZE, FOCAL = 64, 64 * 35 / 32  # of the script's lens and sensor
 OPTIONS: dict[str, Any] = dict(image_size=32, views=4, extra_views=2, max_frames=3, workers=0)
-OPTIONS |= dict(flow=False, zoom=(1.0, 1.0), renders=True)
+OPTIONS |= dict(flow=False, zoom=(1.0, 1.0), shift=0.0, renders=True)
 ELEVATIONS = (20.0, -5.0, 0.0)
 
 
@@ -139,7 +139,13 @@ def test_from_the_command_line_in_shards_and_by_a_list(made, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["missing"] == ["036/gone/000"] and report["clips_kept"] == 1
     assert report["reasons"] == {"quarantined": {"cannot be read": 1}, "dropped": {}}
-    for more in (["--flow"], ["--rigs", "2"], ["--assets", str(made)], ["--zoom", "0.6", "1"]):
+    for more in (
+        ["--flow"],
+        ["--rigs", "2"],
+        ["--assets", str(made)],
+        ["--zoom", "0.6", "1"],
+        ["--shift", "0.1"],
+    ):
         assert main([*flags, "--out", str(tmp_path / "no"), *more]) == 2
         told = capsys.readouterr().err
         assert "needs GLB files" in told or "not both" in told

@@ -202,6 +202,27 @@ def test_clips_of_training_have_a_zoom_and_rigs_of_their_own(objects_dir, tmp_pa
     assert len(batch["clip"]) == 8
 
 
+def test_clips_of_training_lie_off_the_middle_and_are_whole(objects_dir, tmp_path):
+    options = TINY | {"image_size": 64, "views": 4, "zoom": (1.0, 1.0)}
+
+    def boxes(name, shift):  # per view: the first and last row and column of the object [V, 4]
+        prepare.prepare(objects_dir, tmp_path / name, **options | {"shift": shift})
+        source = pipeline.ClipSource(tmp_path / name, "train")
+        for clip in (source[i] for i in range(len(source))):
+            seen = clip["rig_rgba"][..., 3].max(axis=0) > 0
+            lines = [seen.any(axis=axis) for axis in (2, 1)]
+            ends = [(x.argmax(axis=1), 63 - x[:, ::-1].argmax(axis=1)) for x in lines]
+            yield clip["clip_id"], np.stack([*ends[0], *ends[1]], axis=1)
+
+    middle, moved = dict(boxes("middle", 0.0)), dict(boxes("moved", 0.2))
+    for clip, box in moved.items():
+        assert box.min() > 0 and box.max() < 63
+        off = (box - middle[clip]).reshape(-1, 2, 2).mean(axis=2)  # of the box's middle, in pixels
+        assert np.abs(off).max() > 1
+        np.testing.assert_allclose(off[:, 0], off[:1, 0].repeat(4), atol=2)  # up is up to all views
+        np.testing.assert_allclose(off[0, 1], -off[2, 1], atol=2)  # left is right from behind
+
+
 def test_unseen_clips_have_no_zoom_and_what_is_left_out_is_named(
     objects_dir, tmp_path, monkeypatch
 ):
@@ -306,6 +327,7 @@ def test_sheet_shows_every_object_once(dataset_dir, tmp_path):
         ({"views": 99}, "99"),
         ({"extra_views": -1}, "-1"),
         ({"zoom": (1.1, 0.6)}, "zoom="),
+        ({"shift": 0.3}, "shift="),
         ({"rigs": 65}, "rigs=65"),
     ],
 )
