@@ -7,10 +7,12 @@ stderr and exit code 3.
 """
 
 import fractions
+import itertools
 import json
 import os
 import re
 import resource
+import statistics
 import sys
 import warnings
 from collections.abc import Iterator
@@ -94,6 +96,25 @@ def natural(name: str) -> list[Any]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name.lower())]
 
 
+def gaps(names: list[str]) -> dict[int, str]:
+    """Which of these names, in order, comes after one or more that are missing, and the first such.
+
+    Numbers may begin anywhere and go in steps: missing is what makes a step twice as large as
+    others. Names that differ in more than their last number are not numbered.
+    """
+    found = [re.fullmatch(r"(.*?)(\d+)(\D*)", name) for name in names]
+    if len({m and (m[1], m[3].lower()) for m in found}) != 1 or found[0] is None:
+        return {}
+    numbers = [int(m[2]) for m in found if m]
+    steps = [after - before for before, after in itertools.pairwise(numbers)]
+    usual = max(1, int(statistics.median(steps or [1])))
+    return {
+        i + 1: f"{m[1]}{numbers[i] + usual:0{len(m[2])}}{m[3]}"
+        for i, m in enumerate(found[:-1])
+        if m and steps[i] >= 2 * usual
+    }
+
+
 def is_heic(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(64)
@@ -127,8 +148,11 @@ def folder_frames(folder: Path, request: dict[str, Any], info: dict[str, Any]) -
     if len(names) > request["max_frames"]:
         refuse(f"{folder} holds {len(names)} frames; at most max_frames = {request['max_frames']}")
     info |= {"kind": "folder", "seconds": len(names) / request["folder_fps"]}
-    size = None
+    size, missing = None, gaps(names)
     for index, name in enumerate(names):
+        if index in missing and "gap" not in info:
+            before = names[index - 1]
+            info["gap"] = f"{missing[index]} is missing between {before} and {name}"
 
         def decode(name=name):
             nonlocal size

@@ -97,8 +97,8 @@ def read_video(
     )
     numbers, found = info.pop("numbers", []), None
     if masks is not None:
-        alphas, found = _read_masks(masks, path, frames, numbers, limits), "mask"
-        if doubt := _doubt(alphas):
+        (alphas, gap), found = _read_masks(masks, path, frames, numbers, limits), "mask"
+        if doubt := _doubt(alphas) or (None if "gap" in info else gap):
             info["masks_doubt"] = doubt
         seen = np.minimum(alphas, frames[..., 3])
         frames = np.concatenate([frames[..., :3], seen[..., None]], axis=-1)
@@ -119,12 +119,12 @@ def _read_masks(
     frames: UInt8[np.ndarray, "T h w 4"],
     numbers: list[int],
     limits: dict[str, Any],
-) -> UInt8[np.ndarray, "T h w"]:
-    """The masks of the frames of these numbers, of the frames' size."""
+) -> tuple[UInt8[np.ndarray, "T h w"], str | None]:
+    """The masks of the frames of these numbers, of the frames' size; which is missing, if any."""
     masks = Path(masks)
     if not masks.exists():
         raise ValueError(f"masks {masks} do not exist")
-    found, _ = _decode(
+    found, info = _decode(
         masks, start=0.0, fps=None, folder_fps=FPS, timesteps=1, numbers=numbers, **limits
     )
     alphas = found[..., 3] if found[..., 3].min() < 255 else found[..., :3].max(axis=-1)
@@ -137,7 +137,8 @@ def _read_masks(
     if size != wanted:
         resized = [Image.fromarray(a).resize(wanted, Image.Resampling.BILINEAR) for a in alphas]
         alphas = np.stack([np.asarray(a) for a in resized])
-    return alphas
+    gap = info.get("gap")
+    return alphas, None if gap is None else f"of the masks {gap}: they go by order, not by number"
 
 
 def _doubt(masks: UInt8[np.ndarray, "T h w"]) -> str | None:
@@ -216,6 +217,8 @@ def _described(info: dict[str, Any], fit: str) -> list[str]:
             f"{info['kind']} of {size}: {info['seconds_read']:.2f} of {whole} s, from "
             f"{info['start']:.2f} s on at {info['fps']:g} frames a second, {count} timesteps"
         ]
+    if (gap := info.get("gap")) is not None:
+        lines.append(f"warning: {gap}: what there is counts as evenly spaced")
     found = info["object"]
     if fit != "object":
         by = FOUND_BY.get(info["background"], "mask")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fourdstar_jax.data import video
+from fourdstar_jax.data import untrusted, video
 
 FPS = 24
 
@@ -126,6 +126,39 @@ def test_folder_in_natural_order_with_alpha(tmp_path):
     np.testing.assert_allclose(centers(images), (20 + 5 * np.arange(11)) / 96, atol=0.01)
     fast, _ = video.read_video(tmp_path, resolution=96, timesteps=24, folder_fps=16)
     assert len(fast) == 6
+
+
+@pytest.mark.parametrize(
+    "names, missing",
+    [
+        (["f_1.png", "f_2.png", "f_3.png", "f_5.png", "f_8.png"], {3: "f_4.png", 4: "f_6.png"}),
+        (["8.png", "9.png", "11.png"], {2: "10.png"}),
+        (["f_010.png", "f_020.png", "f_050.png", "f_060.png"], {2: "f_030.png"}),  # every tenth
+        (["t33.png", "t66.png", "t100.png", "t133.png"], {}),  # milliseconds
+        (["a1.png", "b5.png", "c6.png"], {}),
+        (["front.png", "side.png"], {}),
+        (["7.png"], {}),
+        (["1.png", "01.png", "1" + 80 * "0" + ".png"], {}),
+    ],
+)
+def test_gaps_in_the_numbers_of_pictures(names, missing):
+    assert untrusted.gaps(names) == missing
+
+
+def test_a_gap_in_what_is_read_is_told(tmp_path):
+    for i in (0, 1, 2, 4, 5, 6, 8):
+        Image.fromarray(disc((30 + 5 * i, 48))).save(tmp_path / f"frame_{i:03}.png")
+
+    def warnings(timesteps):
+        _, info = video.read_video(tmp_path, resolution=32, timesteps=timesteps)
+        return [x for x in video.described(info, fit="object") if x.startswith("warning")]
+
+    (line,) = warnings(7)
+    assert line == (
+        "warning: frame_003.png is missing between frame_002.png and frame_004.png: what there is "
+        "counts as evenly spaced"
+    )
+    assert warnings(2) == []
 
 
 def test_picture_is_one_timestep(tmp_path):
@@ -342,6 +375,23 @@ def test_masks_that_are_turned_round_or_none_are_doubted(tmp_path):
     assert "warning" not in right
     assert "warning: 100% of the masks' edge is white" in turned
     assert "of the masks is neither black nor white" in grey
+
+
+def test_a_gap_in_masks_is_doubted_where_the_frames_have_none(tmp_path):
+    for name, numbers in (("a", (1, 2, 3)), ("b", (1, 2, 4)), ("masks", (1, 2, 4))):
+        (tmp_path / name).mkdir()
+        for i in numbers:
+            picture = disc((40, 40))
+            mask = np.uint8(255 * (picture.min(axis=-1) < 128))
+            Image.fromarray(mask if name == "masks" else picture).save(tmp_path / name / f"{i}.png")
+    found = []
+    for name in ("a", "b"):
+        masks = tmp_path / "masks"
+        _, info = video.read_video(tmp_path / name, resolution=32, timesteps=3, masks=masks)
+        found.append([x for x in video.described(info, fit="object") if "missing" in x])
+    (first,), (second,) = found
+    assert first.startswith("warning: of the masks 3.png is missing between 2.png and 4.png: they")
+    assert second.startswith("warning: 3.png is missing")
 
 
 # y = -(r + g + b) as one Conv of [1, 3, 32, 32], made with onnx 1.23
