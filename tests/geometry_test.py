@@ -31,6 +31,24 @@ def test_orbit_cameras_look_at_the_origin_upright():
     assert np.all(up[:, 1] < 0) and np.allclose(up[:, 0], 0, atol=1e-6)  # image y points down
 
 
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (dict(width=0), "^width=0 must be a whole number of at least 1"),
+        (dict(height=8.5), "^height=8.5 must be a whole number of at least 1"),
+        (dict(radius=-1), "^radius=-1 must be a number from 0.001"),
+        (dict(fov_deg=180), "^fov_deg=180 must be a number from 0.1 to 179"),
+        (dict(azimuths_deg=None), "^azimuths_deg=None must be finite numbers, in degrees"),
+        (dict(azimuths_deg=["a"]), "^azimuths_deg=.'a'. must be finite numbers"),
+        (dict(azimuths_deg=3.0), r"^azimuths_deg has shape \(\), elevations_deg \(\); \[V\]"),
+        (dict(elevations_deg=[1, 2, 3]), r"^azimuths_deg has shape \(2,\), elevations_deg \(3,\)"),
+    ],
+)
+def test_bad_orbits_are_told(more, told):
+    with pytest.raises(ValueError, match=told):
+        geometry.orbit_cameras(**dict(azimuths_deg=[0, 45], width=11, height=7) | more)
+
+
 def test_field_of_view_spans_the_shorter_side():
     cameras = geometry.orbit_cameras([0], fov_deg=90, width=11, height=7)
     np.testing.assert_allclose(cameras.Ks[0], [[3.5, 0, 5.5], [0, 3.5, 3.5], [0, 0, 1]])

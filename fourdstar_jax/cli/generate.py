@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fourdstar_jax.arguments import there
 from fourdstar_jax.cli.common import (
     FPS,
     load_model,
@@ -125,8 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.shard is not None or arguments.retry:
         raise ValueError("--shard and --retry go with --videos LIST")
     source = arguments.video if arguments.video is not None else arguments.image
-    if not source.exists():
-        raise ValueError(f"{source} does not exist")
+    there(source)
     preview = arguments.preview
     if preview is not None:
         _check_preview(preview, (source, arguments.out), overwrite=arguments.overwrite)

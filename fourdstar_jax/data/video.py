@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from fourdstar_jax import arguments
 from fourdstar_jax.data import cutout
 from fourdstar_jax.data.posing import root_motion
 from fourdstar_jax.geometry import OCCUPANCY, apparent_size
@@ -26,6 +28,8 @@ MAX_PIXELS = 64_000_000
 CROP = 1.125  # UniTok resizes a photograph's short side to so many times the middle square
 MIN_SIDE = 16
 FPS = 8.0
+FITS = ("object", "none", "crop")
+MAX_START = 1e6  # seconds
 
 # What told the object from each kind of background.
 FOUND_BY = {
@@ -37,6 +41,18 @@ FOUND_BY = {
 BACKGROUND_TOLERANCE = 20 / 255  # of a plain background: video compression leaves some noise
 
 
+def frequency(name: str, value: Any) -> float:
+    """An argument that is a number of frames a second."""
+    return arguments.real(name, value, 1e-3, 1000)
+
+
+def check_fit(fit: Any) -> None:
+    """Raises ValueError unless it is one of `FITS`."""
+    if fit not in FITS:
+        raise ValueError(f"{fit=} must be one of {', '.join(FITS)}")
+
+
+@typing.no_type_check  # arguments are checked below, in the tests as elsewhere
 def read_video(
     path: str | os.PathLike[str],
     *,
@@ -72,19 +88,19 @@ def read_video(
     connection. Raises ValueError, in one line that names the file, for anything that cannot be
     used.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
+    path = arguments.there(arguments.path("path", path))
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path} may not be read")
-    if resolution < 1 or timesteps < 1:
-        raise ValueError(f"{resolution=} and {timesteps=} must be positive")
-    if not (fps > 0 and folder_fps > 0):
-        raise ValueError(f"{fps=} and {folder_fps=} must be positive")
-    if not 0 <= start < math.inf:
-        raise ValueError(f"{start=} must be a number of seconds from 0 on")
+    resolution = arguments.whole("resolution", resolution, 1)
+    timesteps = arguments.whole("timesteps", timesteps, 1)
+    fps, folder_fps = frequency("fps", fps), frequency("folder_fps", folder_fps)
+    start = arguments.real("start", start, 0, MAX_START)
+    check_fit(fit)
     limits = {"max_frames": max_frames, "max_pixels": max_pixels}
     limits |= {"timeout_s": timeout_s, "max_memory": max_memory}
+    limits = {name: arguments.whole(name, value, 1) for name, value in limits.items()}
+    masks = None if masks is None else arguments.path("masks", masks)
+    rembg = None if rembg is None else arguments.path("rembg", rembg)
     cutter = None if rembg is None else cutout.load(rembg)
     frames, info = _decode(
         path,
@@ -102,8 +118,8 @@ def read_video(
             info["masks_doubt"] = doubt
         seen = np.minimum(alphas, frames[..., 3])
         frames = np.concatenate([frames[..., :3], seen[..., None]], axis=-1)
-    elif cutter is not None and frames[..., 3].min() == 255:
-        frames, found = cutter(frames), f"mask by {Path(os.fspath(rembg or '')).name}"
+    elif cutter is not None and rembg is not None and frames[..., 3].min() == 255:
+        frames, found = cutter(frames), f"mask by {rembg.name}"
     try:
         images, framing = frame_object(frames, resolution=resolution, fit=fit)
     except ValueError as error:
@@ -114,14 +130,13 @@ def read_video(
 
 
 def _read_masks(
-    masks: str | os.PathLike[str],
+    masks: Path,
     path: Path,
     frames: UInt8[np.ndarray, "T h w 4"],
     numbers: list[int],
     limits: dict[str, Any],
 ) -> tuple[UInt8[np.ndarray, "T h w"], str | None]:
     """The masks of the frames of these numbers, of the frames' size; which is missing, if any."""
-    masks = Path(masks)
     if not masks.exists():
         raise ValueError(f"masks {masks} do not exist")
     found, info = _decode(
@@ -166,9 +181,7 @@ def read_frames(
     Raises ValueError as `read_video` does, and for frames of more than 1,024 pixels a side, which
     would have to be shrunk, or with pixels that are not square.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
+    path = arguments.there(Path(path))
     frames, info = _decode(
         path,
         start=0.0,
@@ -272,8 +285,7 @@ def frame_object(
     a plain one that is not white is replaced by white, one that is not plain stays as it is and
     the whole picture counts as the object.
     """
-    if fit not in ("object", "none", "crop"):
-        raise ValueError(f"{fit=} must be 'object', 'none' or 'crop'")
+    check_fit(fit)
     if frames.shape[-1] not in (3, 4):
         raise ValueError(f"frames have {frames.shape[-1]} channels; 3 or 4 are needed")
     images = frames[..., :3]

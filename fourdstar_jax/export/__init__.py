@@ -2,12 +2,14 @@
 
 import json
 import os
+import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from fourdstar_jax import arguments
 from fourdstar_jax.export import page, ply, video
 from fourdstar_jax.export.ply import read_ply, write_ply
 from fourdstar_jax.export.splats import read_splats, write_splats
@@ -32,6 +34,7 @@ them up. splats.safetensors has the same as arrays with y up (see manifest.json)
 """
 
 
+@typing.no_type_check  # arguments are checked below, in the tests as elsewhere
 def save(
     object4d: Object4D,
     path: str | os.PathLike[str],
@@ -44,6 +47,9 @@ def save(
 
     Raises ValueError if the folder is not empty, unless `overwrite` and it is an earlier output.
     """
+    if not isinstance(object4d, Object4D):
+        raise ValueError(f"object4d={arguments.shown(object4d)} must be an Object4D")
+    path, size = arguments.path("path", path), arguments.whole("size", size, 16, 2048)
     with output_folder(path, OBJECT, overwrite=overwrite) as folder:
         write(object4d, folder, size=size, progress=progress)
 
