@@ -4,7 +4,6 @@ video [T, h, w, 3] -> tokens of view 0 [T, n, K] -> tokens of all views [T, V n,
 -> codes [T, V, n, D] -> Gaussians [T, G, ...]
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +11,6 @@ import json
 import os
 import typing
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
-from tqdm import tqdm
 
-from fourdstar_jax import arguments, bundle, folders
+from fourdstar_jax import arguments, bars, bundle, folders
 from fourdstar_jax.data import video as video_input
 from fourdstar_jax.data.features import DTYPES, stored
 from fourdstar_jax.geometry import Rig
@@ -278,11 +275,14 @@ class Model:
                 masks=masks, rembg=rembg, max_frames=max_frames,
             )  # fmt: skip
         images, info = video
-        star, count = self.star, len(images)
+        count = len(images)
         prompt = text if text is not None else NEUTRAL_PROMPT
-        text_ids, text_features = self.encode_text(prompt)
+        with bars.waiting("encoding", disable=not progress):
+            star = self.star
+            text_ids, text_features = self.encode_text(prompt)
+            video_tokens = encode_images(self.tokenizer, jnp.asarray(images))  # [T, n, K]
+            video_tokens.block_until_ready()
         cameras = self.rig.cameras(self.resolution)
-        video_tokens = encode_images(self.tokenizer, jnp.asarray(images))  # [T, n, K]
         condition = Condition(
             text_ids=jnp.asarray(text_ids)[None],
             video_tokens=video_tokens[None],
@@ -290,7 +290,7 @@ class Model:
             cameras=Cameras(*(jnp.asarray(x)[None] for x in cameras)),
             text_features=None if text_features is None else jnp.asarray(text_features)[None],
         )
-        with steps(count, desc="timesteps", unit="step", disable=not progress) as step:
+        with bars.steps(count, desc="timesteps", unit="step", disable=not progress) as step:
 
             def on_group(t: int, tokens: Array) -> None:
                 tokens.block_until_ready()  # so that the estimate is of work done
@@ -315,7 +315,9 @@ class Model:
             ),
         }
         rig = dataclasses.replace(self.rig, fps=info["fps"])
-        return dataclasses.replace(self._object(tokens, meta), rig=rig, frames=images)
+        with bars.waiting("decoding", disable=not progress):
+            found = self._object(tokens, meta)
+        return dataclasses.replace(found, rig=rig, frames=images)
 
     @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def reconstruct(self, images: Float[np.ndarray, "T V h w 3"], **info: Any) -> Object4D:
@@ -499,25 +501,6 @@ def decode_tokens(
     cameras = Cameras(*(jnp.broadcast_to(x, (batch, *x.shape)) for x in cameras))
     times = jnp.broadcast_to(jnp.arange(timesteps, dtype=jnp.float32), (batch, timesteps))
     return vqvae(tokenizer.codes(tokens), cameras, times).gaussians
-
-
-@contextlib.contextmanager
-def steps(total: int, **options: Any) -> Iterator[Callable[[], None]]:
-    """A progress bar; yields what is called after each step.
-
-    The first step is left out of times and estimates: it compiles.
-    """
-    with tqdm(total=total, **options) as bar:
-
-        def step() -> None:
-            if bar.n:
-                bar.update()
-            else:
-                bar.reset()
-                bar.initial = bar.last_print_n = bar.n = 1
-                bar.refresh()
-
-        yield step
 
 
 def _sha256_of(path: Path) -> str:

@@ -1,6 +1,5 @@
 """From a video to an object, through all three stages with arbitrary weights."""
 
-import io
 import json
 import shutil
 
@@ -69,20 +68,6 @@ def test_every_timestep_runs_the_same_program(model):
     model.generate(frames(), seed=3)
     model.generate(frames(), seed=4, temperature=0.5)
     assert sample.prefill._cache_size() == sample.decode_group._cache_size() == 1
-
-
-def test_the_estimate_leaves_out_the_first_step(monkeypatch):
-    """One that compiles for a minute, then a second each: two seconds are left, not forty."""
-    now = [100.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    text = io.StringIO()
-    with generate.steps(5, desc="timesteps", file=text, mininterval=0) as step:
-        for seconds in (60, 1, 1):
-            now[0] += seconds
-            step()
-    assert "1/5 [00:00<?" in text.getvalue() and "2/5 [00:01<00:03" in text.getvalue()
-    assert text.getvalue().split("\r")[-1].strip().startswith("timesteps:  60%")
-    assert "3/5 [00:02<00:02,  1.00it/s]" in text.getvalue()
 
 
 def test_input_view_keeps_its_tokens(model, object4d):

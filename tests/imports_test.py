@@ -19,7 +19,7 @@ ROOT = Path(fourdstar_jax.__file__).parent
 # Every module or package of fourdstar_jax and its floor. A module may import from lower floors
 # and from its own package.
 FLOORS = [
-    {"outside", "remote"},
+    {"outside", "remote", "bars"},
     {"types", "timing", "folders", "arguments"},
     {"geometry", "signals", "shards"},
     {"processes"},

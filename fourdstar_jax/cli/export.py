@@ -31,9 +31,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fourdstar_jax.export import outputs
+    from fourdstar_jax import bars
     from fourdstar_jax.folders import EXPORT, output_folder
 
-    with output_folder(arguments.out, EXPORT, overwrite=arguments.overwrite) as folder:
+    out = output_folder(arguments.out, EXPORT, overwrite=arguments.overwrite)
+    with out as folder, bars.waiting("writing"):
+        from fourdstar_jax.export import outputs
+
         outputs.export(arguments.folder, folder, arguments.to, size=arguments.size)
     print(f"{' '.join(arguments.to)}: {arguments.out}")

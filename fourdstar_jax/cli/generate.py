@@ -133,14 +133,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         if preview is None:
             raise ValueError("give --out DIR, or --preview FILE.png to see the input only")
-        _see(load_model(arguments.model), source, arguments)
+        _see(source, arguments)
         return
-    from fourdstar_jax import export, timing
     from fourdstar_jax.folders import OBJECT, output_folder
 
     with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
-        model = load_model(arguments.model)
-        clip = _see(model, source, arguments)
+        model, clip = _see(source, arguments)
+        from fourdstar_jax import export, timing
+
         say_device()
         start = time.perf_counter()
         object4d = model.generate(clip, **options(arguments), progress=True)
@@ -157,10 +157,11 @@ def _run_list(arguments: argparse.Namespace) -> None:
         named = f", and takes no --{unfit[0]}" if unfit else ""
         again = ": remove an output to have it made again" if "overwrite" in unfit else ""
         raise ValueError(f"--videos needs --out DIR{named}{again}")
-    from fourdstar_jax import batch
+    from fourdstar_jax import bars, batch
 
     def load() -> "Model":
-        model = load_model(arguments.model)
+        with bars.waiting("loading"):
+            model = load_model(arguments.model)
         say_device()
         return model
 
@@ -191,16 +192,20 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _see(model: "Model", source: Path, arguments: argparse.Namespace) -> "Clip":
-    """Reads the input, says what of it is used, and writes the preview."""
-    clip = model.read(source, **reading(arguments))
+def _see(source: Path, arguments: argparse.Namespace) -> tuple["Model", "Clip"]:
+    """The model and its input; says what of that is used, and writes the preview."""
+    from fourdstar_jax import bars
+
+    with bars.waiting("loading"):
+        model = load_model(arguments.model)
+        clip = model.read(source, **reading(arguments))
     say_input(source, clip.info, fit=arguments.fit)
     if arguments.preview is not None:
         from fourdstar_jax.export import pictures
 
         pictures.write_sheet(arguments.preview, clip.images)
         print(f"what the model will see: {arguments.preview}")
-    return clip
+    return model, clip
 
 
 def _check_preview(path: Path, others: tuple[Path | None, ...], *, overwrite: bool) -> None:

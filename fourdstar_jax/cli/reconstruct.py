@@ -63,14 +63,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--tokenizer goes with --input: --data needs the whole bundle")
     import numpy as np
 
-    from fourdstar_jax import export, timing
-    from fourdstar_jax.data import pipeline, transforms
-    from fourdstar_jax.evaluate import metrics
+    from fourdstar_jax import bars
     from fourdstar_jax.folders import OBJECT, output_folder
 
     with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
-        model = load_model(arguments.model)
-        clips = pipeline.ClipSource(arguments.data, arguments.split)
+        with bars.waiting("loading"):
+            from fourdstar_jax import export, timing
+            from fourdstar_jax.data import pipeline, transforms
+            from fourdstar_jax.evaluate import metrics
+
+            model = load_model(arguments.model)
+            clips = pipeline.ClipSource(arguments.data, arguments.split)
         if not 0 <= arguments.clip < len(clips):
             raise ValueError(f"--clip {arguments.clip}: the split has {len(clips)} clips")
         clip = clips[arguments.clip]
@@ -78,13 +81,16 @@ def run(arguments: argparse.Namespace) -> None:
         images, masks = transforms.on_white(clip["rig_rgba"][:timesteps])
         say_device()
         start = time.perf_counter()
-        object4d = model.reconstruct(
-            images, clip=clip["clip_id"], split=arguments.split, licence=clip["licence"]
-        )
+        with bars.waiting("decoding"):
+            object4d = model.reconstruct(
+                images, clip=clip["clip_id"], split=arguments.split, licence=clip["licence"]
+            )
         if arguments.timing:
             object4d.meta["generation"] = timing.of_generation(start)
         size = model.resolution
-        renders = np.asarray(object4d.render(model.rig.cameras(size), width=size, height=size))
+        with bars.waiting("PSNR"):
+            cameras = model.rig.cameras(size)
+            renders = np.asarray(object4d.render(cameras, width=size, height=size))
         psnr = {
             "whole": metrics.psnr(renders, images),
             "inside": metrics.psnr(renders, images, masks),

@@ -21,12 +21,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fourdstar_jax.export import page, serve
-
     if len(arguments.folders) > MAX_OBJECTS:
         raise ValueError(f"{len(arguments.folders)} folders: a page shows at most {MAX_OBJECTS}")
-    objects = [page.object_of(folder) for folder in arguments.folders]
-    text = page.page(objects).encode()
+    from fourdstar_jax import bars
+
+    with bars.waiting("loading"):
+        from fourdstar_jax.export import page, serve
+
+        objects = [page.object_of(folder) for folder in arguments.folders]
+        text = page.page(objects).encode()
     with serve.Server(text, host=arguments.host, port=arguments.port) as server:
         names = ", ".join(each["name"] for each in objects)
         print(f"{names}: {server.url} (Ctrl-C ends it)", flush=True)

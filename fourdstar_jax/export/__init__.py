@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from fourdstar_jax import arguments
+from fourdstar_jax import arguments, bars
 from fourdstar_jax.export import page, ply, video
 from fourdstar_jax.export.ply import read_ply, write_ply
 from fourdstar_jax.export.splats import read_splats, write_splats
 from fourdstar_jax.folders import OBJECT, file_sha256, output_folder
-from fourdstar_jax.generate import Object4D, steps
+from fourdstar_jax.generate import Object4D
 
 __all__ = ["read_ply", "read_splats", "save", "write", "write_ply", "write_splats"]
 
@@ -64,30 +64,30 @@ def write(
 ) -> None:
     """Fills an existing, empty folder. With `truth`, the rig's views of it stand left of ours."""
     gaussians, rig = object4d.gaussians, object4d.rig
-    write_splats(folder / "splats.safetensors", gaussians, fps=object4d.fps)
-    (folder / "ply").mkdir()
-    for t in range(len(gaussians.means)):
-        frame = type(gaussians)(*(x[t] for x in gaussians))
-        write_ply(folder / "ply" / f"frame_{t:04d}.ply", frame)
-
-    seen = object4d.frames if truth is None else truth[:, 0]
-    shown = page.describe(_name(object4d), gaussians, rig, frames=seen)
-    page.write_page(folder / page.NAME, [shown])
-
+    with bars.waiting("files", disable=not progress):
+        write_splats(folder / "splats.safetensors", gaussians, fps=object4d.fps)
+        (folder / "ply").mkdir()
+        for t in range(len(gaussians.means)):
+            frame = type(gaussians)(*(x[t] for x in gaussians))
+            write_ply(folder / "ply" / f"frame_{t:04d}.ply", frame)
+        seen = object4d.frames if truth is None else truth[:, 0]
+        shown = page.describe(_name(object4d), gaussians, rig, frames=seen)
+        page.write_page(folder / page.NAME, [shown])
     render = video.Renderer(gaussians, size=size, radius=rig.radius, fov_deg=rig.fov_deg)
-    with steps(video.ORBIT_FRAMES, desc="orbit", unit="frame", disable=not progress) as step:
+    with bars.steps(video.ORBIT_FRAMES, desc="orbit", unit="frame", disable=not progress) as step:
         turn = video.orbit(render, fps=object4d.fps, on_frame=step)
-    video.write_video(folder / "orbit.mp4", turn, fps=video.ORBIT_FPS)
-    if object4d.frames is not None:
-        beside = folder / "input_and_orbit.webp"
-        video.write_beside(beside, object4d.frames, turn, fps=object4d.fps)
-    for view, azimuth in enumerate(rig.azimuths_deg):
-        images = video.fixed_view(render, azimuth)
-        if truth is not None:
-            left = np.stack([video.resized(image, size) for image in truth[:, view]])
-            images = np.concatenate([left, images], axis=2)
-        images = video.repeated(images, object4d.fps)
-        video.write_video(folder / f"fixed_{azimuth:03.0f}.mp4", images, fps=object4d.fps)
+    with bars.waiting("videos", disable=not progress):
+        video.write_video(folder / "orbit.mp4", turn, fps=video.ORBIT_FPS)
+        if object4d.frames is not None:
+            beside = folder / "input_and_orbit.webp"
+            video.write_beside(beside, object4d.frames, turn, fps=object4d.fps)
+        for view, azimuth in enumerate(rig.azimuths_deg):
+            images = video.fixed_view(render, azimuth)
+            if truth is not None:
+                left = np.stack([video.resized(image, size) for image in truth[:, view]])
+                images = np.concatenate([left, images], axis=2)
+            images = video.repeated(images, object4d.fps)
+            video.write_video(folder / f"fixed_{azimuth:03.0f}.mp4", images, fps=object4d.fps)
     (folder / "README.txt").write_text(README)
     (folder / OBJECT.manifest).write_text(json.dumps(manifest(object4d, folder), indent=2) + "\n")
 
