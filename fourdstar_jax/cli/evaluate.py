@@ -144,10 +144,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("give --protocol with --pred and --gt, or --data for the bundle --model")
     import json
 
-    from fourdstar_jax.evaluate import unseen
+    from fourdstar_jax import bars
     from fourdstar_jax.folders import replace_file
 
-    load_model(arguments.model)  # says what is wrong with it before the data is read
+    with bars.waiting("loading"):
+        from fourdstar_jax.evaluate import unseen
+
+        load_model(arguments.model)  # says what is wrong with it before the data is read
     lpips, why = _lpips(arguments.weights)
     found = unseen.evaluate(
         arguments.model,

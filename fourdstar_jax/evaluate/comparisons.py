@@ -21,7 +21,7 @@ from fourdstar_jax import geometry
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.evaluate import motion
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, by_object, psnr
-from fourdstar_jax.evaluate.progress import Log, Progress
+from fourdstar_jax.evaluate.progress import Log, Progress, silent
 from fourdstar_jax.evaluate.protocols import SAME_PSNR
 from fourdstar_jax.generate import Model, decode_tokens
 from fourdstar_jax.kernels.rasterize import pick_capacity
@@ -55,7 +55,7 @@ def compare(
     samples: tuple[Int[np.ndarray, " m"], Int[np.ndarray, "m T V n K"]] | None,
     lpips: LPIPS | None,
     *,
-    log: Log = lambda line: None,
+    log: Log = silent,
 ) -> dict[str, Any]:
     """Figures of each of the four over objects, and each clip's own, as a JSON-ready dict.
 

@@ -7,6 +7,10 @@ Log = Callable[[str], None]
 EVERY_S = 60.0  # after the first two estimates
 
 
+def silent(line: str) -> None:
+    """A `Log` of those who do not want one."""
+
+
 class Progress:
     """Tells after the second and the fifth of `total` parts, then each minute, what is left.
 

@@ -24,7 +24,7 @@ from fourdstar_jax.evaluate import clips, distances, geometry, motion
 from fourdstar_jax.evaluate.clips import Frames, Pair, Source
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
 from fourdstar_jax.evaluate.networks import Networks
-from fourdstar_jax.evaluate.progress import Log, Progress
+from fourdstar_jax.evaluate.progress import Log, Progress, silent
 from fourdstar_jax.evaluate.protocols import SAME_PSNR, Metric, Protocol, Resize, described
 from fourdstar_jax.evaluate.resizing import resized
 from fourdstar_jax.perceptual import i3d, ssim
@@ -79,7 +79,7 @@ def score(
     metrics: Sequence[str] = (),
     features: Features | None = None,
     known: dict[Any, np.ndarray] | None = None,
-    log: Log = lambda line: None,
+    log: Log = silent,
 ) -> dict[str, Any]:
     """All figures as a JSON-ready dict; of `metrics` alone where some are given.
 

@@ -8,6 +8,7 @@ with a 95 % bootstrap interval over objects; clips are seen from their first fra
 """
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import filled_batches, in_batches
 from fourdstar_jax.evaluate import comparisons, counts
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, by_object, psnr
-from fourdstar_jax.evaluate.progress import Log
+from fourdstar_jax.evaluate.progress import Log, Progress, silent
 from fourdstar_jax.generate import Model, encode_images
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.perceptual import lpips as perceptual
@@ -44,13 +45,14 @@ def evaluate(
     *,
     lpips: str | os.PathLike[str] | None = None,
     sampled: int = SAMPLED,
-    log: Log = lambda line: None,
+    log: Log = silent,
 ) -> dict[str, Any]:
     """All figures of a split as a JSON-ready dict; dB for PSNR, nats a code for likelihoods.
 
     `sampled` clips are generated from their videos, of as many objects as may be. Pictures are
     compared by LPIPS, too, where its weights are at `lpips`. `figures` of the result has those that
-    a table of models needs under one name each. Raises ValueError if the dataset's rig is not the
+    a table of models needs under one name each. `log` is told which part begins and, from its
+    second batch on, how long is left of it. Raises ValueError if the dataset's rig is not the
     bundle's, for an unknown split, and for clips of one object only.
     """
     model, data_dir = Model(bundle_dir), Path(data_dir)
@@ -58,15 +60,17 @@ def evaluate(
     if rig != model.rig:
         raise ValueError(f"the dataset's rig {rig} is not the bundle's {model.rig}")
     network = None if lpips is None else perceptual.load(lpips)
-    clips = load(model, data_dir, split)
-    start = time.perf_counter()
+    with_star = "star" in model.bundle.stages
+    num_parts, begun, start = 6 if with_star else 4, itertools.count(1), time.perf_counter()
 
     def begin(what: str) -> None:
-        log(f"{time.perf_counter() - start:.0f} s: {what}")
+        log(f"{time.perf_counter() - start:.0f} s: part {next(begun)} of {num_parts}, {what}")
 
+    begin(f"reading of {split}")
+    clips = load(model, data_dir, split, log=log)
     num_clips, num_objects = len(clips["images"]), len(set(clips["object"]))
-    begin(f"{num_clips} clips of {num_objects} objects ({split}); reads those of training")
-    train = load_train(model, data_dir)
+    begin(f"reading of train; {num_clips} clips of {num_objects} objects are measured ({split})")
+    train = load_train(model, data_dir, log=log)
     report: dict[str, Any] = {
         "split": split,
         "num_clips": num_clips,
@@ -79,19 +83,26 @@ def evaluate(
         about = perceptual.NETWORKS[network.network]
         report["lpips"] = {"network": network.network, "digest": about.digest}
     begin("reconstruction of all clips")
-    report["reconstruction"] = _reconstruction(model, clips, train["mean_image"], network)
+    report["reconstruction"] = _reconstruction(model, clips, train["mean_image"], network, log)
     report["codes_used"] = _codes_used(train["tokens"], model.bundle.spec.vocab_size)
-    samples = None
-    if "star" in model.bundle.stages:
+    shown = None
+    if with_star:
         begin("likelihood of all clips, four times")
-        report["likelihood"] = _likelihood(model, clips, train)
+        report["likelihood"] = _likelihood(model, clips, train, log)
         drawn = sampler(model, clips, sampled, network)
         begin(f"generation of {min(sampled, num_clips)} clips")
-        found = drawn.sample(model.star)
+        progress = Progress(clips["tokens"].shape[1], log, "timesteps")
+
+        def on_group(t: int, tokens: jax.Array) -> None:
+            tokens.block_until_ready()
+            progress.step()
+
+        settings = {**drawn.settings, "on_group": on_group}
+        found = drawn._replace(settings=settings).sample(model.star)
         report["samples"] = drawn.measure(found)[0]
-        samples = sampled_clips(clips, sampled), found["real"]
+        shown = sampled_clips(clips, sampled), found["real"]
     begin("comparisons of pictures")
-    report["comparisons"] = comparisons.compare(model, clips, train, samples, network, log=log)
+    report["comparisons"] = comparisons.compare(model, clips, train, shown, network, log=log)
     report["figures"] = figures(report)
     return report
 
@@ -115,9 +126,9 @@ def figures(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
+def load(model: Model, data_dir, split: str, *, log: Log = silent) -> dict[str, np.ndarray]:
     """A split's first windows, one array an entry, with their tokens `[clips, T, V, n, K]`."""
-    parts = list(_batches(model, data_dir, split))
+    parts = list(_batches(model, data_dir, split, log=log))
     clips = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
     manifest = pipeline.read_manifest(data_dir)["clips"]
     clips["object"] = np.array([manifest[i]["clip_id"].partition("#")[0] for i in clips["clip"]])
@@ -126,14 +137,14 @@ def load(model: Model, data_dir, split: str) -> dict[str, np.ndarray]:
     return clips
 
 
-def load_train(model: Model, data_dir) -> dict[str, Any]:
+def load_train(model: Model, data_dir, *, log: Log = silent) -> dict[str, Any]:
     """What others are compared with: training clips' tokens, input views, mean image of each view.
 
     `input_images` and `input_masks` are uint8 `[clips, T, 1, h, w, c]`; all views' pictures would
     not fit, `read(i)` gives those of one clip.
     """
     parts, total, count = [], np.zeros(()), 0
-    for batch in _batches(model, data_dir, "train", maps=()):
+    for batch in _batches(model, data_dir, "train", maps=(), log=log):
         total = total + batch["images"].sum(axis=(0, 1), dtype=np.float64)
         count += batch["images"].shape[0] * batch["images"].shape[1]
         inputs = {
@@ -154,7 +165,7 @@ def load_train(model: Model, data_dir) -> dict[str, Any]:
 
 
 def _batches(
-    model: Model, data_dir, split: str, maps: Sequence[str] = ("flow",)
+    model: Model, data_dir, split: str, maps: Sequence[str] = ("flow",), log: Log = silent
 ) -> Iterator[dict[str, np.ndarray]]:
     encoder = model.text_encoder if "star" in model.bundle.stages else None
 
@@ -177,12 +188,15 @@ def _batches(
     wanted += ["text_features"] if encoder == "t5" else []
     wanted += ["flow"]
     encode = functools.partial(encode_images, model.tokenizer)
+    count = len(pipeline.ClipSource(data_dir, split, cache_bytes=0, maps=()))
+    progress = Progress(-(-count // BATCH), log, "batches")
     for batch in loader:
         tokens = in_batches(encode, (batch["images"],), BATCH)
+        progress.step()
         yield {k: batch[k] for k in wanted if k in batch} | {"tokens": tokens}
 
 
-def _reconstruction(model: Model, clips, train_image, lpips) -> dict[str, Any]:
+def _reconstruction(model: Model, clips, train_image, lpips, log: Log) -> dict[str, Any]:
     size = model.resolution
 
     @jax.jit
@@ -199,6 +213,7 @@ def _reconstruction(model: Model, clips, train_image, lpips) -> dict[str, Any]:
     mean_image = np.broadcast_to(train_image, clips["images"].shape[1:])
     rows: dict[str, list[float]] = {}
     names = ["viewmats", "Ks", "times", "tokens", "images", "masks"]
+    progress = Progress(-(-len(clips["images"]) // BATCH), log, "batches")
     for count, arrays in filled_batches([clips[name] for name in names], BATCH):
         *seen, images, masks = arrays
         fine, coarse, tokenized, overflow = render(model.vqvae, model.tokenizer, *seen)
@@ -218,6 +233,7 @@ def _reconstruction(model: Model, clips, train_image, lpips) -> dict[str, Any]:
                 for name in ("model", "tokenizer"):
                     distance = comparisons.distance(lpips, pictures[name], truth)
                     rows.setdefault(f"{name}_lpips", []).append(distance)
+        progress.step()
     objects = clips["object"]
     out: dict[str, Any] = {name: float(by_object(x, objects).mean()) for name, x in rows.items()}
     for where in ("psnr", "psnr_in_mask"):
@@ -228,7 +244,7 @@ def _reconstruction(model: Model, clips, train_image, lpips) -> dict[str, Any]:
     return out
 
 
-def _likelihood(model: Model, clips, train) -> dict[str, Any]:
+def _likelihood(model: Model, clips, train, log: Log = silent) -> dict[str, Any]:
     @jax.jit
     def nll(star, batch):
         condition = Condition(
@@ -243,6 +259,7 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
     other = another_object(clips["object"])
     count, timesteps, _, n, codes = clips["tokens"].shape
     groups = clips["tokens"].reshape(count, timesteps, -1, codes)
+    progress = Progress(4 * -(-count // BATCH), log, "batches")
 
     def nlls(swap: str | None = None) -> np.ndarray:
         """Of the novel views' codes [clips, T, V - 1, n, K], nats."""
@@ -260,11 +277,13 @@ def _likelihood(model: Model, clips, train) -> dict[str, Any]:
         }
         if "text_features" in clips:
             arrays["text_features"] = clips["text_features"][text]
-        values = in_batches(
-            lambda *batch: nll(model.star, dict(zip(arrays, batch, strict=True))),
-            list(arrays.values()),
-            BATCH,
-        )
+
+        def of_batch(*batch: np.ndarray) -> np.ndarray:
+            found = np.asarray(nll(model.star, dict(zip(arrays, batch, strict=True))))
+            progress.step()
+            return found
+
+        values = in_batches(of_batch, list(arrays.values()), BATCH)
         values = values[:, :, model.star.num_known :]
         return values.reshape(count, timesteps, -1, n, codes)
 

@@ -26,8 +26,12 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
     monkeypatch.setattr(motion, "SEEN", 100.0)  # else front and back see no Gaussian in common
     lines: list[str] = []
     whole = unseen.evaluate(tiny_bundle, data_dir, "train", log=lines.append)
-    assert "3 clips of 2 objects (train)" in lines[0]
-    assert any("generation of 3 clips" in line for line in lines)
+    parts = [line.partition(" s: ")[2] for line in lines if ": part " in line]
+    assert [part.partition(",")[0] for part in parts] == [f"part {i} of 6" for i in range(1, 7)]
+    assert "3 clips of 2 objects are measured (train)" in parts[1]
+    assert "generation of 3 clips" in parts[4]
+    # three clips are a batch here, so that only the four likelihoods have a second one
+    assert any(line.startswith("2 of 4 batches, about ") for line in lines)
     assert any(line.startswith("2 of 12 rows, about ") for line in lines)
     assert whole["num_clips"] == 3
     monkeypatch.setattr(unseen, "BATCH", 2)
