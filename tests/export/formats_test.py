@@ -127,27 +127,44 @@ def test_round_trip(name, reader, turn, places, shapes, shades):
     assert written == getattr(formats, name)(original())
 
 
-GOLDEN = {
-    "splat": "a107fe8ef06169e5",
-    "spz": "6a8c59af8816d0af",
-    "compressed_ply": "430b8424546125c3",
-    "glb": "770e730eb2daffc6",
-}
+TWO = Gaussians(
+    means=np.float32([[1, 2, 3], [0.5, -0.25, 0]]),
+    quats=np.float32([[2, 0, 0, 0], [0, 0, -1, 0]]),
+    scales=np.float32([[1, 0.5, 0.25], [0.125, 0.125, 0.125]]),
+    opacities=np.float32([1, 0.25]),
+    colors=np.float32([[1, 0, 0.5], [0.25, 0.75, 1]]),
+)
+# `TWO` written by hand, from antimatter15/splat's convert.py. They lie as PLY does: x and y are
+# negated, and rotations are i k and -j k in place of 1 and -j: k and i.
+SPLAT = bytes.fromhex(
+    "000080bf 000000c0 00004040"  # -1 -2 3
+    "0000803f 0000003f 0000803e"  # 1 1/2 1/4
+    "ff0080ff 808080ff"  # 255 rgba; 128 + 128 wxyz, at most 255
+    "000000bf 0000803e 00000000"  # -1/2 1/4 0
+    "0000003e 0000003e 0000003e"  # 1/8 each
+    "40bfff40 80ff8080"
+)
+# From the README and load-spz.cc of nianticlabs/spz: all of one attribute, then all of the next.
+SPZ = bytes.fromhex(
+    "4e475350 03000000 02000000 00 0c 00 00"  # NGSP, version 3, two, degree 0, 12 bits, no flags
+    "001000 002000 003000 000800 00fcff 000000"  # x 4096, 24 bits with a sign
+    "ff 40"  # x 255
+    "c33c80 5ea1c3"  # 255 (0.15 (c - 0.5) / 0.2821 + 0.5)
+    "a0958a 7f7f7f"  # 16 (ln + 10)
+    "000000c0 00000040"  # the largest of xyzw is the last (3 << 30), the second (1 << 30)
+)
+GOLDEN = {"compressed_ply": "430b8424546125c3", "glb": "770e730eb2daffc6"}
 
 
-@pytest.mark.parametrize("name", ["splat", "spz", "compressed_ply", "glb"])
+def test_bytes_are_those_of_the_published_descriptions():
+    assert formats.splat(TWO).hex(" ", 4) == SPLAT.hex(" ", 4)
+    assert gzip.decompress(formats.spz(TWO)).hex(" ", 4) == SPZ.hex(" ", 4)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
 def test_bytes_stay_what_they_were(name):
-    """Of numbers without rounding; gzip's compression may differ from machine to machine."""
-    one = Gaussians(
-        means=np.float32([[1, 2, 3], [0.5, -0.25, 0]]),
-        quats=np.float32([[2, 0, 0, 0], [0, 0, -1, 0]]),
-        scales=np.float32([[1, 0.5, 0.25], [0.125, 0.125, 0.125]]),
-        opacities=np.float32([1, 0.25]),
-        colors=np.float32([[1, 0, 0.5], [0.25, 0.75, 1]]),
-    )
-    data = getattr(formats, name)(one)
-    data = gzip.decompress(data) if name == "spz" else data
-    assert hashlib.sha256(data).hexdigest()[:16] == GOLDEN[name]
+    """Of numbers without rounding."""
+    assert hashlib.sha256(getattr(formats, name)(TWO)).hexdigest()[:16] == GOLDEN[name]
 
 
 @pytest.mark.parametrize("name", ["splat", "spz", "compressed_ply", "glb"])
@@ -204,6 +221,46 @@ def test_outside_readers_see_the_same(tmp_path):
         assert off.max() < 0.16, name
 
 
+READ_SPZ = """
+process.type = "renderer";  // it is made for browsers
+import(`file://${process.argv[1]}/@spz-loader/core/dist/index.js`)
+  .then(({ loadSpz }) => loadSpz(new Uint8Array(require("fs").readFileSync("a.spz"))))
+  .then((cloud) => console.log(JSON.stringify(cloud, (_, x) => x.buffer ? Array.from(x) : x)));
+"""
+
+
+def npm_folder(package):
+    """The node_modules of a package that npm serves; skips where there is none."""
+    find = 'cd "$(dirname "$(command -v node)")"; echo "$PATH" | tr : "\\n" | grep _npx | head -1'
+    place = npm(package, None, "-c", find)
+    if place.returncode or "_npx" not in place.stdout:
+        pytest.skip(f"npm does not serve {package} here")
+    return place.stdout.strip().removesuffix("/.bin")
+
+
+def node(program, folder, package):
+    """What a program writes as JSON, which is called with the node_modules of a package."""
+    command = ["node", "-e", program, npm_folder(package)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_code_of_niantic_reads_spz(tmp_path):
+    (tmp_path / "a.spz").write_bytes(formats.spz(original()))
+    cloud = node(READ_SPZ, tmp_path, "@spz-loader/core@0.3.1")
+    assert cloud["numPoints"] == COUNT and cloud["shDegree"] == 0 and not cloud["antialiased"]
+    names = ("positions", "rotations", "scales", "alphas", "colors")
+    found = {name: np.array(cloud[name]).reshape(COUNT, -1) for name in names}
+    np.testing.assert_allclose(found["positions"], original().means, atol=0.51 / 4096)
+    wanted = covariances(original().quats, original().scales)
+    again = covariances(found["rotations"][:, [3, 0, 1, 2]], found["scales"])
+    off = np.linalg.norm(again - wanted, axis=(1, 2)) / np.linalg.norm(wanted, axis=(1, 2))
+    assert off.max() < 0.16
+    np.testing.assert_allclose(found["alphas"][:, 0], original().opacities, atol=0.51 / 255)
+    np.testing.assert_allclose(found["colors"], original().colors, atol=0.005)
+
+
 VALIDATE = """
 const validator = require(require.resolve("gltf-validator", { paths: [process.argv[1]] }));
 const bytes = new Uint8Array(require("fs").readFileSync("a.glb"));
@@ -213,17 +270,7 @@ validator.validateBytes(bytes).then((report) => console.log(JSON.stringify(repor
 
 def test_the_validator_of_gltf_accepts_it(tmp_path):
     (tmp_path / "a.glb").write_bytes(formats.glb(original()))
-    package = "gltf-validator@2.0.0-dev.3.10"
-    find = 'cd "$(dirname "$(command -v node)")"; echo "$PATH" | tr : "\\n" | grep _npx | head -1'
-    place = npm(package, tmp_path, "-c", find) if shutil.which("npx") else None
-    if place is None or place.returncode or "_npx" not in place.stdout:
-        pytest.skip("npm does not serve gltf-validator here")
-    folder = place.stdout.strip().removesuffix("/.bin")
-    result = subprocess.run(
-        ["node", "-e", VALIDATE, folder], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = node(VALIDATE, tmp_path, "gltf-validator@2.0.0-dev.3.10")
     # It does not know the extension yet, whose names of attributes it takes for errors.
     other = [
         message
