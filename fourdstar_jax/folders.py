@@ -60,6 +60,14 @@ def is_of_kind(path: str | os.PathLike[str], kind: Kind) -> bool:
         return False
 
 
+def check_object(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError unless a folder is an output of `generate` or `reconstruct`."""
+    if remote.url_of(path) is None and not os.path.exists(path):
+        raise ValueError(f"{path} does not exist")
+    if not is_of_kind(path, OBJECT):
+        raise ValueError(f"{path} is no output of `fourdstar generate` or `reconstruct`")
+
+
 @contextlib.contextmanager
 def output_folder(
     path: str | os.PathLike[str], kind: Kind, *, overwrite: bool = False

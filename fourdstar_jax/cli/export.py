@@ -32,8 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from fourdstar_jax import bars
-    from fourdstar_jax.folders import EXPORT, output_folder
+    from fourdstar_jax.folders import EXPORT, check_object, output_folder
 
+    check_object(arguments.folder)
     out = output_folder(arguments.out, EXPORT, overwrite=arguments.overwrite)
     with out as folder, bars.waiting("writing"):
         from fourdstar_jax.export import outputs

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fourdstar_jax.arguments import there
 from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder, whole
 
 SUMMARY = "tell what a model bundle or a dataset holds"
@@ -28,8 +29,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fourdstar_jax import bundle
-    from fourdstar_jax.folders import DATASET, is_of_kind
+    from fourdstar_jax import bars
+    from fourdstar_jax.folders import DATASET, OBJECT, is_of_kind
+
+    there(arguments.bundle)
+    if is_of_kind(arguments.bundle, OBJECT):
+        raise ValueError(f"{arguments.bundle} is an object: `fourdstar view` shows it")
+    with bars.waiting("loading"):
+        from fourdstar_jax import bundle
 
     if is_of_kind(arguments.bundle, DATASET):
         return _dataset(arguments.bundle, arguments.sheet)

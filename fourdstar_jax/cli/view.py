@@ -24,7 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
     if len(arguments.folders) > MAX_OBJECTS:
         raise ValueError(f"{len(arguments.folders)} folders: a page shows at most {MAX_OBJECTS}")
     from fourdstar_jax import bars
+    from fourdstar_jax.folders import check_object
 
+    for folder in arguments.folders:
+        check_object(folder)
     with bars.waiting("loading"):
         from fourdstar_jax.export import page, serve
 

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fourdstar_jax.folders import OBJECT, is_of_kind
+from fourdstar_jax.folders import OBJECT, check_object
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.outside import Fields, parse, read
 from fourdstar_jax.types import Gaussians
@@ -61,8 +61,7 @@ def read_output(folder: str | os.PathLike[str]) -> tuple[Gaussians, Rig]:
     Raises ValueError if the folder is no such output.
     """
     folder = Path(folder)
-    if not is_of_kind(folder, OBJECT):
-        raise ValueError(f"{folder} is no output of `fourdstar generate` or `reconstruct`")
+    check_object(folder)
     gaussians, _ = read_splats(folder / "splats.safetensors")
     where = folder / OBJECT.manifest
     return gaussians, Rig.from_dict(read(where).part("rig").values, f"{where}: rig")

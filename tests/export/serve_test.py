@@ -91,3 +91,7 @@ def test_objects_of_folders_come_with_and_without_their_page(tmp_path, monkeypat
     assert "17 folders: a page shows at most 16" in capsys.readouterr().err
     assert cli.main(["view", str(tmp_path)]) == 2
     assert "is no output of" in capsys.readouterr().err
+    assert cli.main(["view", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert cli.main(["inspect", folders[0]]) == 2
+    assert "is an object: `fourdstar view` shows it" in capsys.readouterr().err
