@@ -3,13 +3,13 @@
     fourdstar prepare --tokens --data data/tiny --bundle runs/vqvae/bundle --out data/tiny_tokens
     fourdstar train --config=configs/star.py:tiny --workdir=runs/star
 
-`tiny` leaves a whole model in runs/star/bundle, after configs/vqvae.py:tiny. (The bundled one is of
-older forms of STAR and tokenizer: 13 minutes on two CPU cores, and 1.78 nats a code for the novel
-views of unseen clips, where counting gives 3.13, docs/RESULTS.md.) The others have not been
-trained yet: `small` is for one GPU, `base` for one to four, `paper` for sixteen (paper section 4.1,
-which gives no sizes: the trunk is LlamaGen's and MVAR's XL). The last two also build on VQ-16
-instead of UniTok (`base,vq16`), and take the features of FLAN-T5 XL, computed beforehand with a
-bundle that has it as its stage `text`:
+`tiny` leaves a whole model in runs/star/bundle, after configs/vqvae.py:tiny. (One of older forms of
+STAR and tokenizer took 13 minutes on two CPU cores, and 1.78 nats a code for the novel views of
+unseen clips, where counting gives 3.13, docs/RESULTS.md.) `small`, for one GPU, is the bundled
+model, trained for a quarter of its steps; `base`, for one to four, and `paper`, for sixteen, have
+not been trained yet (paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's
+XL). The last two also build on VQ-16 instead of UniTok (`base,vq16`), and take the features of
+FLAN-T5 XL, computed beforehand with a bundle that has it as its stage `text`:
 
     fourdstar prepare --text_features --data data/base --bundle runs/vqvae/bundle \\
         --out data/base_text

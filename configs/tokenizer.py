@@ -5,12 +5,12 @@
 
 `tiny` and `small` train the local tokenizer, whose codes depend on a patch's surroundings only and
 whose blank patches share one token; `tiny,unitok` and `small,unitok` a small UniTok instead, and
-the later stages then take the same argument. `tiny` takes 12 minutes on two CPU cores; the bundled
-one is a UniTok, whose own decoder gives 27.8 dB on unseen clips (18.7 inside the mask;
-docs/RESULTS.md). `small` is for one GPU, wants LPIPS' weights (docs/WEIGHTS.md), and has only been
-trained for 3,000 steps (30.3 dB, 22.0 inside the mask). At the scales `base` and `paper` the
-tokenizer is a released one with frozen weights, UniTok or, as `paper,vq16`, LlamaGen's VQ-16: there
-is nothing to train, and the config says its sizes.
+the later stages then take the same argument. `tiny` takes 12 minutes on two CPU cores; a tiny
+UniTok's own decoder gives 27.8 dB on unseen clips (18.7 inside the mask; docs/RESULTS.md). `small`
+is for one GPU and wants LPIPS' weights (docs/WEIGHTS.md); the bundled model's was trained for
+18,500 steps (28.4 dB, 21.3 inside the mask). At the scales `base` and `paper` the tokenizer is a
+released one with frozen weights, UniTok or, as `paper,vq16`, LlamaGen's VQ-16: there is nothing to
+train, and the config says its sizes.
 """
 
 from ml_collections import ConfigDict

@@ -101,15 +101,16 @@ def sentences() -> dict[str, list[str]]:
     picture, total = cores["256"]["bytes"] / cores["256"]["images"], 56_000 * 24 * 8
     best_h = total / rate["256"] / 3600
     likely_h = best_h * rate["128"] / each
-    minutes, tokenizer = noted["tiny_minutes"], star["tokenizer"]["clip"]
+    minutes, trained = noted["tiny_minutes"], results("small_training_h200")
+    last = trained["tokenizer"]["eval"][-1]
     seen = results("tiny_unseen_clip")["reconstruction"]
     return {
         "configs/tokenizer.py": [
             f"takes {minutes['tokenizer']} minutes on two CPU cores",
             f"gives {seen['tokenizer_psnr']:.1f} dB on unseen clips "
             f"({seen['tokenizer_psnr_in_mask']:.1f} inside the mask",
-            f"{star['tokenizer']['steps']:,} steps ({tokenizer['psnr']:.1f} dB, "
-            f"{tokenizer['masked']:.1f} inside the mask)",
+            f"{last['step']:,} steps ({last['psnr']:.1f} dB, {last['psnr_in_mask']:.1f} inside the "
+            "mask)",
         ],
         "launch/README.md": [
             f"{rate['256']:.0f} pictures and {picture / 1e3:.1f} kB a picture",
@@ -122,7 +123,10 @@ def sentences() -> dict[str, list[str]]:
             f"{many['seconds'][0]} to {many['seconds'][1]} s, {each:.0f} pictures a second each",
             f"{likely_h:.0f} core hours are what to plan with, {likely_h / 62:.0f} hours on such",
         ],
-        "configs/vqvae.py": [f"about {minutes['vqvae']} minutes on two CPU cores"],
+        "configs/vqvae.py": [
+            f"about {minutes['vqvae']} minutes on two CPU cores",
+            f"was trained for {trained['vqvae']['steps']:,} steps",
+        ],
         "configs/star.py": [
             f"{minutes['star']} minutes on two CPU cores, and {_tiny('nll_novel'):.2f} nats a code "
             f"for the novel views of unseen clips, where counting gives "

@@ -25,7 +25,7 @@ from fourdstar_jax.cli.common import BUNDLED_MODEL
 from fourdstar_jax.cli.main import COMMANDS, make_parser
 from fourdstar_jax.evaluate import card
 
-BUNDLED_RESULTS = ("tiny_unseen_clip", "tiny_unseen_object")  # of the bundled model
+BUNDLED_RESULTS: tuple[str, ...] = ()  # of the bundled model
 SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
 
 
@@ -177,8 +177,36 @@ def _given(arguments: ast.arguments) -> list[str]:
 # Tables
 
 
+def small_table() -> str:
+    """The bundled model's training: what was measured of it on the way."""
+    found = results("small_training_h200")
+    rows = [
+        ["tokenizer, unseen clips", f"{r['step']:,}", f"{r['psnr']:.1f} ({r['psnr_in_mask']:.1f})"]
+        + [f"{r['lpips']:.3f}", "", ""]
+        for r in (found["tokenizer"]["eval"][i] for i in (0, 2, -1))
+    ]
+    rows += [
+        [
+            "4D VQ-VAE, its batches",
+            f"{r['step']:,}",
+            f"{r['psnr']:.1f}",
+            f"{r['lpips']:.3f}",
+            "",
+            "",
+        ]
+        for r in found["vqvae"]["log"][1::2]
+    ]
+    for r in found["star"]["eval"]:
+        after = [r[f"nll_group{i}"] for i in range(2, 9)]
+        nats = f"{r['nll_group1']:.2f} / {sum(after) / len(after):.2f}"
+        rows.append(["STAR, unseen clips", f"{r['step']:,}", "", "", nats])
+        rows[-1].append(f"{100 * r['accuracy']:.0f} %")
+    head = ["", "step", "PSNR (inside the mask)", "LPIPS (VGG)"]
+    return table([*head, "NLL at t = 1 / after it", "right codes"], *rows)
+
+
 def tiny_table() -> str:
-    """Figures of the bundled model on clips and objects that it has not seen."""
+    """Figures of a tiny model on clips and objects that it has not seen."""
     both = [results("tiny_unseen_clip"), results("tiny_unseen_object")]
 
     def row(name: str, tell: Callable[[dict, dict], str]) -> list[str]:
@@ -434,6 +462,7 @@ def parity_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "small_training": small_table,
     "tiny": tiny_table,
     "decoder_h200": decoder_table,
     "star_small_h200": star_table,

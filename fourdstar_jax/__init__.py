@@ -1,7 +1,7 @@
 """4DSTAR in JAX: a video goes in, 3D Gaussians that move come out.
 
     import fourdstar_jax as fs
-    model = fs.load("fourdstar_jax/models/tiny")
+    model = fs.load("fourdstar_jax/models/small")
     object4d = model.generate("video.mp4", text=None, key=jax.random.key(0))
     fs.save(object4d, "out/video")
 

@@ -27,7 +27,7 @@ if [ "$gates" != 0 ]; then
   say "gate 1 of 2: gradients are finite, STAR looks up what it is shown, int8 hardly changes a model (3 minutes)"
   JAX_PLATFORMS=cuda,cpu .venv/bin/python -m pytest -q tests/star/overfit_test.py tests/star/gates_test.py \
     tests/star/container_test.py::test_gradients_in_half_precision_are_finite \
-    tests/bundle_test.py::test_int8_hardly_changes_the_bundled_model
+    tests/bundle_test.py::test_int8_hardly_changes_a_trained_model
 fi
 
 # In the memory of a device: 32 GiB for tokenizer and 4D VQ-VAE, 25 GiB for STAR, which reads no extra views.

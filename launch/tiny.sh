@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a model like the bundled tiny one from a folder of animated GLB files: ./launch/tiny.sh ASSETS [OUT]
+# Makes a model of size `tiny` from a folder of animated GLB files: ./launch/tiny.sh ASSETS [OUT]
 #
 # On two CPU cores about half an hour after the rendering, which takes 20 to 40 minutes for 360 files.
 # OUT (default runs/tiny) holds data, tokens and a run a stage; the model is OUT/star/bundle. A run that

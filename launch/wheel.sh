@@ -22,7 +22,7 @@ rm -f "$wheel"
 import sys, zipfile
 wheel = zipfile.ZipFile(sys.argv[1])
 have = {name.removeprefix("fourdstar_jax/") for name in wheel.namelist()}
-needed = {"py.typed", "models/tiny/model.json", "models/tiny/example.mp4", "configs/star.py",
+needed = {"py.typed", "models/small/model.json", "models/small/example.mp4", "configs/star.py",
           "export/viewer/page.html", "export/viewer/main.js", "text/t5_tokenizer.json.gz"}
 if missing := needed - have:
     sys.exit(f"wheel: without {', '.join(sorted(missing))}")

@@ -13,7 +13,6 @@ import pytest
 import safetensors.numpy
 
 from fourdstar_jax import bundle, nn, sharding
-from fourdstar_jax.cli import BUNDLED_MODEL
 from fourdstar_jax.data import pipeline, prepare
 from fourdstar_jax.text.words import WordTokenizer
 from fourdstar_jax.tokenizer.unitok import UniTok
@@ -21,6 +20,7 @@ from fourdstar_jax.train import free
 from fourdstar_jax.train.star import all_views
 from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae.losses import psnr_in_mask
+from tests.helpers import TINY
 
 pytestmark = pytest.mark.central
 
@@ -112,11 +112,10 @@ def test_a_bundle_is_stored_anew(tmp_path, folder):
     assert bundle.read(tmp_path / "small").stages["tokenizer"].info == {"data_sha256": "abc"}
     with pytest.raises(ValueError, match="is a bundle already"):
         bundle.store_as(folder, tmp_path / "small", "float16")
-    bundle.store_as(BUNDLED_MODEL, tmp_path / "tiny", "int8")
-    before, after = bundle.read(BUNDLED_MODEL), bundle.read(tmp_path / "tiny")
+    bundle.store_as(TINY, tmp_path / "tiny", "int8")
+    before, after = bundle.read(TINY), bundle.read(tmp_path / "tiny")
     sizes = {
-        name: (tmp_path / "tiny" / stage.file).stat().st_size
-        / (BUNDLED_MODEL / stage.file).stat().st_size
+        name: (tmp_path / "tiny" / stage.file).stat().st_size / (TINY / stage.file).stat().st_size
         for name, stage in after.stages.items()
     }
     assert sizes["tokenizer"] == 1 and sizes["vqvae"] < 0.6 and sizes["star"] < 0.55
@@ -136,16 +135,16 @@ def test_a_bundle_is_stored_anew(tmp_path, folder):
         np.testing.assert_array_equal(loaded[name], new[name])
 
 
-def test_int8_hardly_changes_the_bundled_model(tmp_path, objects_dir):
+def test_int8_hardly_changes_a_trained_model(tmp_path, objects_dir):
     """Nats a code of STAR, PSNR in the mask of 4D VQ-VAE and tokenizer, on a made clip."""
     prepare.prepare(
         objects_dir, tmp_path / "data", image_size=64, views=2, extra_views=0, max_frames=2,
         workers=0, log=lambda line: None,
     )  # fmt: skip
-    bundle.copy(BUNDLED_MODEL, tmp_path / "tokenizer", stages=("tokenizer",))
-    for name, source in (("tokenizer8", tmp_path / "tokenizer"), ("model8", BUNDLED_MODEL)):
+    bundle.copy(TINY, tmp_path / "tokenizer", stages=("tokenizer",))
+    for name, source in (("tokenizer8", tmp_path / "tokenizer"), ("model8", TINY)):
         bundle.store_as(source, tmp_path / name, "int8")
-    captions = bundle.read(BUNDLED_MODEL).info("star").part("words")
+    captions = bundle.read(TINY).info("star").part("words")
     words = WordTokenizer.from_dict(captions.values)
     loader = pipeline.make_loader(
         tmp_path / "data", "train", batch_size=1, timesteps=2, words=words, seed=0
@@ -153,7 +152,7 @@ def test_int8_hardly_changes_the_bundled_model(tmp_path, objects_dir):
     batch = {name: jnp.asarray(x) for name, x in next(iter(loader)).items() if name != "clip"}
     cameras = Cameras(batch["viewmats"], batch["Ks"])
     tokens = jax.jit(lambda model: model.encode(batch["images"]))(
-        bundle.read(BUNDLED_MODEL).load("tokenizer")
+        bundle.read(TINY).load("tokenizer")
     )
 
     @jax.jit
@@ -173,13 +172,13 @@ def test_int8_hardly_changes_the_bundled_model(tmp_path, objects_dir):
         return model.loss(all_views({"tokens": tokens}), condition)[1]["nll_novel"]
 
     def figures(model, tokenizer):
-        stage, first = bundle.read(model).load, bundle.read(BUNDLED_MODEL).load("tokenizer")
+        stage, first = bundle.read(model).load, bundle.read(TINY).load("tokenizer")
         own = bundle.read(tokenizer).load("tokenizer")
         return [
             float(x) for x in (nats(stage("star")), rendered(stage("vqvae"), first), decoded(own))
         ]
 
-    whole = figures(BUNDLED_MODEL, BUNDLED_MODEL)
+    whole = figures(TINY, TINY)
     small = figures(tmp_path / "model8", tmp_path / "tokenizer8")
     changes = np.abs(np.subtract(small, whole))
     assert np.all(changes > 0)  # they were stored so
@@ -211,7 +210,7 @@ def test_copy_starts_a_new_bundle(tmp_path, folder):
 
 def test_another_tokenizer_drops_what_was_trained_on_the_old_one(folder, model):
     description = json.loads((folder / bundle.FILE).read_text())
-    description["stages"]["vqvae"] = bundle.read(BUNDLED_MODEL).stage("vqvae").to_dict()
+    description["stages"]["vqvae"] = bundle.read(TINY).stage("vqvae").to_dict()
     (folder / bundle.FILE).write_text(json.dumps(description))
     bundle.save_stage(folder, "tokenizer", model, CONFIG)  # the same one: all stays
     assert set(bundle.read(folder).stages) == {"tokenizer", "vqvae"}

@@ -47,7 +47,7 @@ def test_it_runs(tmp_path):
     page = last.rpartition("\n")[2]  # the last expression, which a notebook shows
     script = [*most, STUB, last.removesuffix(page), f"shown_page = {page}"]
     script += ["assert losses[-1] < 0.3 * losses[0], losses"]
-    script += ["assert pictures.shape == (4, 4, 128, 128, 3) and 'srcdoc' in shown_page"]
+    script += ["assert pictures.shape == (7, 4, 128, 128, 3) and 'srcdoc' in shown_page"]
     keep = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(script)],

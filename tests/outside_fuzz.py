@@ -190,10 +190,9 @@ def faults(
 
 def made(folder: Path) -> dict[str, Path]:
     """A small folder of each kind."""
-    from fourdstar_jax.cli import BUNDLED_MODEL
     from fourdstar_jax.data import features, prepare, tokens
     from fourdstar_jax.types import TokenizerSpec
-    from tests.helpers import glb
+    from tests.helpers import TINY, glb
 
     (folder / "assets").mkdir(parents=True)
     for i in range(2):
@@ -225,7 +224,7 @@ def made(folder: Path) -> dict[str, Path]:
     index = {"metadata": {"total_size": 3}, "weight_map": {"a": "1.safetensors", "b": "2.bin"}}
     (folder / "index" / "model.index.json").write_text(json.dumps(index))
     names = ("dataset", "tokens", "features", "object", "index")
-    return {"bundle": BUNDLED_MODEL, **{name: folder / name for name in names}}
+    return {"bundle": TINY, **{name: folder / name for name in names}}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def checkout(tmp_path):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    video = folder / "fourdstar_jax" / "models" / "tiny" / "example.mp4"
+    video = folder / "fourdstar_jax" / "models" / "small" / "example.mp4"
     for name in ("your.mp4", "clip.mp4"):
         shutil.copy(video, folder / name)
     picture = Image.new("RGB", (64, 64), "white")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fourdstar_jax.generate import Model
 
 # The model that comes with the package, and the demo's video beside it.
-BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "tiny"
+BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "small"
 # Of the extra `train`: the name on the package index, and the module.
 TRAINING_PACKAGES = {
     "optax": "optax",

@@ -26,7 +26,7 @@ ASK = "ask: no licence was found"
 # As their authors say of them; what they were trained on may bind more.
 OTHERS = (
     Entry("code", "fourdstar_jax", "Apache-2.0", "yes", "LICENSE"),
-    Entry("weights", "the bundled tiny model", "Apache-2.0, of CC0 assets", "yes", "its card"),
+    Entry("weights", "the bundled model", "Apache-2.0, of CC0 assets", "yes", "its card"),
     Entry("weights", "UniTok", "MIT", "yes", "github.com/FoundationVision/UniTok, README"),
     Entry(
         "weights",

@@ -20,7 +20,7 @@ from fourdstar_jax.star.head import filter_logits
 from fourdstar_jax.star.model import STAR, Condition, Places
 from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
 
-# Settings of `generate` where a bundle says nothing else. Of the bundled model, over six unseen
+# Settings of `generate` where a bundle says nothing else. Of a tiny model, over six unseen
 # clips (`fourdstar bench sampling`), these flicker 30 % less than temperature 1 with the 16
 # likeliest, at equal LPIPS and 0.6 dB less in the mask.
 DEFAULTS: dict[str, Any] = {

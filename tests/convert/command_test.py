@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from fourdstar_jax import bundle, cli, folders, nn
 from fourdstar_jax.convert import command, torch_file
+from tests.helpers import TINY
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 UNITOK = FIXTURES / "unitok" / "weights.pth"
@@ -163,10 +164,10 @@ def test_reverse_wants_the_same_kind(tmp_path):
 
 
 def test_layers_of_a_star_trained_here_go_to_llamagens_names(tmp_path):
-    arguments = ["convert", "llamagen", str(cli.BUNDLED_MODEL), str(tmp_path / "s.safetensors")]
+    arguments = ["convert", "llamagen", str(TINY), str(tmp_path / "s.safetensors")]
     assert cli.main([*arguments, "--reverse"]) == 0
     back = safetensors.numpy.load_file(tmp_path / "s.safetensors")
-    ours = nn.named_arrays(bundle.read(cli.BUNDLED_MODEL).load("star"))
+    ours = nn.named_arrays(bundle.read(TINY).load("star"))
     layers, dim, _ = ours["trunk/layers/q/kernel"].shape
     assert len(back) == 1 + 7 * layers  # the last norm; q, k, v in one, out, three, two norms
     fused = back["layers.1.attention.wqkv.weight"]

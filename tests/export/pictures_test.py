@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from fourdstar_jax import bundle, cli
-from fourdstar_jax.cli import BUNDLED_MODEL
 from fourdstar_jax.export.video import write_video
+from tests.helpers import TINY
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def folder(tmp_path_factory):
 
 def run(folder, out, *more):
     return cli.main(
-        ["reconstruct", "--tokenizer", "unitok", "--input", str(folder), "--out", str(out), *more]
+        ["reconstruct", "--model", str(TINY), "--tokenizer", "unitok"]
+        + ["--input", str(folder), "--out", str(out), *more]
     )
 
 
@@ -36,11 +37,11 @@ def test_pictures_and_videos_come_back(folder, tmp_path, capsys):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [(f["file"], f["frames"]) for f in manifest["files"]] == [("a.png", 1), ("b.mp4", 3)]
     assert [f["input"]["kind"] for f in manifest["files"]] == ["picture", "video"]
-    assert manifest["tokenizer"] == bundle.read(BUNDLED_MODEL).spec.to_dict()
+    assert manifest["tokenizer"] == bundle.read(TINY).spec.to_dict()
     assert Image.open(tmp_path / "out" / "a.png").size == (128, 64)
     assert (tmp_path / "out" / "b.mp4").stat().st_size > 500
     tokens = np.load(tmp_path / "out" / "tokens" / "b.npy", allow_pickle=False)
-    tokenizer = bundle.read(BUNDLED_MODEL).load("tokenizer")
+    tokenizer = bundle.read(TINY).load("tokenizer")
     assert tokens.shape == (3, tokenizer.num_tokens, 4)
     # the right half of the picture is what the tokenizer makes of its tokens
     again = np.asarray(Image.open(tmp_path / "out" / "a.png"), np.float32)[:, 64:] / 255
@@ -74,7 +75,7 @@ def test_crop_takes_the_middle(folder, tmp_path):
 @pytest.mark.parametrize(
     "more, why",
     [
-        (["--tokenizer", "vq16", "--input", "."], "is unitok, not vq16"),
+        (["--tokenizer", "vq16", "--input", "."], "is local, not vq16"),
         (["--input", "."], "needs --tokenizer"),
         (["--tokenizer", "unitok", "--data", "."], "goes with --input"),
         (["--tokenizer", "unitok", "--input", "nowhere"], "does not exist"),

@@ -9,6 +9,7 @@ from fourdstar_jax.cli.train import read_config
 from fourdstar_jax.star.model import STAR
 from fourdstar_jax.train import dry_run, optim
 from fourdstar_jax.train import state as train_state
+from tests.helpers import TINY
 
 SMALL = [
     "--config.model.num_layers=1", "--config.model.dim=32", "--config.model.num_heads=1",
@@ -77,7 +78,7 @@ def test_a_plan_recomputes_as_little_and_in_as_few_parts_as_fit(monkeypatch):
 
 
 def test_the_vqvae_and_stages_without_one(tmp_path):
-    tiny = ["--config.bundle=fourdstar_jax/models/tiny"]
+    tiny = [f"--config.bundle={TINY}"]
     found = dry_run.look(read_config("configs/vqvae.py:tiny,unitok", tiny), jax.devices()[:1])
     assert found["parameters"] > 1e5 and found["tflop"] > 0
     with pytest.raises(ValueError, match="--dry-run is for star and vqvae, not tokenizer"):
