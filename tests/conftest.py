@@ -12,7 +12,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Compiling takes most of the time: do it quickly, and once for all workers, commands and runs.
+    # XLA's newer emitters of loops, by MLIR, take three times as long as the ones before them;
+    # a test that needs programs as users have them compiles with the options of helpers.compiling.
     flags.insert(0, "--xla_backend_optimization_level=0")
+    flags.insert(0, "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import USERS_EMITTERS
 from jax.sharding import PartitionSpec as P
 
 from fourdstar_jax import geometry
@@ -89,19 +90,20 @@ def test_leading_axes_broadcast():
     cameras = Cameras(*(jnp.stack(x)[:, None] for x in zip(*views, strict=True)))  # [2, 1, 3]
     features = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 17, 2)), jnp.float32)
     background = jnp.asarray(np.random.default_rng(2).random((2, 1, 3, 3)), jnp.float32)
-    whole = rasterize(g, cameras, features=features, background=background, **SIZE)
+    # One and many round alike by users' emitters of loops.
+    run = jax.jit(functools.partial(rasterize, **SIZE), compiler_options=USERS_EMITTERS)
+    whole = run(g, cameras, features=features, background=background)
     assert whole.renders.shape == (2, 3, 3, 23, 31, 3)
     assert whole.alphas.shape == whole.depths.shape == (2, 3, 3, 23, 31, 1)
     assert whole.features.shape == (2, 3, 3, 23, 31, 2)
     count = 0
     for b in range(2):
         for t in range(3):
-            one = rasterize(
+            one = run(
                 jax.tree.map(lambda x, b=b, t=t: x[b, t], g),
                 Cameras(cameras.viewmats[b, 0], cameras.Ks[b, 0]),
                 features=features[b, t],
                 background=background[b, 0],
-                **SIZE,
             )
             for field in ("renders", "alphas", "depths", "features"):
                 np.testing.assert_allclose(

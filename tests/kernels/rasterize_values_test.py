@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compiling import AS_USERS
 
 from fourdstar_jax import geometry
 from fourdstar_jax.kernels.rasterize import api, binning
@@ -167,11 +168,7 @@ def weighted_sum(arrays, implementation, antialiased=False, capacity=CAPACITY):
 static = ("implementation", "antialiased", "capacity")
 with_gradients = jax.value_and_grad(weighted_sum, has_aux=True)
 # As users compile it: without its optimisations XLA rounds otherwise, which hard scenes magnify.
-evaluate_tiled = jax.jit(
-    with_gradients,
-    static_argnames=static,
-    compiler_options={"xla_backend_optimization_level": 3},
-)
+evaluate_tiled = jax.jit(with_gradients, static_argnames=static, compiler_options=AS_USERS)
 evaluate_reference = jax.jit(with_gradients, static_argnames=static)
 
 

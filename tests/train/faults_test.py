@@ -46,7 +46,7 @@ def started(data_dir, workdir, *, count=1, config=()):
     for index in range(count):
         environ = {
             **os.environ,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
             "PYTHONUNBUFFERED": "1",
         }
         if count > 1:

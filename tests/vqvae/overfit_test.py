@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from helpers.compiling import AS_USERS
 
 from fourdstar_jax import geometry, nn
 from fourdstar_jax.vqvae import losses
@@ -77,7 +78,7 @@ def test_overfits_one_object():
     )
 
     # It runs for longer than it compiles.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    @functools.partial(jax.jit, compiler_options=AS_USERS)
     def step(model, opt_state, key):
         def loss(model):
             supervision = losses.choose_supervision(
