@@ -103,6 +103,7 @@ def sentences() -> dict[str, list[str]]:
     likely_h = best_h * rate["128"] / each
     minutes, trained = noted["tiny_minutes"], results("small_training_h200")
     last = trained["tokenizer"]["eval"][-1]
+    small_figures = results("small_unseen_clip")["figures"]
     seen = results("tiny_unseen_clip")["reconstruction"]
     return {
         "configs/tokenizer.py": [
@@ -155,6 +156,11 @@ def sentences() -> dict[str, list[str]]:
             f"({_offsets():.2f} dB)",
         ],
         "docs/RESULTS.md": [
+            f"in {percent(small_figures['generation_retrieval_top1'])} of the cases",
+            f"costs it {small_figures['nll_rise_container']:.2f} nats a code, another clip's video "
+            f"{small_figures['nll_rise_video']:.2f},",
+            f"(propagation {small_figures['propagation']:.2f}, with a frozen video "
+            f"{small_figures['propagation_frozen']:.2f})",
             f"{_number(len(decoders['variants']))} decoders, 5,000 steps each",
             f"with {counted['training_s']} seconds of training",
             f"({star['steps']:,} steps of {star['batch']} clips",

@@ -25,7 +25,7 @@ from fourdstar_jax.cli.common import BUNDLED_MODEL
 from fourdstar_jax.cli.main import COMMANDS, make_parser
 from fourdstar_jax.evaluate import card
 
-BUNDLED_RESULTS: tuple[str, ...] = ()  # of the bundled model
+BUNDLED_RESULTS = ("small_unseen_clip",)  # of the bundled model
 SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
 
 
@@ -177,7 +177,33 @@ def _given(arguments: ast.arguments) -> list[str]:
 # Tables
 
 
+PICTURES = ("psnr", "psnr_in_mask", "alpha_iou", "lpips")
+SMALL_FIGURES = {
+    "the tokenizer's own decode": ("tokenizer", ("psnr", "psnr_in_mask", "lpips")),
+    "4D VQ-VAE on true tokens, the three other views": ("ceiling", PICTURES),
+    "generation from the video alone, the same views": ("generation", PICTURES),
+    "the video's first frame as a flat card": ("flat_card", PICTURES),
+    "the training clip whose video is nearest": ("nearest_clip", PICTURES),
+}
+
+
 def small_table() -> str:
+    """The bundled model's pictures beside what costs nothing, on clips that it has not seen."""
+    found = results("small_unseen_clip")["figures"]
+
+    def shown(row: str, name: str, digits: int) -> str:
+        value = found.get(f"{row}_{name}")
+        return "" if value is None else f"{value:.{digits}f}"
+
+    digits = {"psnr": 1, "psnr_in_mask": 1, "alpha_iou": 2, "lpips": 3}
+    rows = [
+        [label, *(shown(row, name, n) if name in names else "" for name, n in digits.items())]
+        for label, (row, names) in SMALL_FIGURES.items()
+    ]
+    return table(["", "PSNR", "in the mask", "alpha IoU", "LPIPS (Alex)"], *rows)
+
+
+def small_training_table() -> str:
     """The bundled model's training: what was measured of it on the way."""
     found = results("small_training_h200")
     rows = [
@@ -462,7 +488,8 @@ def parity_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "small_training": small_table,
+    "small": small_table,
+    "small_training": small_training_table,
     "tiny": tiny_table,
     "decoder_h200": decoder_table,
     "star_small_h200": star_table,
