@@ -178,7 +178,7 @@ def _given(arguments: ast.arguments) -> list[str]:
 
 
 PICTURES = ("psnr", "psnr_in_mask", "alpha_iou", "lpips")
-SMALL_FIGURES = {
+SMALL_FIGURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "the tokenizer's own decode": ("tokenizer", ("psnr", "psnr_in_mask", "lpips")),
     "4D VQ-VAE on true tokens, the three other views": ("ceiling", PICTURES),
     "generation from the video alone, the same views": ("generation", PICTURES),
