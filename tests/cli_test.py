@@ -440,7 +440,7 @@ def test_reconstruct_needs_a_dataset(capsys, tmp_path, tiny_bundle):
 def test_inspect(capsys, tiny_bundle, tmp_path):
     code, out, _ = run(capsys, "inspect", cli.BUNDLED_MODEL)
     assert code == 0 and max(map(len, out.splitlines())) < 250
-    assert "words: max_len 12, t5_vocabulary (301 values)" in out
+    assert "words: max_len 24, t5_vocabulary (396 values)" in out
     code, out, _ = run(capsys, "inspect", tiny_bundle)
     assert code == 0
     for words in ("tokenizer", "vqvae", "star", "vocab_size 5", "max_timesteps", "jax"):

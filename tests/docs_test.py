@@ -65,7 +65,7 @@ def test_every_part_of_the_paper_has_a_place():
 
 def test_the_readme_is_short_and_its_picture_small():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
-    assert (ROOT / "docs" / "images" / "tiny.webp").stat().st_size <= 2 << 20
+    assert (ROOT / "docs" / "images" / "small.webp").stat().st_size <= 2 << 20
 
 
 def test_what_is_made_is_current(making):

@@ -78,7 +78,7 @@ def test_crop_takes_the_middle(folder, tmp_path):
         (["--tokenizer", "vq16", "--input", "."], "is local, not vq16"),
         (["--input", "."], "needs --tokenizer"),
         (["--tokenizer", "unitok", "--data", "."], "goes with --input"),
-        (["--tokenizer", "unitok", "--input", "nowhere"], "does not exist"),
+        (["--tokenizer", "local", "--input", "nowhere"], "does not exist"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(more, why, tmp_path, capsys):
