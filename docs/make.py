@@ -456,7 +456,8 @@ def inference_table() -> str:
         for name, x in r["ours"].items()
     ]
     rows.append(
-        ["`fourdstar demo`, whole (4 timesteps, 72 + 4 x 4 pictures)", demo["device"]]
+        [f"`fourdstar demo`, whole ({(n := demo['timesteps'])} timesteps, 72 + 4 x {n} pictures)"]
+        + [demo["device"]]
         + [f"{demo['demo_s']:.0f} s", f"{demo['demo_peak_bytes'] / 1e9:.1f}"]
     )
     rows.append(
