@@ -209,7 +209,7 @@ class Model:
         if features.shape[-1] != sizes["text_dim"]:
             raise ValueError(
                 f"bundle {self.folder}: its text stage is {features.shape[-1]} wide, its star "
-                f"takes {arguments['text_dim']}"
+                f"takes {sizes['text_dim']}"
             )
         features = np.where(mask[..., None], features, 0)
         kept = self.bundle.info("star").part("text", default={})

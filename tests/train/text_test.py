@@ -239,3 +239,10 @@ def test_a_bundle_without_text_cannot_prepare(data_dir, tiny_bundle, tmp_path, c
     assert cli.main(["prepare", "--text_features", "--out", str(tmp_path / "a")]) == 2
     assert "--bundle" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_of_another_width_is_named(trained, monkeypatch):
+    model = generate.load(trained / "bundle")
+    monkeypatch.setitem(model.bundle.stage("star").model, "text_dim", 7)
+    with pytest.raises(ValueError, match="its text stage is 6 wide, its star takes 7"):
+        model.encode_text(NEUTRAL_PROMPT)
