@@ -118,7 +118,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="the figures as JSON; with --protocol tables as .md and .tex beside it",
+        help="the figures as JSON, with --model after each part; with --protocol tables as .md and "
+        ".tex beside it",
     )
     model_flag(parser)
 
@@ -152,6 +153,13 @@ def run(arguments: argparse.Namespace) -> None:
 
         load_model(arguments.model)  # says what is wrong with it before the data is read
     lpips, why = _lpips(arguments.weights)
+
+    def written(report: dict) -> str:
+        text = json.dumps(report, indent=1)
+        if arguments.out is not None:
+            replace_file(arguments.out, f"{text}\n".encode())
+        return text
+
     found = unseen.evaluate(
         arguments.model,
         arguments.data,
@@ -159,13 +167,11 @@ def run(arguments: argparse.Namespace) -> None:
         lpips=lpips,
         sampled=arguments.clips or unseen.SAMPLED,
         log=functools.partial(print, file=sys.stderr, flush=True),
+        keep=written,
     )
     if why:
         found["lpips"] = {"left_out": why}
-    text = json.dumps(found, indent=1)
-    print(text)
-    if arguments.out is not None:
-        replace_file(arguments.out, f"{text}\n".encode())
+    print(written(found))
 
 
 def _lpips(folder: Path | None) -> tuple[Path | None, str]:

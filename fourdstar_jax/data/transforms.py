@@ -1,5 +1,7 @@
 """What happens to one example, in numpy: windows in time, white background, rolls of the rig."""
 
+import functools
+
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
@@ -30,6 +32,12 @@ def on_white(
     return scaled[..., :3] * alpha + (1 - alpha), alpha
 
 
+@functools.cache
+def _front(radius: float) -> Float32[np.ndarray, "4 4"]:
+    """The first camera of a rig."""
+    return geometry.orbit_cameras([0.0], radius=radius, width=1, height=1).viewmats[0]
+
+
 def input_view_to_front(
     viewmats: Float32[np.ndarray, "V 4 4"],
     others: Float32[np.ndarray, "E 4 4"],
@@ -42,7 +50,6 @@ def input_view_to_front(
     In the new world the first camera stands at [0, 0, radius] and looks at the origin; `others`
     move along. Images are to be rolled by `-view` along their view axis.
     """
-    front = geometry.orbit_cameras([0.0], radius=radius, width=1, height=1).viewmats[0]
-    world = np.linalg.inv(viewmats[view].astype(np.float64)) @ front
+    world = np.linalg.inv(viewmats[view].astype(np.float64)) @ _front(radius)
     rolled = np.roll(viewmats, -view, axis=0)
     return (rolled @ world).astype(np.float32), (others @ world).astype(np.float32)

@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,16 @@ def evaluate(
     lpips: str | os.PathLike[str] | None = None,
     sampled: int = SAMPLED,
     log: Log = silent,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """All figures of a split as a JSON-ready dict; dB for PSNR, nats a code for likelihoods.
 
     `sampled` clips are generated from their videos, of as many objects as may be. Pictures are
     compared by LPIPS, too, where its weights are at `lpips`. `figures` of the result has those that
     a table of models needs under one name each. `log` is told which part begins and, from its
-    second batch on, how long is left of it. Raises ValueError if the dataset's rig is not the
-    bundle's, for an unknown split, and for clips of one object only.
+    second batch on, how long is left of it; `keep` gets the figures so far after each part that has
+    some, so that an evaluation that is cut does not lose them. Raises ValueError if the dataset's
+    rig is not the bundle's, for an unknown split, and for clips of one object only.
     """
     model, data_dir = Model(bundle_dir), Path(data_dir)
     rig = pipeline.rig(data_dir)
@@ -85,10 +87,12 @@ def evaluate(
     begin("reconstruction of all clips")
     report["reconstruction"] = _reconstruction(model, clips, train["mean_image"], network, log)
     report["codes_used"] = _codes_used(train["tokens"], model.bundle.spec.vocab_size)
+    keep(report)
     shown = None
     if with_star:
         begin("likelihood of all clips, four times")
         report["likelihood"] = _likelihood(model, clips, train, log)
+        keep(report)
         drawn = sampler(model, clips, sampled, network)
         begin(f"generation of {min(sampled, num_clips)} clips")
         progress = Progress(clips["tokens"].shape[1], log, "timesteps")
@@ -100,6 +104,7 @@ def evaluate(
         settings = {**drawn.settings, "on_group": on_group}
         found = drawn._replace(settings=settings).sample(model.star)
         report["samples"] = drawn.measure(found)[0]
+        keep(report)
         shown = sampled_clips(clips, sampled), found["real"]
     begin("comparisons of pictures")
     report["comparisons"] = comparisons.compare(model, clips, train, shown, network, log=log)

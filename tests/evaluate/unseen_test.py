@@ -25,7 +25,14 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
     monkeypatch.setattr(unseen, "BATCH", 3)
     monkeypatch.setattr(motion, "SEEN", 100.0)  # else front and back see no Gaussian in common
     lines: list[str] = []
-    whole = unseen.evaluate(tiny_bundle, data_dir, "train", log=lines.append)
+    kept: list[set[str]] = []
+    whole = unseen.evaluate(
+        tiny_bundle, data_dir, "train", log=lines.append, keep=lambda report: kept.append({*report})
+    )
+    assert [{"reconstruction", "likelihood", "samples", "figures"} & names for names in kept] == [
+        {"reconstruction"}, {"reconstruction", "likelihood"},
+        {"reconstruction", "likelihood", "samples"},
+    ]  # fmt: skip
     parts = [line.partition(" s: ")[2] for line in lines if ": part " in line]
     assert [part.partition(",")[0] for part in parts] == [f"part {i} of 6" for i in range(1, 7)]
     assert "3 clips of 2 objects are measured (train)" in parts[1]

@@ -335,7 +335,7 @@ def test_bfloat16_clusters_rounded_features_and_trains_as_it_decodes(history):
 def test_gradients_in_half_precision_are_finite():
     """As wide a head as `small` has, on whatever backend there is; nothing is in a cluster yet in
     the first group, and cuDNN's gradient of such queries was not finite."""
-    dim, slots, size = 64, 8, 32
+    dim, slots, size = 64, 64, 96
     with sharding.use_mesh(devices=jax.devices()[:1]):
         container = nn.build(
             Container, jax.random.key(0), dim=dim, num_heads=1, num_slots=slots, neighbors=2,
