@@ -190,6 +190,7 @@ def generate(
             if model is None:
                 model = load()
                 check(model, reading, options)
+                log("the first video takes longer: programs are compiled")
             try:
                 clip = model.read(item.video, **reading)
                 outputs.write(item, model, clip, size=size, timed=timed, **options)

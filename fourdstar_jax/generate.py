@@ -7,6 +7,7 @@ video [T, h, w, 3] -> tokens of view 0 [T, n, K] -> tokens of all views [T, V n,
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import typing
@@ -250,12 +251,12 @@ class Model:
     ) -> Object4D:
         """Makes a 4D object that looks and moves like a video; a picture makes a static one.
 
-        `video` is what `read` takes with the arguments of the same names, or what it gave. `text`
-        says what is seen and how it moves; without it the paper's neutral prompt stands in. The
-        randomness is `key` or `jax.random.key(seed)` (0). `temperature` (0 takes the likeliest
-        codes), `top_k`, `cfg` and `history_cfg` (guidance towards the video and towards the state
-        of the timesteps before) are by default those of `sampling`.
-        The object's fps is the clip's. A text that is longer than the model reads gives a warning.
+        `video` is what `read` takes with the arguments of the same names, or, without any of these,
+        what it gave. `text` says what is seen and how it moves; without it the paper's neutral
+        prompt stands in. The randomness is `key` or `jax.random.key(seed)` (0). `temperature` (0
+        takes the likeliest codes), `top_k`, `cfg` and `history_cfg` (guidance towards the video and
+        towards the state of the timesteps before) are by default those of `sampling`. The object's
+        fps is the clip's. A text that is longer than the model reads gives a warning.
 
         Raises ValueError for input that cannot be used.
         """
@@ -269,11 +270,16 @@ class Model:
         settings = self.settings(
             temperature=temperature, top_k=top_k, cfg=cfg, history_cfg=history_cfg
         )
+        reading = dict(
+            timesteps=timesteps, fit=fit, start=start, fps=fps, folder_fps=folder_fps, masks=masks,
+            rembg=rembg, max_frames=max_frames,
+        )  # fmt: skip
         if not isinstance(video, Clip):
-            video = self.read(
-                video, timesteps=timesteps, fit=fit, start=start, fps=fps, folder_fps=folder_fps,
-                masks=masks, rembg=rembg, max_frames=max_frames,
-            )  # fmt: skip
+            video = self.read(video, **reading)
+        else:
+            usual = inspect.signature(self.read).parameters
+            if late := [name for name, value in reading.items() if value != usual[name].default]:
+                raise ValueError(f"{late[0]} is for `read`, which this clip has behind it")
         images, info = video
         count = len(images)
         prompt = text if text is not None else NEUTRAL_PROMPT

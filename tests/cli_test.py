@@ -278,7 +278,7 @@ def test_bad_bundle_and_bad_numbers(capsys, tmp_path, tiny_bundle):
         assert code == 2 and len(lines) == 1 and words in lines[0], lines
         assert not out.exists() and len(list(tmp_path.iterdir())) == 1
 
-    refused("does not exist", "--model", tmp_path / "nowhere")
+    refused("there is no such folder", "--model", tmp_path / "nowhere")
     refused("not a model bundle", "--model", tmp_path)
     refused("timesteps=99", "--model", tiny_bundle, "--frames", 99)
     refused("temperature", "--model", tiny_bundle, "--temperature", -1)
@@ -524,7 +524,7 @@ def test_bench_tokenizer(capsys, tmp_path, tiny_bundle):
         (["bench", "tokenizer", "--dtype", "int8"], "'int8'"),
         (["bench", "tokenizer", "--batch", "0"], "--batch: must be"),
         (["bench", "tokenizer", "--repeats", "0"], "--repeats: must be"),
-        (["bench", "tokenizer", "--bundle", "nowhere"], "nowhere does not exist"),
+        (["bench", "tokenizer", "--bundle", "nowhere"], "nowhere is not a model bundle"),
         (["bench", "tokenizer", "--bundle", ".", "--size", "tiny"], "--size"),
         (["bench", "tokenizer", "--bundle", ".", "--dtype", "float32"], "--dtype"),
         (["bench", "tokenizer", "--against", "nowhere"], "no checkout of UniTok"),

@@ -133,6 +133,8 @@ def test_what_is_read_can_be_looked_at_first(model):
     np.testing.assert_array_equal(at_once.tokens, later.tokens)
     assert at_once.meta == later.meta
     np.testing.assert_array_equal(later.frames, clip.images)
+    with pytest.raises(ValueError, match="^fps is for `read`"):
+        model.generate(clip, fps=2.5)
 
 
 def test_the_object_moves_as_fast_as_what_was_read(model):

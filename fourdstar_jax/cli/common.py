@@ -114,6 +114,8 @@ def bundle_folder(text: str) -> Path:
 
     try:
         path = remote.fetched(text)
+        if not path.is_dir():
+            raise ValueError(f"{text} is not a model bundle: there is no such folder")
         if (path / "model.json").is_file():
             arguments.check_numbers(path / "model.json")
     except ValueError as error:
@@ -149,8 +151,6 @@ def load_model(folder: Path) -> "Model":
 
     if folder == BUNDLED_MODEL and not folder.exists():
         raise ValueError(f"this installation has no bundled model ({folder}): give --model BUNDLE")
-    if not folder.exists():
-        raise ValueError(f"model bundle {folder} does not exist")
     return generate.load(folder)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fourdstar_jax.cli.common import whole
+from fourdstar_jax.cli.common import bundle_folder, whole
 
 SUMMARY = "time UniTok on random images, images to tokens and back"
 
@@ -12,7 +12,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", choices=["released", "tiny"], help="of random weights; default released"
     )
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="its tokenizer instead")
+    parser.add_argument("--bundle", type=bundle_folder, metavar="DIR", help="its tokenizer instead")
     parser.add_argument("--batch", type=whole(1, 1 << 16), default=64, metavar="N", help="images")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default bfloat16, or as in the bundle"
@@ -36,8 +36,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.bundle is not None:
-        if not arguments.bundle.exists():
-            raise ValueError(f"model bundle {arguments.bundle} does not exist")
         for name in ("size", "dtype"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} is what --bundle says: give one of the two")
