@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder
+from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder, there_is_a_bundle
 
 SUMMARY = "write the model card of a bundle"
 DESCRIPTION = """Write a bundle's model card as Markdown: its limits first, data, training, figures
@@ -28,6 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    there_is_a_bundle(arguments.bundle)
     from fourdstar_jax.evaluate import card
     from fourdstar_jax.folders import replace_file
 

@@ -114,8 +114,6 @@ def bundle_folder(text: str) -> Path:
 
     try:
         path = remote.fetched(text)
-        if not path.is_dir():
-            raise ValueError(f"{text} is not a model bundle: there is no such folder")
         if (path / "model.json").is_file():
             arguments.check_numbers(path / "model.json")
     except ValueError as error:
@@ -147,11 +145,18 @@ def output_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_model(folder: Path) -> "Model":
     """The model of a bundle. Raises ValueError if there is none."""
+    there_is_a_bundle(folder)
     from fourdstar_jax import generate
 
+    return generate.load(folder)
+
+
+def there_is_a_bundle(folder: Path) -> None:
+    """Raises ValueError for a folder that is not there, before anything large is imported."""
     if folder == BUNDLED_MODEL and not folder.exists():
         raise ValueError(f"this installation has no bundled model ({folder}): give --model BUNDLE")
-    return generate.load(folder)
+    if not folder.exists():
+        raise ValueError(f"{folder} is not a model bundle: there is no such folder")
 
 
 def say_device() -> None:

@@ -5,7 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
-from fourdstar_jax.cli.common import load_model, model_flag, whole
+from fourdstar_jax.cli.common import load_model, model_flag, there_is_a_bundle, whole
 from fourdstar_jax.outside import MAX_SEED
 
 SUMMARY = "score predictions by a named protocol, or a bundle on the unseen clips of a dataset"
@@ -143,6 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} needs --protocol")
     if arguments.data is None:
         raise ValueError("give --protocol with --pred and --gt, or --data for the bundle --model")
+    there_is_a_bundle(arguments.model)
     import json
 
     from fourdstar_jax import bars

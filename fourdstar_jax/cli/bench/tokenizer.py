@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fourdstar_jax.cli.common import bundle_folder, whole
+from fourdstar_jax.cli.common import bundle_folder, there_is_a_bundle, whole
 
 SUMMARY = "time UniTok on random images, images to tokens and back"
 
@@ -36,6 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.bundle is not None:
+        there_is_a_bundle(arguments.bundle)
         for name in ("size", "dtype"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} is what --bundle says: give one of the two")
