@@ -35,7 +35,7 @@ def on_white(
 @functools.cache
 def _front(radius: float) -> Float32[np.ndarray, "4 4"]:
     """The first camera of a rig."""
-    return geometry.orbit_cameras([0.0], radius=radius, width=1, height=1).viewmats[0]
+    return np.asarray(geometry.orbit_cameras([0.0], radius=radius, width=1, height=1).viewmats[0])
 
 
 def input_view_to_front(

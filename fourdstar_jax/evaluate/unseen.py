@@ -46,7 +46,7 @@ def evaluate(
     lpips: str | os.PathLike[str] | None = None,
     sampled: int = SAMPLED,
     log: Log = silent,
-    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+    keep: Callable[[dict[str, Any]], object] = lambda report: None,
 ) -> dict[str, Any]:
     """All figures of a split as a JSON-ready dict; dB for PSNR, nats a code for likelihoods.
 
