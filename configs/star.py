@@ -56,7 +56,8 @@ def get_config(argument: str = "small") -> ConfigDict:
     # many bytes of decoded clips each keeps.
     config.data.update(workers=0, cache_bytes=2 << 30)
     # (timesteps, share of the batches); without any all batches have `timesteps`. A clip of one is
-    # a picture. Each length is a program of its own: 20 s of compiling at `small` on an H200.
+    # a picture, and a batch of shorter clips has as many more of them. Each length is a program of
+    # its own: 20 s of compiling at `small` on an H200.
     config.data.buckets = ((1, 0.1), (4, 0.1), (8, 0.8))
     config.data.max_stride = 1  # 2: half of the windows take every second frame, twice as fast
     config.data.shuffle_views = False  # whether novel views come in another order at each step
@@ -86,8 +87,9 @@ def get_config(argument: str = "small") -> ConfigDict:
     config.schedule = ConfigDict(dict(learning_rate=1e-4, warmup_steps=2000))
     config.schedule.decay = placeholder(float)
     config.optim = ConfigDict(
-        dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, average=0.999)
-    )  # `average` of the weights goes into evaluation and bundle; 0: none
+        dict(b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=1.0, muon=False, average=0.999)
+    )  # `average` of the weights goes into evaluation and bundle; 0: none. `muon` is for kernels of
+    # linear layers, and takes AdamW's learning rate (`train.optim`).
 
     # How the model is sampled, in training and where generation is not told otherwise.
     config.sampling = ConfigDict({**sample.DEFAULTS, "top_k": placeholder(int)})
@@ -128,7 +130,8 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.data.workers = 3  # threads would hold up the one that starts the step's kernels
             config.data.buckets = ((1, 0.1), (2, 0.1), (4, 0.1), (8, 0.7))
             config.augment.update(mirror=0.5, colour=0.8, reverse=0.25, frozen=0.05)
-            config.schedule.update(learning_rate=5e-4, decay=0.25)
+            config.schedule.update(learning_rate=1.2e-3, decay=0.25)
+            config.optim.muon = True
             config.storage = "int8"  # all three stages are 29 MB then
         case "base":
             config.batch_size = 32

@@ -103,6 +103,14 @@ def sentences() -> dict[str, list[str]]:
     likely_h = best_h * rate["128"] / each
     minutes, trained = noted["tiny_minutes"], results("small_training_h200")
     last = trained["tokenizer"]["eval"][-1]
+    of_star = results("bench_star_paper_h200")
+    kernels = of_star["kernels_ms"]
+    backward, products = (
+        kernels[name] for name in ("attention by cuDNN, backward", "matrix products")
+    )
+    attention = backward + kernels["attention by cuDNN, forward"]
+    moved = kernels["concatenations"] + kernels["copies"] + kernels["slices"]
+    single = of_star["earlier"]["projections one by one"]["step_s"]
     small_figures = results("small_unseen_clip")["figures"]
     seen = results("tiny_unseen_clip")["reconstruction"]
     return {
@@ -137,7 +145,14 @@ def sentences() -> dict[str, list[str]]:
             f"{fast} as gsplat on large scenes (H200)",
             f"takes {demo['fresh_clone_s']:.0f} s on two cores",
         ],
-        "docs/PERFORMANCE.md": [f"{fast} on scenes of 65,536 Gaussians or more"],
+        "docs/PERFORMANCE.md": [
+            f"{fast} on scenes of 65,536 Gaussians or more",
+            f"{kernels['all of a traced step']:.0f} ms of kernels, cuDNN's attention takes "
+            f"{attention:.0f} ({backward:.0f} of them backward), matrix products {products:.0f}, "
+            f"concatenations, slices and copies {moved:.0f}, clustering "
+            f"{of_star['parts']['clustering']['ms']:.0f} ms",
+            f"gain nothing ({single:.3f} s)",
+        ],
         "docs/COMPARISON.md": [
             f"{fast} as gsplat 1.5.3",
             f"takes {memory} times its memory",

@@ -30,18 +30,17 @@ def attend(
     lengths: Int[Array, " b"] | None = None,
     causal: bool = False,
     scale: float | None = None,
-    fused: bool = True,
 ) -> Float[Array, "b L H E"]:
     """Softmax attention; True in the mask is seen, and its axes may be 1.
 
     Of the keys the first `lengths` are seen, at least one. Without a mask, where cuDNN takes it
-    (`fits_cudnn`; JAX trains by it with even L and S only) and unless it is not to be `fused`, it
-    is cuDNN's, and on a TPU, over all keys, `splash`'s; elsewhere queries come in parts where the
-    scores of all would not fit (`MOST_SCORES`), if all see the same. `scale` of the scores is
-    1 / sqrt(E) unless given; several heads of queries may share those of keys (H a multiple of Hk).
+    (`fits_cudnn`; JAX trains by it with even L and S only), it is cuDNN's, and on a TPU, over all
+    keys, `splash`'s; elsewhere queries come in parts where the scores of all would not fit
+    (`MOST_SCORES`), if all see the same. `scale` of the scores is 1 / sqrt(E) unless given; several
+    heads of queries may share those of keys (H a multiple of Hk).
     """
     even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-    fused = fused and mask is None and even and fits_cudnn(q)
+    fused = mask is None and even and fits_cudnn(q)
     if mask is None and lengths is None and scale is None and splash.fits(q, k):
         if not causal or q.shape[1] == k.shape[1]:
             return splash.attend(q, k, v, causal)

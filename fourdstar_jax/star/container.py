@@ -60,7 +60,8 @@ class State(NamedTuple):
 
 MOST_WEIGHTS = 2**27  # of clusters and tokens at once, where they lie in memory: 512 MB as float32
 # The score of a key that is not to be seen: no weight beside others, in float32 too. Where nothing
-# is seen it is the log-sum-exp, and cuDNN has had gradients of NaN below -88.7 (pytorch#196678).
+# is seen it is the log-sum-exp, and cuDNN has had gradients of NaN below -88.7 (pytorch#196678):
+# with -1e4 training was not finite on an H200, with this it is.
 HIDDEN = -64.0
 INJECTED = (0, 1 / 3, 2 / 3)  # of the depth: MVAR's places for its condition MLPs
 Inject = Literal["tokens", "aligned", "both", "none"]
@@ -188,9 +189,7 @@ class RefineBlock(nnx.Module):
         # The query's channel against the score: scale * (1 / scale) * score = score.
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - head_dim)))
         q = q.at[..., head_dim].set(1 / scale)
-        # Not by cuDNN: on an H200 its gradient of these queries was not finite, perhaps where a
-        # group had no cluster yet. It has not been tried in training with the present HIDDEN.
-        y = nn.attend(q, k, v, lengths=lengths, scale=scale, fused=False)
+        y = nn.attend(q, k, v, lengths=lengths, scale=scale)
         y = y[..., :head_dim].reshape(*z.shape)
         z = z + self.out(y)
         return z + self.mlp(self.norm2(z))

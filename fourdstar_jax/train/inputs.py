@@ -105,6 +105,26 @@ def cut(batch: Mapping[str, np.ndarray], timesteps: int) -> dict[str, np.ndarray
     return out
 
 
+def split(batch: Mapping[str, np.ndarray], timesteps: int) -> dict[str, np.ndarray]:
+    """A host batch `[B, T, ...]` as clips of `timesteps`, as many of each as there are in it.
+
+    So a step of shorter clips has as many timesteps as one of long ones, and takes as long; what is
+    left of a clip is dropped. Each begins at time 0. Raises ValueError for a batch with flow.
+    """
+    if "flow" in batch:
+        raise ValueError("flow leads over the ends of the clips that a batch is split into")
+    pieces = len(batch["times"][0]) // timesteps
+    out = {}
+    for name, x in batch.items():
+        if name in TIMED:
+            x = x[:, : pieces * timesteps].reshape(len(x) * pieces, timesteps, *x.shape[2:])
+        else:
+            x = np.repeat(x, pieces, axis=0)
+        out[name] = x
+    out["times"] = out["times"] - out["times"][:, :1]
+    return out
+
+
 def prepare(
     batch: Mapping[str, Array],
     frames: Frames | None = None,

@@ -1,4 +1,4 @@
-"""The optimizer of all three stages: AdamW, warm-up and decay, clipping, averaged weights."""
+"""The optimizer of all three stages: AdamW or Muon, warm-up, decay, clipping, averaged weights."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Int
 
 # Ends of the names of vectors, which have another axis where layers are stacked.
@@ -135,10 +136,15 @@ def make_optimizer(
     b2: float,
     weight_decay: float,
     clip_norm: float,
+    muon: bool = False,
     factors: Sequence[tuple[str, float]] = (),
     average: float = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW; weight decay leaves vectors (norms, biases, learned tokens) alone.
+
+    With `muon` the kernels of linear layers, of stacked ones each by itself, take orthogonalized
+    updates (Jordan, Muon, 2024) of AdamW's usual size, 0.2 times the rate (Liu et al., 2025,
+    section 2.2); tables, convolutions and vectors keep AdamW, with Nesterov's momentum.
 
     `factors` of the learning rate are (prefix of parameters' names, factor), see `scale_parts`.
 
@@ -152,9 +158,31 @@ def make_optimizer(
 
         return jax.tree.map_with_path(decayed, params)
 
+    def linear(params):
+        def axes(path, x):
+            name = name_of(path)
+            # stacked layers have one axis more; kernels of convolutions have four
+            if not name.endswith("kernel") or x.ndim not in (2, 3) or min(x.shape[-2:]) < 2:
+                return None
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+        return jax.tree.map_with_path(axes, params)
+
+    if muon:
+        step = optax.contrib.muon(
+            schedule,
+            weight_decay=weight_decay,
+            adam_b1=b1,
+            adam_b2=b2,
+            adam_weight_decay=0.0,
+            muon_weight_dimension_numbers=linear,
+            consistent_rms=0.2,
+        )
+    else:
+        step = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_matrix)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_matrix),
+        step,
         *([scale_parts(factors)] if factors else []),
         *([keep_average(average)] if average else []),
     )

@@ -339,7 +339,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             timesteps = inputs.timesteps_of(
                 step, config.seed, config.data.buckets, config.data.timesteps
             )
-            batch = inputs.cut(read, timesteps)
+            batch = inputs.split(read, timesteps)
             if config.data.shuffle_views:
                 batch = reordered(batch, config.seed, step)
             batch = train_state.to_device(batch, mesh)

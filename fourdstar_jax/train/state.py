@@ -78,6 +78,10 @@ def _described(make, kwargs, tx, key, mesh) -> tuple[nnx.GraphDef, Callable[...,
 
 def shardings(params: nnx.State, rest: nnx.State, tx, mesh: Mesh) -> TrainState:
     """Where the arrays of a state lie, as a state of shardings; arguments may be shapes."""
+
+    def is_masked(x):  # in place of the moments of what another optimizer has
+        return isinstance(x, optax.MaskedNode)
+
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(tree: nnx.State):
@@ -92,7 +96,12 @@ def shardings(params: nnx.State, rest: nnx.State, tx, mesh: Mesh) -> TrainState:
     # optax makes counts while it looks, which a mesh that is only described has no device for
     with sharding.use_mesh(devices=jax.local_devices()[:1]):
         opt_state = optax.tree_map_params(
-            tx, lambda _, s: s, moments, placed, transform_non_params=lambda _: replicated
+            tx,
+            lambda moment, place: moment if is_masked(moment) else place,
+            moments,
+            placed,
+            transform_non_params=lambda _: replicated,
+            is_leaf=is_masked,
         )
     return TrainState(
         step=replicated,  # pyright: ignore[reportArgumentType] the same tree, of shardings

@@ -43,7 +43,7 @@ def test_sums_are_attention_of_few_slots():
 
 
 def test_what_cudnn_does_not_take_is_plain(monkeypatch):
-    """Odd numbers of queries or keys, as of one timestep, and what is not to be fused."""
+    """Odd numbers of queries or keys, as of one timestep."""
     asked = []
     call = jax.nn.dot_product_attention
 
@@ -57,5 +57,4 @@ def test_what_cudnn_does_not_take_is_plain(monkeypatch):
     attention.attend(x, x, x)
     attention.attend(x[:, :1], x, x)
     attention.attend(x, x[:, :3], x[:, :3])
-    attention.attend(x, x, x, fused=False)
-    assert asked == ["cudnn", None, None, None]
+    assert asked == ["cudnn", None, None]

@@ -49,6 +49,24 @@ def test_shorter_batches_are_beginnings(dataset_dir):
         np.testing.assert_array_equal(found["viewmats"], batch["viewmats"])
 
 
+def test_a_batch_is_split_into_shorter_clips_of_time_zero_on(dataset_dir):
+    """All timesteps are in it, each with the clip's own cameras and text; flow is refused."""
+    sizes = dict(SIZES) | {"timesteps": 3}
+    batch = next(iter(pipeline.make_loader(dataset_dir, "train", form="uint8", **sizes)))
+    with pytest.raises(ValueError, match="flow leads over the ends"):
+        inputs.split(batch, 1)
+    batch.pop("flow")
+    found, clips = inputs.split(batch, 1), len(batch["clip"])
+    for i in range(3 * clips):
+        np.testing.assert_array_equal(found["rgba"][i, 0], batch["rgba"][i // 3, i % 3])
+        np.testing.assert_array_equal(found["viewmats"][i], batch["viewmats"][i // 3])
+    assert not found["times"].any() and found["times"].shape == (3 * clips, 1)
+    pairs = inputs.split(batch, 2)  # the third timestep is left over
+    np.testing.assert_array_equal(pairs["depth"], batch["depth"][:, :2])
+    assert pairs["times"].tolist() == [[0, 1]] * clips
+    jax.tree.map(np.testing.assert_array_equal, inputs.split(batch, 3), batch)
+
+
 def test_buckets_have_their_shares_and_are_checked():
     buckets = ((1, 0.1), (2, 0.2), (8, 0.7))
     drawn = [inputs.timesteps_of(step, 3, buckets, 8) for step in range(600)]

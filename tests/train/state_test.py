@@ -1,5 +1,6 @@
 """State over a mesh, optimizer, checkpoints with the data iterator inside."""
 
+import functools
 import resource
 from typing import Any
 
@@ -20,10 +21,10 @@ from fourdstar_jax.train.workdir import Workdir
 MODEL = dict(dim=8, hidden_dim=16)
 
 
-def make_tx():
+def make_tx(muon=False):
     schedule = optim.learning_rate_schedule(learning_rate=1e-2, warmup_steps=2, total_steps=7)
     return optim.make_optimizer(
-        schedule, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0, average=0.99
+        schedule, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0, muon=muon, average=0.99
     )
 
 
@@ -40,9 +41,9 @@ def make_step(graphdef, tx):
     return step
 
 
-def run(mesh_shape, num_devices, steps=5):
+def run(mesh_shape, num_devices, steps=5, muon=False):
     with sharding.use_mesh(mesh_shape, devices=jax.devices()[:num_devices]) as mesh:
-        tx = make_tx()
+        tx = make_tx(muon)
         graphdef, state = train_state.create(nn.SwiGLU, MODEL, tx, jax.random.key(0), mesh)
         step = make_step(graphdef, tx)
         x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
@@ -101,6 +102,39 @@ def test_vectors_are_not_decayed_also_where_layers_are_stacked():
     kernel = updates["attn"]["gate"].pop("kernel")
     np.testing.assert_allclose(kernel, -0.05, rtol=1e-5)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
+def test_muon_turns_all_directions_of_a_kernel_alike():
+    """Each of stacked kernels by itself, at AdamW's size; tables and vectors go by NAdam."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    grads = {
+        "kernel": jax.random.normal(keys[0], (2, 32, 16)) * jnp.array([1.0, 100.0])[:, None, None],
+        "table": jax.random.normal(keys[1], (8, 4)),
+        "conv": {"kernel": jax.random.normal(keys[2], (3, 3, 4, 4))},
+        "scale": jnp.ones(4),
+    }
+    params = jax.tree.map(jnp.zeros_like, grads)
+
+    def updates(tx):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    settings = dict(b1=0.9, b2=0.95, weight_decay=0.0)
+    found = updates(optim.make_optimizer(lambda _: 0.1, muon=True, clip_norm=1e9, **settings))
+    plain = updates(optax.adamw(0.1, nesterov=True, **settings))
+    for update, grad in zip(found.pop("kernel"), grads["kernel"], strict=True):
+        u, _, vt = np.linalg.svd(np.asarray(grad), full_matrices=False)
+        sizes = -np.diag(u.T @ np.asarray(update) @ vt.T) / (0.1 * 0.2 * np.sqrt(32))
+        assert sizes.min() > 0.6 and sizes.max() < 1.3  # five steps of Newton and Schulz
+    plain.pop("kernel")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, plain)
+
+
+def test_muon_trains_over_a_mesh_as_on_one_device():
+    one, alone = run({"data": 1}, 1, steps=3, muon=True)
+    many, sharded = run({"fsdp": 4, "tensor": 2}, 8, steps=3, muon=True)
+    np.testing.assert_allclose(sharded, alone, rtol=1e-5)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(same, jax.device_get(many.params), jax.device_get(one.params))
 
 
 def test_parts_learn_at_their_own_rates():
