@@ -46,9 +46,8 @@ def read_manifest(data_dir: str | Path) -> dict:
     """The dataset's manifest (settings, hash, splits, captions); ValueError if there is none."""
     path = remote.fetched(data_dir) / folders.DATASET.manifest
     if not path.is_file():
-        raise ValueError(
-            f"data_dir={str(data_dir)!r} has no manifest.json: `fourdstar prepare` makes datasets"
-        )
+        there = "has no manifest.json" if path.parent.is_dir() else "is not there"
+        raise ValueError(f"the dataset {data_dir} {there}: `fourdstar prepare` makes datasets")
     manifest = outside.read(path)
     manifest.integer("schema", 1, 1)
     check_content(manifest)
