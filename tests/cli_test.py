@@ -427,6 +427,15 @@ def test_prepare_needs_its_folders(capsys, tmp_path):
     assert code == 2 and "argument --shard: must be I/N" in lines[0]
     code, _, lines = run(capsys, "prepare", "--assets", tmp_path)
     assert code == 2 and "--out DIR is needed" in lines[0]
+    describe = ("prepare", "--describe", "m", "--out", tmp_path / "c.csv")
+    for more, words in (
+        ([], "--describe needs --data DIR and --out CSV"),
+        (["--data", tmp_path, "--tokens"], "one of --tokens, --text_features and --describe"),
+        (["--data", tmp_path / "none"], "none is not there: `fourdstar prepare` makes datasets"),
+    ):
+        code, _, lines = run(capsys, *describe, *more)
+        assert code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "c.csv").exists()
 
 
 def test_reconstruct_needs_a_dataset(capsys, tmp_path, tiny_bundle):
@@ -592,7 +601,7 @@ NUMBERS = {
     "generate --video a --out b": ["seed", "frames", "fps", "start", "folder_fps"]
     + ["temperature", "top_k", "cfg", "history_cfg", "size"],
     "prepare --assets a --out b": ["image_size", "views", "extra_views", "max_frames", "fps"]
-    + ["limit", "workers", "batch", "timeout", "memory"],
+    + ["limit", "workers", "batch", "frames", "timeout", "memory"],
     "reconstruct --data a --out b": ["clip", "batch", "fps", "start", "size"],
     "encode-text --data a --bundle b --out c": ["batch"],
     "bench tokenizer": ["batch", "repeats"],

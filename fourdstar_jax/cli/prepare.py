@@ -8,8 +8,10 @@ from fourdstar_jax.cli.common import FPS, bundle_folder, real, shard, whole
 from fourdstar_jax.data.settings import MAX_POINTS, Limits, Settings
 from fourdstar_jax.data.splits import SPLITS
 
-SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
-
+SUMMARY = (
+    "render animated GLB files into a dataset, or make of a dataset: tokens, text features, "
+    "captions of its motions"
+)
 
 LIMITS = Limits()
 
@@ -23,7 +25,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="in place of --assets: pictures as L4GM's Blender script writes (docs/DATASET.md)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="output; with --describe a CSV file"
+    )
     parser.add_argument(
         "--list", type=Path, metavar="FILE", help="only these: a path below --assets a line"
     )
@@ -121,7 +125,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="encode the captions of the dataset --data with the text encoder of --bundle",
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode")
+    parser.add_argument(
+        "--describe",
+        metavar="MODEL",
+        help="write captions of the motions of the dataset --data, which --captions reads; by a "
+        "Qwen2.5-VL: a folder, or a name on the hub, as transformers loads it (docs/DATASET.md)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="dataset to encode or describe")
     parser.add_argument("--bundle", type=bundle_folder, metavar="DIR", help="has the encoder")
     parser.add_argument(
         "--dtype",
@@ -132,11 +142,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=whole(1, 1 << 16), default=8, help="captions at once (--text_features)"
     )
+    parser.add_argument(
+        "--frames",
+        type=whole(1, 1024),
+        default=8,
+        help="of a clip that the model sees, at most (--describe)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.tokens and arguments.text_features:
-        raise ValueError("give --tokens or --text_features, not both")
+    if sum(map(bool, (arguments.tokens, arguments.text_features, arguments.describe))) > 1:
+        raise ValueError("give one of --tokens, --text_features and --describe")
+    if arguments.describe:
+        return _describe(arguments)
     if arguments.tokens or arguments.text_features:
         flag = "--tokens" if arguments.tokens else "--text_features"
         if arguments.data is None or arguments.bundle is None:
@@ -181,6 +199,20 @@ def run(arguments: argparse.Namespace) -> None:
         work_dir=arguments.work[0] if arguments.work else None,
         overwrite=arguments.overwrite,
         **options,
+    )
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    if arguments.data is None or arguments.out is None:
+        raise ValueError("--describe needs --data DIR and --out CSV")
+    from fourdstar_jax.data import describe, qwen
+
+    describe.describe(
+        arguments.data,
+        arguments.out,
+        lambda: qwen.Qwen(arguments.describe),
+        frames=arguments.frames,
+        overwrite=arguments.overwrite,
     )
 
 

@@ -153,7 +153,8 @@ def _captioned(clips: list[dict], paths: Sequence[str | Path]) -> dict[str, dict
     rows of a clip have the clip's id and tell its motion. Raises ValueError if there is no row of
     any.
     """
-    ids = {name for c in clips for name in (c["object_id"], _uid(c), _motion_id(c))}
+    ids = {name for c in clips for name in (c["object_id"], _uid(c))}
+    ids |= {captions.motion_id(c["clip_id"]) for c in clips}
     found = captions.read(paths, ids)
     if not found:
         files, uid = ", ".join(map(str, paths)), _uid(clips[0])
@@ -161,10 +162,11 @@ def _captioned(clips: list[dict], paths: Sequence[str | Path]) -> dict[str, dict
     told = {name: {"found": set(), "without": set()} for name in ("objects", "motions")}
     for clip in clips:
         looks = found.get(clip["object_id"], found.get(_uid(clip)))
-        motion = found.get(_motion_id(clip))
+        motion_id = captions.motion_id(clip["clip_id"])
+        motion = found.get(motion_id)
         clip["appearance"], clip["motion"] = looks or clip["appearance"], motion or clip["motion"]
         told["objects"]["found" if looks else "without"].add(clip["object_id"])
-        told["motions"]["found" if motion else "without"].add(_motion_id(clip))
+        told["motions"]["found" if motion else "without"].add(motion_id)
     return {
         what: {"found": len(names["found"]), "without": sorted(names["without"])}
         for what, names in told.items()
@@ -173,12 +175,6 @@ def _captioned(clips: list[dict], paths: Sequence[str | Path]) -> dict[str, dict
 
 def _uid(clip: dict) -> str:
     return clip["object_id"].rpartition("/")[2]
-
-
-def _motion_id(clip: dict) -> str:
-    """The clip's id without its rig."""
-    object_id, _, number = clip["clip_id"].rpartition("#")
-    return f"{object_id}#{number.partition('@')[0]}"
 
 
 def _reasons(told: list[dict]) -> dict[str, int]:

@@ -6,8 +6,10 @@ the text that comes with the files; cleaned, they make "a bull, attack headbutt"
 
 import csv
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+
+from fourdstar_jax.folders import output_file
 
 NEUTRAL_PROMPT = "Generate object of the following video"  # the paper's, when no text is given
 
@@ -57,23 +59,38 @@ def caption(appearance: str, motion: str) -> str:
     return f"{appearance}, {' '.join(words)}"
 
 
-def read(paths: Iterable[str | Path], wanted: Collection[str]) -> dict[str, str]:
-    """The captions of the ids in `wanted` from CSV files as Cap3D's: `id,caption`, no header.
+def motion_id(clip_id: str) -> str:
+    """The id of a clip's motion in tables: "pack/Bull#2@1" -> "pack/Bull#2", whatever its rig."""
+    object_id, _, number = clip_id.rpartition("#")
+    return f"{object_id}#{number.partition('@')[0]}"
 
-    Of an id that occurs twice the last counts. Raises ValueError, which names the line, for a row
-    that is not so, whoever's it is.
+
+def read(paths: Iterable[str | Path], wanted: Collection[str] | None = None) -> dict[str, str]:
+    """The captions of CSV files as Cap3D's, `id,caption` without a header, of the ids in `wanted`.
+
+    None wants all. Of an id that occurs twice the last counts. Raises ValueError, which names the
+    line, for a row that is not so, whoever's it is.
     """
     found = {}
     for path in paths:
         try:
             with open(path, newline="", encoding="utf-8") as file:
                 for row in _rows(file, path):
-                    if row[0].strip() in wanted:
+                    if wanted is None or row[0].strip() in wanted:
                         found[row[0].strip()] = _tidy(row[1])
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
             raise ValueError(f"{path} cannot be read: {why}") from error
     return found
+
+
+def write(path: str | Path, captions: Mapping[str, str]) -> None:
+    """Writes a CSV file that `read` reads; at any moment the file is the old one or the new one."""
+    with (
+        output_file(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
+        csv.writer(file, lineterminator="\n").writerows(captions.items())
 
 
 def _rows(file: Iterable[str], path: str | Path) -> Iterator[list[str]]:
