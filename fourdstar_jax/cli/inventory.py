@@ -73,6 +73,27 @@ OTHERS = (
         ASK,
         "github.com/ssundaram21/dreamsim",
     ),
+    Entry(
+        "weights",
+        "Qwen2.5-VL 7B, 32B (captions)",
+        "Apache-2.0",
+        "yes",
+        "huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct",
+    ),
+    Entry(
+        "weights",
+        "Qwen2.5-VL 3B (captions)",
+        "Qwen Research License",
+        "no",
+        "huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct",
+    ),
+    Entry(
+        "weights",
+        "Qwen2.5-VL 72B (captions)",
+        "Qwen License",
+        "ask: it has conditions",
+        "huggingface.co/Qwen/Qwen2.5-VL-72B-Instruct",
+    ),
     Entry("data", "Cap3D's captions", "ODC-By-1.0", "yes", "huggingface.co/datasets/tiange/Cap3D"),
     Entry("data", "one's own GLBs, Objaverse", "each asset's: prepare --licence", "as each says"),
 )
