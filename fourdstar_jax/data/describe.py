@@ -52,7 +52,8 @@ def describe(
     """Adds a row to a table of captions for every motion of a dataset that has none there.
 
     The model sees the front view of the clip, of one with several rigs that of the first. A motion
-    whose answer is empty gets no row, so a later run asks again.
+    whose answer is empty gets no row, so a later run asks again. After an error, too, the table has
+    what was described before.
 
     Args:
       load: gives the model; called once, and only if there is something to describe.
@@ -70,11 +71,9 @@ def describe(
     if overwrite:
         rows = {}
     splits = list(pipeline.read_manifest(data_dir)["splits"])
-    numbers = {split: _numbers(data_dir, split) for split in splits}
-    motions = {motion for found in numbers.values() for motion in found}
-    wanted = [(s, motion, i) for s in splits for motion, i in numbers[s].items()]
-    wanted = [(split, motion, i) for split, motion, i in wanted if motion not in rows]
-    kept, described, empty = len(motions & set(rows)), 0, []
+    motions = [(split, *motion) for split in splits for motion in _motions(data_dir, split)]
+    wanted = [one for one in motions if one[1] not in rows]
+    kept, described, empty = len(motions) - len(wanted), 0, []
     if wanted:
         answer = load()
         source = {s: pipeline.ClipSource(data_dir, s, cache_bytes=0, maps=()) for s in splits}
@@ -92,12 +91,13 @@ def describe(
                             described += 1
                         else:
                             empty.append(motion)
-                    if time.monotonic() - saved > SAVE_S:
+                    if described and time.monotonic() - saved > SAVE_S:
                         captions.write(out_file, rows)
                         saved = time.monotonic()
                     step()
         finally:
-            captions.write(out_file, rows)
+            if described:
+                captions.write(out_file, rows)
     log(
         f"{described} motions described, {kept} were there, {len(empty)} answers were empty and "
         f"have no row: {out_file}"
@@ -105,8 +105,8 @@ def describe(
     return Report(described, kept, empty)
 
 
-def _numbers(data_dir: str | Path, split: str) -> dict[str, int]:
-    """Of each motion of a split, in order of their ids, the record of its first rig."""
+def _motions(data_dir: str | Path, split: str) -> list[tuple[str, int]]:
+    """The ids of a split's motions, in order, each with the number of its first rig's record."""
     records = pipeline.Records(data_dir, split, only=["clip_id"])
     clips = []
     for i in range(len(records)):
@@ -117,7 +117,7 @@ def _numbers(data_dir: str | Path, split: str) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for clip_id, i in sorted(clips):
         numbers.setdefault(captions.motion_id(clip_id), i)
-    return numbers
+    return list(numbers.items())
 
 
 def shown(clip: dict[str, Any], frames: int) -> tuple[UInt8[np.ndarray, "T h w 3"], float]:

@@ -53,7 +53,7 @@ class Qwen:
                 model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                     name, use_safetensors=True, dtype="auto", output_loading_info=True
                 )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(f"{name} cannot be loaded as Qwen2.5-VL: {why}") from error
         if lost := sorted(info["missing_keys"]):

@@ -145,7 +145,12 @@ def test_a_second_run_asks_only_for_what_is_missing(dataset_dir, tmp_path):
     model = Fake("up", "down", "left")
     assert describe.describe(dataset_dir, table, model.load, overwrite=True) == (3, 0, [])
     assert captions.read([table]) == dict(zip(MOTIONS, ["up", "down", "left"], strict=True))
+    with pytest.raises(KeyboardInterrupt):  # before it has anything in place of the old rows
+        describe.describe(dataset_dir, table, Fake(KeyboardInterrupt()).load, overwrite=True)
+    assert len(captions.read([table])) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
+    told = describe.describe(dataset_dir, tmp_path / "none.csv", Fake("", ".", "the").load)
+    assert told == (0, 0, MOTIONS) and not (tmp_path / "none.csv").exists()
 
 
 def test_the_table_is_saved_from_time_to_time(dataset_dir, tmp_path, monkeypatch):

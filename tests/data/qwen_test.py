@@ -29,6 +29,7 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 TEXT_SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
 TEXT_SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 VISION_SIZES = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32)
 
 
@@ -62,11 +63,10 @@ def folder(tmp_path_factory):
         Qwen2VLVideoProcessor(),
         chat_template=TEMPLATE,
     )
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(letters) + len(SPECIAL),
-            rope_parameters=rope,
+            rope_parameters=ROPE,
             bos_token_id=None,
             eos_token_id=ids["<|im_end|>"],
             pad_token_id=ids["<|endoftext|>"],
@@ -157,6 +157,48 @@ def test_sampling_and_penalties_of_the_folder_are_not_used(folder, tmp_path):
     assert qwen.Qwen(str(place))(frames, 4.0) == qwen.Qwen(str(folder))(frames, 4.0)
 
 
+def test_a_folder_laid_out_as_the_released_ones_gives_the_same(folder, model, tmp_path):
+    """Sizes of the text beside those of vision, names of before, no file of the video's own."""
+    place = shutil.copytree(folder, tmp_path / "released")
+    content = json.loads((place / "config.json").read_text())
+    text, seen = content["text_config"], content["vision_config"]
+    content = {name: value for name, value in content.items() if name.endswith("_token_id")}
+    content |= {name: text[name] for name in (*TEXT_SIZES, "vocab_size", "eos_token_id")}
+    content |= {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": "float32",
+        "rms_norm_eps": text["rms_norm_eps"],
+        "rope_theta": ROPE["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": ROPE["mrope_section"]},
+        "vision_config": {
+            **VISION_SIZES,
+            **dict(in_chans=3, spatial_patch_size=14, window_size=112, hidden_act="silu"),
+            "fullatt_block_indexes": seen["fullatt_block_indexes"],
+            "tokens_per_second": seen["tokens_per_second"],
+        },
+    }
+    (place / "config.json").write_text(json.dumps(content))
+    template = place / "chat_template.jinja"
+    (place / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    sizes = dict(patch_size=14, temporal_patch_size=2, merge_size=2)
+    sizes |= dict(min_pixels=3136, max_pixels=12845056)
+    video = model._processor.video_processor
+    normal = dict(image_mean=video.image_mean, image_std=video.image_std)
+    kinds = dict(
+        image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor"
+    )
+    (place / "preprocessor_config.json").write_text(json.dumps(sizes | normal | kinds))
+    for path in (template, place / "processor_config.json"):
+        path.unlink()
+    other, frames = qwen.Qwen(str(place)), noise(5)
+    inputs, expected = other.inputs(frames, 4.0), model.inputs(frames, 4.0)
+    assert inputs.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(inputs[name], value, rtol=0, atol=0)
+    assert other(frames, 4.0) == model(frames, 4.0)
+
+
 def test_the_command_describes_a_dataset_and_goes_on(
     folder, dataset_dir, tmp_path, monkeypatch, capsys
 ):
@@ -210,6 +252,13 @@ def test_what_is_no_such_model_is_told_in_a_line(folder, broken, dataset_dir, tm
     name = "lm_head.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
     refused(f"broken lacks 1 weights of Qwen2.5-VL, as {name}")
+    wider = json.loads(config.read_text())
+    wider["text_config"]["intermediate_size"] += 1
+    config.write_text(json.dumps(wider))
+    refused("broken cannot be loaded as Qwen2.5-VL")  # other sizes than the weights'
+    config.write_text(json.dumps(content))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refused("broken cannot be loaded as Qwen2.5-VL")
     weights.unlink()
     stream = io.BytesIO()
     torch.save(tensors, stream)
