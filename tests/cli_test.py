@@ -638,6 +638,6 @@ def test_a_rate_by_its_short_name():
         cli.read_config("configs/star.py:tiny", ["--config.optim.lr=1e-3"])
     assert "has no optim.lr; did you mean schedule.learning_rate?" in str(error.value)
     assert (
-        "(config.optim has optim.average, optim.b1, optim.b2, optim.clip_norm, optim.weight_decay)"
-        in str(error.value)
+        "(config.optim has optim.average, optim.b1, optim.b2, optim.clip_norm, optim.muon, "
+        "optim.weight_decay)" in str(error.value)
     )
