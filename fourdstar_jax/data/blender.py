@@ -118,8 +118,10 @@ class Renderer(render.Renderer):
         """One timestep of the loaded asset; flow leads to `next_positions`, the cameras stay."""
         from PIL import Image
 
-        frame = super().draw(positions, normals, cameras, next_positions=next_positions, depth=depth)
-        viewmats, Ks = cameras
+        frame = super().draw(
+            positions, normals, cameras, next_positions=next_positions, depth=depth
+        )
+        viewmats, Ks = map(np.asarray, cameras)
         self._send(positions=positions, normals=normals, viewmats=viewmats, Ks=Ks)
         rgba = [np.asarray(Image.open(io.BytesIO(self._answer()))) for _ in viewmats]
         return frame._replace(rgba=np.stack(rgba))

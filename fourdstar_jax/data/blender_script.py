@@ -176,9 +176,7 @@ class Nodes:
         """How much light comes from the side that is seen."""
         geometry, normal = self.new("NewGeometry"), self.attribute("normal")["Vector"]
         none = self.math("LESS_THAN", self.vector("LENGTH", normal), 1e-10)
-        normal = self.vector(
-            "ADD", normal, self.vector("MULTIPLY", geometry["True Normal"], none)
-        )
+        normal = self.vector("ADD", normal, self.vector("MULTIPLY", geometry["True Normal"], none))
         normal = self.vector("NORMALIZE", normal)
         behind = self.math(
             "LESS_THAN", self.vector("DOT_PRODUCT", normal, geometry["Incoming"]), 0.0

@@ -79,8 +79,9 @@ def prepare(
       retry: try assets again that are quarantined in `work_dir`.
       overwrite: replace `out_dir` if it holds a dataset.
 
-    Raises ValueError for settings out of range, a `blender` that is none, a folder without usable clips, a `work_dir` of
-    other settings and an `out_dir` that is not empty; RuntimeError when there is no EGL.
+    Raises ValueError for settings out of range, a `blender` that is none, a folder without usable
+    clips, a `work_dir` of other settings and an `out_dir` that is not empty; RuntimeError when
+    there is no EGL.
     """
     chosen, program = _chosen(settings, blender)
     assets = _Assets(Path(assets_dir), renders, list_file, licence, limit, chosen, program)
