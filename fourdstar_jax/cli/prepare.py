@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fourdstar_jax.cli import encode_text, tokenize
 from fourdstar_jax.cli.common import FPS, bundle_folder, real, shard, whole
-from fourdstar_jax.data.settings import MAX_POINTS, MAX_SAMPLES, Limits, Settings
+from fourdstar_jax.data.settings import MAX_POINTS, MAX_SAMPLES, SAMPLES, Limits, Settings
 from fourdstar_jax.data.splits import SPLITS
 
 SUMMARY = "render animated GLB files into a dataset, or encode a dataset: tokens, text features"
@@ -112,7 +112,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a Blender, or a Python that has bpy: its Cycles draws the colours (docs/DATASET.md)",
     )
     parser.add_argument(
-        "--samples", type=whole(1, MAX_SAMPLES), help="of a pixel, with --blender; default 16"
+        "--samples",
+        type=whole(1, MAX_SAMPLES),
+        help=f"of a pixel, with --blender; default {SAMPLES}",
     )
     parser.add_argument(
         "--workers", type=whole(0, 1024), help="processes; 0 works in this one, default one a core"

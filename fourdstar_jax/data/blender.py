@@ -21,7 +21,6 @@ from fourdstar_jax.data.gltf import Asset
 from fourdstar_jax.types import Cameras
 
 SCRIPT = Path(__file__).with_name("blender_script.py")
-SAMPLES = 16  # of a pixel: as many as our renderer's at 4 x 4
 START_S = 120.0  # a Blender on a slow disk may take its time to start
 THREADS = "FOURDSTAR_BLENDER_THREADS"  # the environment's variable: of a Blender, else one a core
 _READY = b"fourdstar-blender "
@@ -75,7 +74,7 @@ class Renderer(render.Renderer):
     `load` and `draw` raise `Failed` if Blender ends; the next `load` starts it anew.
     """
 
-    def __init__(self, program: Program, size: int, views: int, *, samples: int = SAMPLES):
+    def __init__(self, program: Program, size: int, views: int, *, samples: int):
         super().__init__(size, views)
         self._command = _call(program.command, size, samples)
         self._process: subprocess.Popen | None = None

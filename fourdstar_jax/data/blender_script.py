@@ -251,18 +251,17 @@ def messages(stream):
 def main():
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    size, samples, threads = map(int, sys.argv[sys.argv.index("--") + 1 :])
+    scene, mesh = new_scene(size, samples, threads), None
     answers = os.fdopen(os.dup(1), "wb")
     answers.write(f"\nfourdstar-blender {bpy.app.version_string}\n".encode())
     answers.flush()
     os.dup2(2, 1)  # what Blender prints is no answer
-    size, samples, threads = map(int, sys.argv[sys.argv.index("--") + 1 :])
-    scene = mesh = None
     with tempfile.TemporaryDirectory(prefix="fourdstar-") as folder:
         for message in messages(sys.stdin.buffer):
             with np.load(io.BytesIO(message), allow_pickle=False) as stored:
                 request = dict(stored)
             if "triangles" in request:
-                scene = new_scene(size, samples, threads)
                 mesh = new_object(scene, request)
                 made = [b""]
             else:

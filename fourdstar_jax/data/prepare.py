@@ -32,7 +32,7 @@ from fourdstar_jax.data import l4gm, splits
 from fourdstar_jax.data import render as rendering
 from fourdstar_jax.data.assets import Job, content_hash
 from fourdstar_jax.data.licences import UNKNOWN, has, listed
-from fourdstar_jax.data.settings import Limits, Settings
+from fourdstar_jax.data.settings import SAMPLES, Limits, Settings
 from fourdstar_jax.data.workers import Work, run
 from fourdstar_jax.folders import DATASET, file_sha256, output_folder
 from fourdstar_jax.geometry import Rig
@@ -159,7 +159,7 @@ def _chosen(
     program = blender_drawing.find(blender)
     chosen = Settings(**settings, blender=program.version)
     if chosen.samples is None:
-        chosen = chosen._replace(samples=blender_drawing.SAMPLES)
+        chosen = chosen._replace(samples=SAMPLES)
     return chosen.check(), program
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from fourdstar_jax.data.splits import SPLITS
 
 MAX_POINTS, MAX_SAMPLES = 1 << 17, 1 << 12
+SAMPLES = 16  # of a pixel, where Blender draws and no other number is given
 
 
 class Settings(NamedTuple):
@@ -24,7 +25,7 @@ class Settings(NamedTuple):
     points: int = 0  # of the surface, tracked through the clip: geometry is measured by them
     splits: tuple[str, ...] | None = None  # only clips of these, as of a benchmark; None is all
     blender: str | None = None  # version of the Blender that draws the colours; None: we do
-    samples: int | None = None  # of a pixel, where Blender draws
+    samples: int | None = None  # of a pixel; None where we draw
 
     def check(self) -> "Settings":
         """Itself; ValueError names what is out of range."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fourdstar_jax import cli, geometry
 from fourdstar_jax.data import blender, gltf, pipeline, prepare, render
-from fourdstar_jax.data.settings import Limits
+from fourdstar_jax.data.settings import SAMPLES, Limits
 
 SIZE = 64
 IOU = 0.97  # of alpha: samples are not where ours are
@@ -25,7 +25,7 @@ LEVELS = 1.0  # of 255, mean where colours are even: edges are mixed in linear l
 TINY: dict[str, Any] = dict(
     image_size=9, views=2, extra_views=0, max_frames=2, workers=0, log=lambda line: None
 )
-VERSION, SAMPLES = "9.9.0", 5
+VERSION, FEW = "9.9.0", 5
 RED, BLUE = (1.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0)
 
 # Speaks as our script within Blender does; the colours tell the view and what it was called with.
@@ -78,21 +78,21 @@ def boxes(folder):
 def test_colours_are_blenders_and_exact_maps_ours(tmp_path):
     assets, program = boxes(tmp_path / "in"), painter(tmp_path)
     options = TINY | {"work_dir": tmp_path / "work"}
-    theirs = prepare.prepare(assets, tmp_path / "a", **options, blender=program, samples=SAMPLES)
+    theirs = prepare.prepare(assets, tmp_path / "a", **options, blender=program, samples=FEW)
     ours = prepare.prepare(assets, tmp_path / "b", **TINY)
     found, usual = (pipeline.ClipSource(tmp_path / x, "train") for x in ("a", "b"))
     for clip, other in ((found[i], usual[i]) for i in range(3)):
         for v in range(2):
-            assert (clip["rig_rgba"][:, v] == (v, SAMPLES, 7, 255)).all()
+            assert (clip["rig_rgba"][:, v] == (v, FEW, 7, 255)).all()
         np.testing.assert_array_equal(clip["rig_flow"], other["rig_flow"])
     assert {k: theirs["settings"][k] for k in ("blender", "samples")} == {
         "blender": VERSION,
-        "samples": SAMPLES,
+        "samples": FEW,
     }
     assert not {"blender", "samples"} & set(ours["settings"])
     assert theirs["recipe_sha256"] != ours["recipe_sha256"]
     more = prepare.prepare(assets, tmp_path / "c", **TINY, blender=program)
-    assert more["settings"]["samples"] == blender.SAMPLES
+    assert more["settings"]["samples"] == SAMPLES
     assert more["recipe_sha256"] != theirs["recipe_sha256"]
     with pytest.raises(ValueError, match=f"work was begun with blender={VERSION}, not None"):
         prepare.prepare(assets, tmp_path / "d", **options)
