@@ -166,8 +166,9 @@ def sentences() -> dict[str, list[str]]:
             f"overlap by {100 * by_blender['overlap']['mean']:.1f} % "
             f"({100 * by_blender['overlap']['least']:.1f} % at least), and where "
             f"both are opaque colours differ by {by_blender['levels']['absolute']:.0f} of 255 "
-            f"levels; a core draws {by_blender['images'] / by_blender['cpu_s']['blender']:.1f} pictures a second, where "
-            f"our renderer draws {by_blender['images'] / by_blender['cpu_s']['opengl']:.0f}",
+            f"levels; a core draws {by_blender['images'] / by_blender['cpu_s']['blender']:.1f} "
+            f"pictures a second, where our renderer draws "
+            f"{by_blender['images'] / by_blender['cpu_s']['opengl']:.0f}",
         ],
         "docs/PAPER.md": [
             f"its likelihood by {noted['tiny_likelihood']['reversed_video']} nats a code, another "

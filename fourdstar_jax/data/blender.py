@@ -22,6 +22,7 @@ from fourdstar_jax.types import Cameras
 
 SCRIPT = Path(__file__).with_name("blender_script.py")
 START_S = 120.0  # a Blender on a slow disk may take its time to start
+END_S = 10.0
 THREADS = "FOURDSTAR_BLENDER_THREADS"  # the environment's variable: of a Blender, else one a core
 _READY = b"fourdstar-blender "
 
@@ -176,8 +177,11 @@ class Renderer(render.Renderer):
 
     def _end(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            try:
+                self._process.communicate(timeout=END_S)  # it ends with its input, and clears up
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.communicate()
             self._stderr.close()
             self._process = None
 

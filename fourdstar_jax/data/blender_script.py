@@ -243,14 +243,18 @@ def pictures(scene, mesh, pose, path):
             yield file.read()
 
 
+def end_with_parent(at_once):
+    """Whether the system kills this process when the one that began it ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL) if at_once else 0)  # PR_SET_PDEATHSIG
+
+
 def messages(stream):
     while len(head := stream.read(8)) == 8:
         yield stream.read(int.from_bytes(head, "little"))
 
 
 def main():
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     size, samples, threads = map(int, sys.argv[sys.argv.index("--") + 1 :])
     scene, mesh = new_scene(size, samples, threads), None
     answers = os.fdopen(os.dup(1), "wb")
@@ -266,9 +270,11 @@ def main():
                 made = [b""]
             else:
                 made = pictures(scene, mesh, request, os.path.join(folder, "picture.png"))
+            end_with_parent(True)
             for content in made:
                 answers.write(len(content).to_bytes(8, "little") + content)
                 answers.flush()
+            end_with_parent(False)  # but with its input, and clear up
 
 
 if __name__ == "__main__":

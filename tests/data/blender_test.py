@@ -208,7 +208,7 @@ ASSETS = {
 
 @pytest.fixture(scope="module")
 def renderer(program):
-    renderer = blender.Renderer(program, SIZE, 3)
+    renderer = blender.Renderer(program, SIZE, 3, samples=SAMPLES)
     yield renderer
     renderer.close()
 
