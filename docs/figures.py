@@ -94,7 +94,7 @@ def sentences() -> dict[str, list[str]]:
     def quartiles(split: str) -> str:
         return " / ".join(f"{100 * x:.1f}" for x in noted["covered"][split]) + " %"
 
-    rendering = results("prepare_cpu")
+    rendering, by_blender = results("prepare_cpu"), results("prepare_blender")
     cores, many = rendering["one_core"], rendering["many_cores"]
     rate = {size: run["images"] / run["cpu_s"] for size, run in cores.items()}
     each = many["images"] / (sum(many["seconds"]) / 2) / many["processes"]
@@ -134,7 +134,7 @@ def sentences() -> dict[str, list[str]]:
         ],
         "configs/vqvae.py": [
             f"about {minutes['vqvae']} minutes on two CPU cores",
-            f"was trained for {trained['vqvae']['steps']:,} steps",
+            f"was trained for {trained['vqvae']['steps'] + trained['vqvae_on']['steps']:,} steps",
         ],
         "configs/star.py": [
             f"{minutes['star']} minutes on two CPU cores, and {_tiny('nll_novel'):.2f} nats a code "
@@ -163,6 +163,12 @@ def sentences() -> dict[str, list[str]]:
             f"{percent(size['within_15'])} within 15 %; from view 0 alone "
             f"{size['median_view_0']} and {percent(size['within_15_view_0'])}",
             *(quartiles(split) for split in ("train", "unseen_clip", "unseen_object")),
+            f"overlap by {100 * by_blender['overlap']['mean']:.1f} % "
+            f"({100 * by_blender['overlap']['least']:.1f} % at least), and where "
+            f"both are opaque colours differ by {by_blender['levels']['absolute']:.0f} of 255 "
+            f"levels; a core draws {by_blender['images'] / by_blender['cpu_s']['blender']:.1f} "
+            f"pictures a second, where our renderer draws "
+            f"{by_blender['images'] / by_blender['cpu_s']['opengl']:.0f}",
         ],
         "docs/PAPER.md": [
             f"its likelihood by {noted['tiny_likelihood']['reversed_video']} nats a code, another "

@@ -203,6 +203,15 @@ def small_table() -> str:
     return table(["", "PSNR", "in the mask", "alpha IoU", "LPIPS (Alex)"], *rows)
 
 
+def _went_on(name: str, part: str) -> str:
+    """A row's name, of a training that went on from another's weights."""
+    return {
+        "vqvae_on": f"{name}, on",
+        "star_on": f"{name}, on",
+        "star_muon": f"{name}, by Muon",
+    }.get(part, name)
+
+
 def small_training_table() -> str:
     """The bundled model's training: what was measured of it on the way."""
     found = results("small_training_h200")
@@ -211,22 +220,17 @@ def small_training_table() -> str:
         + [f"{r['lpips']:.3f}", "", ""]
         for r in (found["tokenizer"]["eval"][i] for i in (0, 2, -1))
     ]
-    rows += [
-        [
-            "4D VQ-VAE, its batches",
-            f"{r['step']:,}",
-            f"{r['psnr']:.1f}",
-            f"{r['lpips']:.3f}",
-            "",
-            "",
-        ]
-        for r in found["vqvae"]["log"][1::2]
-    ]
-    for r in found["star"]["eval"]:
-        after = [r[f"nll_group{i}"] for i in range(2, 9)]
-        nats = f"{r['nll_group1']:.2f} / {sum(after) / len(after):.2f}"
-        rows.append(["STAR, unseen clips", f"{r['step']:,}", "", "", nats])
-        rows[-1].append(f"{100 * r['accuracy']:.0f} %")
+    for part, rows_of in (("vqvae", slice(1, None, 2)), ("vqvae_on", slice(1, None, 2))):
+        for r in found[part]["log"][rows_of]:
+            rows.append([_went_on("4D VQ-VAE, its batches", part), f"{r['step']:,}"])
+            rows[-1] += [f"{r['psnr']:.1f}", f"{r['lpips']:.3f}", "", ""]
+    for part in ("star", "star_on", "star_muon"):
+        evaluated = found[part].get("eval") or found[part]["eight timesteps"]["eval"]
+        for r in evaluated[1::2] if part == "star_on" else evaluated:
+            after = [r[f"nll_group{i}"] for i in range(2, 9)]
+            nats = f"{r['nll_group1']:.2f} / {sum(after) / len(after):.2f}"
+            rows.append([_went_on("STAR, unseen clips", part), f"{r['step']:,}", "", "", nats])
+            rows[-1].append(f"{100 * r['accuracy']:.0f} %")
     head = ["", "step", "PSNR (inside the mask)", "LPIPS (VGG)"]
     return table([*head, "NLL at t = 1 / after it", "right codes"], *rows)
 

@@ -601,7 +601,7 @@ NUMBERS = {
     "generate --video a --out b": ["seed", "frames", "fps", "start", "folder_fps"]
     + ["temperature", "top_k", "cfg", "history_cfg", "size"],
     "prepare --assets a --out b": ["image_size", "views", "extra_views", "max_frames", "fps"]
-    + ["limit", "workers", "batch", "frames", "timeout", "memory"],
+    + ["limit", "workers", "batch", "frames", "timeout", "memory", "samples"],
     "reconstruct --data a --out b": ["clip", "batch", "fps", "start", "size"],
     "encode-text --data a --bundle b --out c": ["batch"],
     "bench tokenizer": ["batch", "repeats"],

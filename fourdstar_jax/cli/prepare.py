@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fourdstar_jax.cli import encode_text, tokenize
 from fourdstar_jax.cli.common import FPS, bundle_folder, real, shard, whole
-from fourdstar_jax.data.settings import MAX_POINTS, Limits, Settings
+from fourdstar_jax.data.settings import MAX_POINTS, MAX_SAMPLES, SAMPLES, Limits, Settings
 from fourdstar_jax.data.splits import SPLITS
 
 SUMMARY = (
@@ -110,6 +110,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             action=argparse.BooleanOptionalAction,
             help=f"{text}; default {'on' if getattr(default, name) else 'off'}, off with --renders",
         )
+    parser.add_argument(
+        "--blender",
+        metavar="PROGRAM",
+        help="a Blender, or a Python that has bpy: its Cycles draws the colours (docs/DATASET.md)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=whole(1, MAX_SAMPLES),
+        help=f"of a pixel, with --blender; default {SAMPLES}",
+    )
     parser.add_argument(
         "--workers", type=whole(0, 1024), help="processes; 0 works in this one, default one a core"
     )

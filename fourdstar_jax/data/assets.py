@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fourdstar_jax import geometry
-from fourdstar_jax.data import gltf, l4gm, posing, render, splits
+from fourdstar_jax.data import blender, gltf, l4gm, posing, render, splits
 from fourdstar_jax.data.settings import Settings
 from fourdstar_jax.text import captions
 from fourdstar_jax.types import Cameras
@@ -27,6 +27,7 @@ class Job(NamedTuple):
     licence: str
     settings: Settings
     renders: bool = False  # a clip's folder of pictures below `path`, not a GLB file
+    program: blender.Program | None = None  # that draws the colours; None: our own renderer
 
     @property
     def object_id(self) -> str:
@@ -35,9 +36,13 @@ class Job(NamedTuple):
 
 
 @functools.cache
-def renderer_of(settings: Settings) -> render.Renderer:
+def renderer_of(settings: Settings, program: blender.Program | None) -> render.Renderer:
     """This process's renderer. Raises RuntimeError where there is no EGL."""
-    return render.Renderer(settings.image_size, settings.views + settings.extra_views)
+    size, views = settings.image_size, settings.views + settings.extra_views
+    if program is None:
+        return render.Renderer(size, views)
+    assert settings.samples is not None
+    return blender.Renderer(program, size, views, samples=settings.samples)
 
 
 def render_asset(job: Job, folder: Path) -> dict[str, list[dict]]:
@@ -59,7 +64,7 @@ def render_asset(job: Job, folder: Path) -> dict[str, list[dict]]:
         result["warnings"] += [{"file": job.file, "warning": w} for w in asset.warnings]
         if not asset.clips:
             raise gltf.MalformedAsset("no animation")
-        renderer = renderer_of(s)
+        renderer = renderer_of(s, job.program)
         renderer.load(asset)
         for clip in asset.clips:
             split = splits.split_of(asset.sha256, clip.index, job.object_id)
@@ -73,7 +78,7 @@ def render_asset(job: Job, folder: Path) -> dict[str, list[dict]]:
                     break
                 made.append(path)
                 result["clips"].append(told)
-    except gltf.MalformedAsset as error:  # the file is set aside whole, its clips with it
+    except (gltf.MalformedAsset, blender.Failed) as error:  # the file whole, its clips with it
         for path in made:
             path.unlink()
         return quarantined(job.file, str(error))

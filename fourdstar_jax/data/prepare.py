@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from fourdstar_jax.data import blender as blender_drawing
 from fourdstar_jax.data import l4gm, splits
 from fourdstar_jax.data import render as rendering
 from fourdstar_jax.data.assets import Job, content_hash
 from fourdstar_jax.data.licences import UNKNOWN, has, listed
-from fourdstar_jax.data.settings import Limits, Settings
+from fourdstar_jax.data.settings import SAMPLES, Limits, Settings
 from fourdstar_jax.data.workers import Work, run
 from fourdstar_jax.folders import DATASET, file_sha256, output_folder
 from fourdstar_jax.geometry import Rig
@@ -50,6 +51,7 @@ def prepare(
     list_file: str | Path | None = None,
     licence: str | None = None,
     limit: int | None = None,
+    blender: str | Path | None = None,
     captions_from: Sequence[str | Path] = (),
     work_dir: str | Path | None = None,
     more_work: Sequence[str | Path] = (),
@@ -64,6 +66,7 @@ def prepare(
 
     Args:
       settings: fields of `Settings`.
+      blender: a Blender, or a Python that has `bpy`, which draws the colours (`data.blender`).
       renders: `assets_dir` has pictures in L4GM's layout (`l4gm`), and no GLB files.
       list_file: the files to take, a path below `assets_dir` a line; otherwise all there are.
       licence: keep assets that have it in `assets_dir/assets.csv`, as `licences.has` says ("cc0").
@@ -76,11 +79,12 @@ def prepare(
       retry: try assets again that are quarantined in `work_dir`.
       overwrite: replace `out_dir` if it holds a dataset.
 
-    Raises ValueError for settings out of range, a folder without usable clips, a `work_dir` of
-    other settings and an `out_dir` that is not empty; RuntimeError when there is no EGL.
+    Raises ValueError for settings out of range, a `blender` that is none, a folder without usable
+    clips, a `work_dir` of other settings and an `out_dir` that is not empty; RuntimeError when
+    there is no EGL.
     """
-    chosen = Settings(**settings).check()
-    assets = _Assets(Path(assets_dir), renders, list_file, licence, limit, chosen)
+    chosen, program = _chosen(settings, blender)
+    assets = _Assets(Path(assets_dir), renders, list_file, licence, limit, chosen, program)
     out_dir = Path(out_dir)
     with output_folder(out_dir, DATASET, overwrite=overwrite) as partial:
         place = partial / "work" if work_dir is None else Path(work_dir)
@@ -146,6 +150,19 @@ def prepare(
     return manifest
 
 
+def _chosen(
+    settings: dict[str, Any], blender: str | Path | None
+) -> tuple[Settings, blender_drawing.Program | None]:
+    """The settings, with what is to be known of Blender if it draws."""
+    if blender is None:
+        return Settings(**settings).check(), None
+    program = blender_drawing.find(blender)
+    chosen = Settings(**settings, blender=program.version)
+    if chosen.samples is None:
+        chosen = chosen._replace(samples=SAMPLES)
+    return chosen.check(), program
+
+
 def _captioned(clips: list[dict], paths: Sequence[str | Path]) -> dict[str, dict]:
     """Gives clips the captions of CSV files where these have them; returns what the report says.
 
@@ -193,6 +210,7 @@ def render(
     list_file: str | Path | None = None,
     licence: str | None = None,
     limit: int | None = None,
+    blender: str | Path | None = None,
     workers: int | None = None,
     limits: Limits = LIMITS,
     retry: bool = False,
@@ -203,8 +221,8 @@ def render(
 
     `prepare` with the same arguments makes the dataset. Raises as that does.
     """
-    chosen = Settings(**settings).check()
-    assets = _Assets(Path(assets_dir), renders, list_file, licence, limit, chosen)
+    chosen, program = _chosen(settings, blender)
+    assets = _Assets(Path(assets_dir), renders, list_file, licence, limit, chosen, program)
     work = Work(Path(work_dir), chosen, limits, [Path(folder) for folder in more_work])
     _render(work, assets, shard, workers, retry, log)
     left = [file for file in assets.files if not work.done(file)]
@@ -227,11 +245,13 @@ class _Assets:
         licence: str | None,
         limit: int | None,
         settings: Settings,
+        program: blender_drawing.Program | None,
     ):
         if not folder.is_dir():
             raise ValueError(f"assets_dir={str(folder)!r} is not a folder")
         if renders:
             _check_renders(settings)
+        self._program = program
         self.renders, self._what = renders, "clip of L4GM's layout" if renders else ".glb file"
         of_splits = settings.splits
         self.folder, self._list, self._licence, self._limit = folder, list_file, licence, limit
@@ -287,7 +307,7 @@ class _Assets:
         """What is to be made of a file."""
         path = self.folder if self.renders else self.folder / file
         licence = self._licences.get(file, UNKNOWN)
-        return Job(str(path), file, licence, settings, self.renders)
+        return Job(str(path), file, licence, settings, self.renders, self._program)
 
 
 def _check_renders(s: Settings) -> None:
@@ -298,6 +318,7 @@ def _check_renders(s: Settings) -> None:
         ("points", 0),
         ("rigs", 1),
         ("shift", 0.0),
+        ("blender", None),
     ):
         if (value := getattr(s, name)) != wanted:
             raise ValueError(f"{name}={value} needs GLB files: renders have {name}={wanted}")
@@ -469,11 +490,16 @@ def _recipe(clips: list[dict], s: Settings) -> dict[str, Any]:
     return {
         "schema": 1,
         "look": rendering.LOOK,
-        "settings": s._asdict(),
+        "settings": _told(s, "blender", "samples"),
         "rig": Rig.around(s.views, fps=s.fps).to_dict(),
         "split_sha256": splits.SHA256,
         "records": [[c["clip_id"], c.get("asset_sha256"), c["num_frames"]] for c in clips],
     }
+
+
+def _told(s: Settings, *later: str) -> dict[str, Any]:
+    """Settings by name, `later` ones only if set: the hash of datasets before them is the same."""
+    return {k: v for k, v in s._asdict().items() if v or k not in later}
 
 
 def _hash(content: dict[str, Any]) -> str:
@@ -485,8 +511,7 @@ def _manifest(clips: list[dict], s: Settings, *, captioned: bool) -> dict:
     """What a reader must know, with a hash over settings, records and split."""
     identity = {
         "schema": 1,
-        # without what datasets of before did not have: the hash stays the same
-        "settings": {k: v for k, v in s._asdict().items() if v or k not in ("points", "splits")},
+        "settings": _told(s, "points", "splits", "blender", "samples"),
         "split_sha256": splits.SHA256,
         "records": [[c["clip_id"], c["sha256"]] for c in clips],
     }

@@ -5,7 +5,8 @@ tiles of one framebuffer, so that a timestep costs one upload and one read-back.
 
 Light: a constant ambient term and three directional lights that are fixed in the world, Lambert's
 law on the side that is seen, no view-dependent term: what Gaussians without spherical harmonics can
-show. Triangles of one-sided surfaces are seen from their front only.
+show. Triangles of one-sided surfaces are seen from their front only. `blender_script.py` has the
+same light.
 """
 
 from typing import Any, NamedTuple

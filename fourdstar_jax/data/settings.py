@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from fourdstar_jax.data.splits import SPLITS
 
-MAX_POINTS = 1 << 17
+MAX_POINTS, MAX_SAMPLES = 1 << 17, 1 << 12
+SAMPLES = 16  # of a pixel, where Blender draws and no other number is given
 
 
 class Settings(NamedTuple):
@@ -23,6 +24,8 @@ class Settings(NamedTuple):
     rigs: int = 1  # that see a clip of training, each from its own side, with its zoom and shift
     points: int = 0  # of the surface, tracked through the clip: geometry is measured by them
     splits: tuple[str, ...] | None = None  # only clips of these, as of a benchmark; None is all
+    blender: str | None = None  # version of the Blender that draws the colours; None: we do
+    samples: int | None = None  # of a pixel; None where we draw
 
     def check(self) -> "Settings":
         """Itself; ValueError names what is out of range."""
@@ -36,6 +39,10 @@ class Settings(NamedTuple):
             raise ValueError(f"extra_views={self.extra_views} must not be negative")
         if not 0 <= self.points <= MAX_POINTS:
             raise ValueError(f"points={self.points} must be from 0 to {MAX_POINTS}")
+        if self.blender is None and self.samples is not None:
+            raise ValueError(f"samples={self.samples} needs Blender (--blender)")
+        if self.samples is not None and not 0 < self.samples <= MAX_SAMPLES:
+            raise ValueError(f"samples={self.samples} must be from 1 to {MAX_SAMPLES}")
         views = self.views + self.extra_views
         if self.image_size > 1024 or views > 64 or self.max_frames > 1024 or self.rigs > 64:
             raise ValueError(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fourdstar_jax import folders, outside, remote
-from fourdstar_jax.data import splits
+from fourdstar_jax.data import blender, splits
 from fourdstar_jax.data.assets import Job, quarantined, render_asset, renderer_of
 from fourdstar_jax.data.settings import Limits, Settings
 from fourdstar_jax.shards import Claims
@@ -246,6 +246,7 @@ def _work(work: Work, job: Job, many: bool, said: multiprocessing.connection.Con
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if many:
         os.environ.setdefault("LP_NUM_THREADS", "1")  # of Mesa's llvmpipe
+        os.environ.setdefault(blender.THREADS, "1")
     limits = work.limits
     threads = 2 if many else 1 + (os.cpu_count() or 1)  # whose time is added up
     seconds = int(limits.seconds * threads) + 1
@@ -253,7 +254,7 @@ def _work(work: Work, job: Job, many: bool, said: multiprocessing.connection.Con
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         if not job.renders:
-            renderer_of(work.settings)
+            renderer_of(work.settings, job.program)
         most = _address_space() + limits.memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         work.write(job)
