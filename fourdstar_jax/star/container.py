@@ -60,8 +60,8 @@ class State(NamedTuple):
 
 MOST_WEIGHTS = 2**27  # of clusters and tokens at once, where they lie in memory: 512 MB as float32
 # The score of a key that is not to be seen: no weight beside others, in float32 too. Where nothing
-# is seen it is the log-sum-exp, and cuDNN has had gradients of NaN below -88.7 (pytorch#196678):
-# with -1e4 training was not finite on an H200, with this it is.
+# is seen it is the log-sum-exp, and cuDNN has had gradients of NaN below -88.7 (pytorch#196678).
+# With -1e4 training at `small` was not finite on an H200; with this 200 steps were.
 HIDDEN = -64.0
 INJECTED = (0, 1 / 3, 2 / 3)  # of the depth: MVAR's places for its condition MLPs
 Inject = Literal["tokens", "aligned", "both", "none"]
