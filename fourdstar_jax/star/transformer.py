@@ -11,6 +11,7 @@ Blocks are Llama's (RMSNorm, SwiGLU, no biases) as in LlamaGen.
 """
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -109,11 +110,18 @@ def rotate(x: Float[Array, "B L H E"], angles: Float[Array, "B L 2 R"] | None):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share of the entries and scales the others; nothing without a key."""
-    if key is None or rate == 0:
+def dropout(x: Float[Array, "*b D"], rate: float, key: jax.Array | None) -> Float[Array, "*b D"]:
+    """Zeroes a share of the entries, in whole 256ths, and scales the others; nothing without a key.
+
+    A random byte decides an entry, not four: a GPU makes those no faster than it reads x.
+    """
+    keep = round(256 * (1 - rate))
+    if key is None or keep == 256:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    width = x.shape[-1]
+    words = jax.random.bits(key, (*x.shape[:-1], math.ceil(width / 4)), jnp.uint32)
+    drawn = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)
+    return jnp.where(drawn[..., :width] < keep, x / (keep / 256), 0)
 
 
 class Layer(nnx.Module):
