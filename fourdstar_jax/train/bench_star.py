@@ -6,7 +6,8 @@ The step is the trainer's own, over `--devices` by the config's mesh. Its parts 
 their own beside it, so they need not add up to the step: all but `clustering`, `optimizer` and
 `data` with their gradients. Weights are made on the host; no token is blank.
 
-- compile_s, trace_s, program_bytes, temporary_bytes, allocator_peak_bytes: as for the VQ-VAE.
+- step_s, waited_s, compile_s, trace_s, program_bytes, temporary_bytes, allocator_peak_bytes: as for
+  the VQ-VAE.
 - tokens_per_s: tokens that are predicted; slots_per_s: all that go through the trunk, the prefix's
   and the container's, too.
 - tflop: 3 x what the forward pass multiplies and adds; `work` says what counts.
