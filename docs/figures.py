@@ -111,6 +111,8 @@ def sentences() -> dict[str, list[str]]:
     attention = backward + kernels["attention by cuDNN, forward"]
     moved = kernels["concatenations"] + kernels["copies"] + kernels["slices"]
     single = of_star["earlier"]["projections one by one"]["step_s"]
+    saved, parted = results("checkpoint_h200"), results("bench_star_paper_2_h200")
+    saves = saved["idle_host"]
     small_figures = results("small_unseen_clip")["figures"]
     seen = results("tiny_unseen_clip")["reconstruction"]
     return {
@@ -152,6 +154,17 @@ def sentences() -> dict[str, list[str]]:
             f"concatenations, slices and copies {moved:.0f}, clustering "
             f"{of_star['parts']['clustering']['ms']:.0f} ms",
             f"gain nothing ({single:.3f} s)",
+            f"waited for they take {of_star['step']['waited_s']:.3f} s",
+            f"compiler predicted {of_star['step']['program_bytes'] / 1e9:.1f} GB, and the "
+            f"allocator's peak was {of_star['step']['allocator_peak_bytes'] / 1e9:.1f}",
+            f"{saved['parameters'] / 1e6:.0f} M parameters, {saved['state_bytes'] / 1e9:.1f} GB",
+            f"takes {saves['save1']['complete_and_hashed_s']:.0f} s at first and "
+            f"{saves['save2']['complete_and_hashed_s']:.0f} later",
+            f"hold the training up for {saves['save1']['held_s']:.1f} and "
+            f"{saves['save2']['held_s']:.1f} s",
+            f"verified in {saves['open_and_verify_s']:.0f} s and restored in "
+            f"{saves['restore_s']:.0f}",
+            f"differs by {parted['sequence_parallel']['relative']:.0e}",
         ],
         "docs/COMPARISON.md": [
             f"{fast} as gsplat 1.5.3",
