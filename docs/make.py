@@ -23,7 +23,7 @@ import fourdstar_jax
 from fourdstar_jax.cli import read_config
 from fourdstar_jax.cli.common import BUNDLED_MODEL
 from fourdstar_jax.cli.main import COMMANDS, make_parser
-from fourdstar_jax.evaluate import card
+from fourdstar_jax.evaluate import card, protocols
 
 BUNDLED_RESULTS = ("small_unseen_clip",)  # of the bundled model
 SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
@@ -471,6 +471,21 @@ def inference_table() -> str:
     return table(["what", "on", "speed", "GB"], *rows)
 
 
+def scoring_table() -> str:
+    """`fourdstar evaluate --protocol`, from its start to its end."""
+    head = ["protocol", "metrics", "objects x views x frames", "on", "s", "GB of the host's memory"]
+    rows = []
+    for r in results("scoring")["runs"]:
+        names = {m.name: m.label for m in protocols.find(r["protocol"]).metrics}
+        rows.append(
+            [f"`{r['protocol']}`", ", ".join(names[m] for m in r["metrics"])]
+            + [f"{r['objects']} x {r['views']} x {r['frames']}, {r['size']}x{r['size']}"]
+            + [r["device"], f"{r['seconds']:.0f}"]
+            + [f"{r['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in r else ""]
+        )
+    return table(head, *rows)
+
+
 def rasterizer_table() -> str:
     from fourdstar_jax.kernels.rasterize import bench_table
 
@@ -503,6 +518,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sizes": sizes_table,
     "training": training_table,
     "inference": inference_table,
+    "scoring": scoring_table,
     "rasterize_h200": rasterizer_table,
     "parity": parity_table,
 }

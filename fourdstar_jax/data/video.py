@@ -178,8 +178,9 @@ def read_frames(
 ) -> UInt8[np.ndarray, "T h w 4"]:
     """Every frame of a file or folder as it is, RGBA with straight alpha, for measuring.
 
-    Raises ValueError as `read_video` does, and for frames of more than 1,024 pixels a side, which
-    would have to be shrunk, or with pixels that are not square.
+    Raises ValueError as `read_video` does, for a number that is missing among a folder's pictures,
+    and for frames of more than 1,024 pixels a side, which would have to be shrunk, or with pixels
+    that are not square.
     """
     path = arguments.there(Path(path))
     frames, info = _decode(
@@ -193,6 +194,8 @@ def read_frames(
         timeout_s=timeout_s,
         max_memory=max_memory,
     )
+    if (gap := info.get("gap")) is not None:
+        raise ValueError(f"{path}: {gap}")
     (width, height), read = info["file_size"], frames.shape[2:0:-1]
     if sorted((width, height)) != sorted(read):
         raise ValueError(

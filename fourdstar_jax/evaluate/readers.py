@@ -101,10 +101,10 @@ def _whole(path: Path, size: tuple[int, int] | None) -> Frames:
 
 
 def _pictures(paths: list[Path], size: tuple[int, int] | None) -> Frames:
-    """Pictures in the order that they are given in."""
+    """Pictures of a view, which their names number."""
     with tempfile.TemporaryDirectory(prefix="fourdstar-") as folder:
-        for t, path in enumerate(paths):
-            os.symlink(path.resolve(), Path(folder) / f"{t:06d}{path.suffix.lower()}")
+        for path in paths:
+            os.symlink(path.resolve(), Path(folder) / path.name)
         return Frames(_frames(Path(folder)), None)
 
 

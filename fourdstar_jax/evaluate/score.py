@@ -90,7 +90,8 @@ def score(
     is left; nothing is measured before files of all weights are known to be there.
     """
     start = time.perf_counter()
-    chosen = tuple(protocol.metric(m) for m in metrics) if metrics else protocol.metrics
+    named = dict.fromkeys(metrics)  # each once, in order
+    chosen = tuple(map(protocol.metric, named)) if metrics else protocol.metrics
     pairs = clips.pairs(predictions, truths, protocol)
     left_out: dict[str, str] = {}
     for metric in chosen:
@@ -136,9 +137,9 @@ def score(
                         SETS[metric.name](clip, metric, networks),
                         strict=True,
                     ):
-                        rows.append(new)
+                        rows.append(_finite(new))
                 else:
-                    measured = VALUES[metric.name](clip, metric, networks)
+                    measured = _finite(VALUES[metric.name](clip, metric, networks))
                     found[metric.name] = float(np.mean(measured))
             except NotHere as why:
                 if done and any(metric.name in v for o in values.values() for v in o.values()):
@@ -201,6 +202,14 @@ def score(
 
 def _where(pair: Pair) -> str:
     return f"object {pair.object}, view {pair.view}"
+
+
+def _finite(values: Any) -> np.ndarray:
+    """Values of a clip's frames, or features. Raises ValueError if one is no number."""
+    values = np.asarray(values)
+    if not np.isfinite(values).all():
+        raise ValueError("what was measured is not finite")
+    return values
 
 
 def _ahead(pairs: Sequence[Pair], read: Callable[[Pair], Clip]) -> Iterator[Clip]:

@@ -1,7 +1,7 @@
 """Figures that are known beforehand, by the very code that scores: does an installation measure?
 
-Constant pictures and shifted sets have values that follow from the formulas. The networks are only
-asked whether equal clips are at no distance: their weights are known by their digests.
+Constant pictures and shifted sets have values that follow from the formulas. Networks are asked
+whether equal clips are at no distance, and what black is from white, which others have published.
 """
 
 import os
@@ -17,9 +17,15 @@ from fourdstar_jax.evaluate import clips, distances, score
 from fourdstar_jax.evaluate.networks import NETWORKS, Networks
 from fourdstar_jax.evaluate.protocols import SAME_PSNR, find
 
-FRAMES, SIDE = 10, 32
-# of black against white pictures
-BLACK_AND_WHITE = {"psnr": 0.0, "ssim": 1e-4 / (1 + 1e-4)}
+FRAMES, SIDE = 10, 64
+# Of black against white pictures; the networks' with float32 weights, as
+# github.com/JunyaoHu/common_metrics_on_video_quality tells of as many frames and pixels.
+BLACK_AND_WHITE = {
+    "psnr": 0.0,
+    "ssim": 1e-4 / (1 + 1e-4),
+    "lpips_alex": 0.8140,
+    "fvd": 570.07,
+}
 
 
 class Case(NamedTuple):

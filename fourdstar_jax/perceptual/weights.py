@@ -94,7 +94,9 @@ def read_arrays(path: str | os.PathLike[str], names: str, *, made_by: str) -> di
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except ValueError as error:  # NumPy advises to unpickle it
+        raise ValueError(f"{path}: no .npz of arrays") from error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: no .npz of arrays: {error}") from error
 
 
@@ -107,7 +109,8 @@ def read_shapes(
 ) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a network whose digest is not pinned, and their digest.
 
-    Raises ValueError as `read` does, and for other names or shapes than those `wanted`.
+    Raises ValueError as `read` does, for other names or shapes than those `wanted`, and for values
+    that are not finite.
     """
     arrays = read_arrays(path, network, made_by=made_by)
     found = {name: x.shape for name, x in arrays.items()}
@@ -117,4 +120,7 @@ def read_shapes(
             f"{path}: not the weights of {network}: {name} is {found.get(name, 'missing')}, "
             f"not {wanted.get(name, 'there')}"
         )
+    for name, x in arrays.items():
+        if x.dtype.kind != "f" or not np.isfinite(x).all():
+            raise ValueError(f"{path}: {name} holds {x.dtype} that are not all finite numbers")
     return arrays, digest(arrays)

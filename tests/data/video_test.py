@@ -86,6 +86,10 @@ def test_every_frame_as_it_is(tmp_path):
     for name, picture in zip(("10.png", "2.png"), rgba, strict=True):
         Image.fromarray(picture).save(tmp_path / "folder" / name)
     np.testing.assert_array_equal(video.read_frames(tmp_path / "folder"), rgba[::-1])
+    for number in (1, 3):
+        Image.fromarray(rgba[0]).save(tmp_path / "folder" / f"{number}.png")
+    with pytest.raises(ValueError, match="folder: 4.png is missing between 3.png and 10.png"):
+        video.read_frames(tmp_path / "folder")
     Image.new("RGB", (1100, 20)).save(tmp_path / "wide.png")
     with pytest.raises(ValueError, match="wide.png: frames of 1100x20 pixels would be resized"):
         video.read_frames(tmp_path / "wide.png")

@@ -63,14 +63,17 @@ def test_l4gm(tmp_path):
 def test_stag4d(tmp_path):
     for step, level in ((500, 0), (7000, 90)):
         for side in ("front", "back"):
-            for t in (0, 1, 10, 2):
-                picture(tmp_path / "dog" / f"{step}_{side}" / f"{t:02d}.jpg", level + 10 * (t > 2))
+            for t in (10, *range(10)):
+                picture(tmp_path / "dog" / f"{step}_{side}" / f"{t:02d}.jpg", level + 10 * (t > 9))
     movie(tmp_path / "dog" / "7000_front" / "video.mp4", [0])
     source = readers.open_source(tmp_path, "stag4d", OPEN)
     assert levels(source, "dog") == {
-        "azimuth 0": [90, 90, 90, 100],
-        "azimuth 180": [90, 90, 90, 100],
+        "azimuth 0": [*[90] * 10, 100],
+        "azimuth 180": [*[90] * 10, 100],
     }
+    (tmp_path / "dog" / "7000_back" / "04.jpg").unlink()
+    with pytest.raises(ValueError, match="04.jpg is missing between 03.jpg and 05.jpg"):
+        levels(source, "dog")
     with pytest.raises(ValueError, match="dog: views at -75, 15, .* or 0, 90, .*; it has 0, 180"):
         readers.open_source(tmp_path, "stag4d", PAPER)
 

@@ -201,6 +201,36 @@ def test_what_does_not_match_is_named(folders):
         scored(folders, metrics=("fdv",), pred="gt")
 
 
+def test_a_number_missing_in_the_middle(folders):
+    """On both sides, so that the counts agree."""
+    for side in ("pred", "gt"):
+        Image.new("RGB", (18, 16)).save(folders / side / "o1" / "b" / "4.png")
+    with pytest.raises(ValueError, match="o1, view b: .*b: 3.png is missing between 2.png and 4"):
+        scored(folders)
+
+
+def test_a_metric_named_twice_counts_once(folders, monkeypatch):
+    def logits(self, video, *, pool_frames):
+        return video.mean(axis=(0, 1))[:6, 0].astype(np.float32)
+
+    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    monkeypatch.setattr(Networks, "logits", logits)
+    once, twice = (scored(folders, metrics=("fvd",) * count) for count in (1, 2))
+    assert once["summary"] == twice["summary"] and once["summary"]["fvd"]["rows"] == 6
+
+
+@pytest.mark.parametrize("metric", ["clip_b32", "fid"])
+def test_what_is_not_finite_is_refused(folders, monkeypatch, metric):
+    def features(self, name, images):
+        return np.zeros((len(images), 4)) / (0 if name == "inception" else 1)
+
+    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    monkeypatch.setattr(Networks, "features", features)
+    with np.errstate(invalid="ignore"):
+        with pytest.raises(ValueError, match=f"o0, view a: {metric}: what was measured is not f"):
+            scored(folders, metrics=(metric,))
+
+
 def test_sizes_that_differ(tmp_path):
     write(tmp_path / "gt/o/0", np.zeros((2, 16, 16, 3)))
     write(tmp_path / "pred/o/0", np.zeros((2, 32, 32, 3)))

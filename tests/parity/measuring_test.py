@@ -109,6 +109,9 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="z.npz: not the weights of 3D-ResNet50"):
         resnet3d.load(tmp_path / "z.npz")
     assert set(weights.read_arrays(tmp_path / "z.npz", "", made_by="")) == set(named)
+    np.savez(tmp_path / "n.npz", a=np.ones(3), b=np.array([1, np.nan]))
+    with pytest.raises(ValueError, match="n.npz: b holds float64 that are not all finite"):
+        weights.read_shapes(tmp_path / "n.npz", "", {"a": (3,), "b": (2,)}, made_by="")
 
 
 def test_shapes_are_those_of_b16():
