@@ -5,8 +5,9 @@
 The step is the trainer's own, the discriminator's turn included where the config has one (it begins
 at a share of the steps: `--config.adversarial.start=0` times it). Its parts are programs of their
 own beside it, each with its gradient where the step takes one, so they need not add up to the step;
-`losses` holds the rasterizer's part too, `discriminator` is without R1. Weights are made on the
-host; tokens and pictures are random, of the config's sizes.
+`losses` holds the rasterizer's part too, `discriminator` is without R1; `generation` is from tokens
+to Gaussians, `views` all pictures of these, of every timestep and view of the rig. Weights are made
+on the host; tokens and pictures are random, of the config's sizes.
 
 - step_s: of steps that follow one another, as a trainer starts them. waited_s: the median where
   each is waited for, with what the host takes to start its kernels.
@@ -43,8 +44,8 @@ from fourdstar_jax.types import Cameras
 from fourdstar_jax.vqvae import losses
 
 VIEWS = {"paper": 8}  # of the rig; four at the other sizes
-PARTS = ("generation", "tokenizer", "decoder", "offsets", "losses", "rasterizer", "discriminator")
-PARTS += ("optimizer", "data")
+PARTS = ("generation", "views", "tokenizer", "decoder", "offsets", "losses", "rasterizer")
+PARTS += ("discriminator", "optimizer", "data")
 
 
 def make_batch(
@@ -283,6 +284,10 @@ def run(
         model = nnx.merge(setting.graphdef, state.params, state.rest)
         options["capacity"] = capacity
 
+        def pictures(gaussians, capacity=None):
+            out = losses.render(gaussians, cameras, width=width, height=height, capacity=capacity)
+            return out.renders, out.num_intersections
+
         def rasterized(fine, coarse):
             out = [losses.render(g, supervision.cameras, **options) for g in (fine, coarse)]
             pictures = [(x.renders, x.alphas) for x in out]
@@ -300,8 +305,12 @@ def run(
 
         def measured(name):
             match name:
-                case "generation":  # tokens to Gaussians
+                case "generation":
                     return generation
+                case "views":
+                    room = pick_capacity(int(pictures(decoded.gaussians)[1]))
+                    program = functools.partial(pictures, capacity=room)
+                    args = (decoded.gaussians,)
                 case "tokenizer":
                     return encoding
                 case "decoder":

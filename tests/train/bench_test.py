@@ -12,6 +12,7 @@ def test_vqvae(tmp_path, capsys):
     file = tmp_path / "new" / "results.json"
     flags = [
         "--parts",
+        "views",
         "discriminator",
         "data",
         "--repeats",
@@ -38,7 +39,7 @@ def test_vqvae(tmp_path, capsys):
     # a block, the rest of the decoder, both ways, on 2 x 3 pictures of 16 tokens
     block = 16 * 64 * (4 * 64 + 3 * 128 + 2 * 16)
     assert 1 < 1e12 * results["tflop"] / (3 * 2 * 6 * block) < 60
-    assert list(results["parts"]) == ["discriminator", "data"]
+    assert list(results["parts"]) == ["views", "discriminator", "data"]
     for part in results["parts"].values():
         assert part["share"] == pytest.approx(part["ms"] / 1e3 / step["step_s"])
 
