@@ -13,12 +13,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import filled_batches, in_batches
@@ -29,13 +29,15 @@ from fourdstar_jax.generate import Model, encode_images
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.perceptual import lpips as perceptual
 from fourdstar_jax.star.forcing import Forcing
-from fourdstar_jax.star.model import Condition
+from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.train import free
 from fourdstar_jax.train.free import condition_of
 from fourdstar_jax.types import Cameras
 
 BATCH = 8  # clips
 SAMPLED = 16  # clips that are sampled, of as many objects as may be
+
+Swap = Literal["text", "video", "container", "reversed", "cameras"]
 
 
 def evaluate(
@@ -249,48 +251,67 @@ def _reconstruction(model: Model, clips, train_image, lpips, log: Log) -> dict[s
     return out
 
 
-def _likelihood(model: Model, clips, train, log: Log = silent) -> dict[str, Any]:
-    @jax.jit
-    def nll(star, batch):
-        condition = Condition(
-            text_ids=batch["text_ids"],
-            text_features=batch.get("text_features"),
-            video_tokens=batch["video_tokens"],
-            times=batch["times"],
-            cameras=Cameras(batch["viewmats"], batch["Ks"]),
-        )
-        return star.nll(batch["tokens"], condition, Forcing(history_tokens=batch["history"]))
+@jax.jit
+def nll(star: STAR, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Of the codes [B, T, N, K] in the groups, nats; the container is built from `history`."""
+    condition = Condition(
+        text_ids=batch["text_ids"],
+        text_features=batch.get("text_features"),
+        video_tokens=batch["video_tokens"],
+        times=batch["times"],
+        cameras=Cameras(batch["viewmats"], batch["Ks"]),
+    )
+    return star.nll(batch["tokens"], condition, Forcing(history_tokens=batch["history"]))
 
-    other = another_object(clips["object"])
-    count, timesteps, _, n, codes = clips["tokens"].shape
+
+def novel_nlls(
+    star: STAR,
+    clips: Mapping[str, np.ndarray],
+    swap: Swap | None = None,
+    on_batch: Callable[[], object] = lambda: None,
+) -> Float[np.ndarray, "clips T V1 n K"]:
+    """Of the novel views' codes, nats, with one condition not their own.
+
+    That is the text, the video or the container's past of a clip of another object; the video's
+    frames from the last to the first ("reversed"); or each novel view's camera in the next one's
+    place ("cameras").
+    """
+    count, timesteps, views, n, codes = clips["tokens"].shape
     groups = clips["tokens"].reshape(count, timesteps, -1, codes)
+    other = another_object(clips["object"])
+    text, video, history = (
+        other if swap == name else np.arange(count) for name in ("text", "video", "container")
+    )
+    order = np.arange(views)
+    if swap == "cameras":
+        order[1:] = np.roll(order[1:], 1)
+    arrays = {
+        "tokens": groups,
+        "history": groups[history],
+        "text_ids": clips["text_ids"][text],
+        "video_tokens": clips["tokens"][video][:, :: -1 if swap == "reversed" else 1, 0],
+        "times": clips["times"],
+        "viewmats": clips["viewmats"][:, order],
+        "Ks": clips["Ks"][:, order],
+    }
+    if "text_features" in clips:
+        arrays["text_features"] = clips["text_features"][text]
+
+    def of_batch(*batch: np.ndarray) -> np.ndarray:
+        found = np.asarray(nll(star, dict(zip(arrays, batch, strict=True))))
+        on_batch()
+        return found
+
+    values = in_batches(of_batch, list(arrays.values()), BATCH)
+    return values[:, :, star.num_known :].reshape(count, timesteps, -1, n, codes)
+
+
+def _likelihood(model: Model, clips, train, log: Log = silent) -> dict[str, Any]:
+    count, timesteps, _, n, _ = clips["tokens"].shape
     progress = Progress(4 * -(-count // BATCH), log, "batches")
 
-    def nlls(swap: str | None = None) -> np.ndarray:
-        """Of the novel views' codes [clips, T, V - 1, n, K], nats."""
-        text, video, history = (
-            other if swap == name else np.arange(count) for name in ("text", "video", "container")
-        )
-        arrays = {
-            "tokens": groups,
-            "history": groups[history],
-            "text_ids": clips["text_ids"][text],
-            "video_tokens": clips["tokens"][video][:, :, 0],
-            "times": clips["times"],
-            "viewmats": clips["viewmats"],
-            "Ks": clips["Ks"],
-        }
-        if "text_features" in clips:
-            arrays["text_features"] = clips["text_features"][text]
-
-        def of_batch(*batch: np.ndarray) -> np.ndarray:
-            found = np.asarray(nll(model.star, dict(zip(arrays, batch, strict=True))))
-            progress.step()
-            return found
-
-        values = in_batches(of_batch, list(arrays.values()), BATCH)
-        values = values[:, :, model.star.num_known :]
-        return values.reshape(count, timesteps, -1, n, codes)
+    def nlls(swap: Swap | None = None) -> np.ndarray:
+        return novel_nlls(model.star, clips, swap, progress.step)
 
     def mean(values: np.ndarray) -> np.ndarray:
         """One value an object; none of no timesteps."""
@@ -309,7 +330,8 @@ def _likelihood(model: Model, clips, train, log: Log = silent) -> dict[str, Any]
         "star_minus_count_model": bootstrap_interval(right - baseline),
         "nll_first_row_by_timestep": [float(x) for x in first],
     }
-    for swap in ("video", "container", "text"):
+    swaps: tuple[Swap, ...] = ("video", "container", "text")
+    for swap in swaps:
         rise = nlls(swap) - true
         out[f"rise_with_another_{swap}"] = bootstrap_interval(mean(rise))
         if timesteps > 1:

@@ -1,6 +1,7 @@
 """Times training steps of STAR and their parts, on random weights and tokens.
 
     fourdstar bench train star --size paper --json results.json
+    fourdstar bench train star --ablations --json docs/results/ablations_cpu.json
 
 The step is the trainer's own, over `--devices` by the config's mesh. Its parts are programs of
 their own beside it, so they need not add up to the step: all but `clustering`, `optimizer` and
@@ -17,14 +18,18 @@ their own beside it, so they need not add up to the step: all but `clustering`, 
 
 import functools
 import json
-from collections.abc import Iterable
+import statistics
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from fourdstar_jax import bundle, geometry, nn, sharding
 from fourdstar_jax.star.container import Container
@@ -61,6 +66,97 @@ def make_batch(
         shape = (objects, length, sizes["text_dim"])
         batch["text_features"] = rng.standard_normal(shape, np.float32)
     return batch
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """The trainer's."""
+    schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
+    return optim.make_optimizer(schedule, **config.optim)
+
+
+def make_step(config: Any, shapes: STAR, host_batch: dict[str, np.ndarray], mesh: Mesh):
+    """The trainer's step, a state with random weights for it, and the batch on the devices.
+
+    `shapes` is the model of the config. Needs the current mesh `mesh`.
+    """
+    tx = make_optimizer(config)
+    graphdef, params, rest = nnx.split(shapes, nnx.Param, ...)
+    host = nnx.split(nn.host_weights(shapes), nnx.Param, ...)[1:]
+    places = train_state.shardings(params, rest, tx, mesh)
+    host = jax.device_put(host, (places.params, places.rest))
+    zero = jnp.zeros((), jnp.int32)
+    state = jax.jit(
+        lambda params, rest: train_state.TrainState(zero, params, rest, tx.init(params)),
+        out_shardings=places,
+    )(*host)
+
+    forcing, near = config.forcing.to_dict(), None
+    num_near = forcing.pop("near")
+    if forcing["code_noise"] > 0:
+        books = nnx.merge(graphdef, state.params, state.rest).codebook[...]
+        has_blank = config.model.get("blank_code") is not None
+        near = quantize.near_codes(books, num_near, has_blank=has_blank)
+    step = functools.partial(
+        star.train_step, graphdef, tx=tx, near=near,
+        forcing_config=forcing, loss_config=config.loss.to_dict(),
+        accumulate=config.accumulate,
+    )  # fmt: skip
+    return step, state, train_state.to_device(host_batch, mesh)
+
+
+def compare(
+    configs: Mapping[str, Any],
+    *,
+    size: str,
+    objects: int = 1,
+    views: int | None = None,
+    repeats: int = 10,
+    json_file: Path | None = None,
+    commit: str | None = None,
+) -> dict[str, Any]:
+    """Measures a step of each config of STAR, one after another and again, on one device.
+
+    So what else the machine does meanwhile slows all alike. Prints a line each and writes the
+    results, of which `rows` has one by each name: parameters, GFLOP of a forward pass, seconds a
+    step (the median, and the least and most).
+    """
+    views = VIEWS.get(size, 4) if views is None else views
+    results: dict[str, Any] = describe(commit) | dict(
+        stage="star", size=size, objects=objects, views=views, repeats=repeats, rows={}
+    )
+    programs: dict[str, tuple[Any, Any, Any]] = {}
+    with sharding.use_mesh(devices=jax.devices()[:1]) as mesh:
+        for name, config in configs.items():
+            dims = dict(objects=objects, timesteps=config.data.timesteps, views=views)
+            groups = min(config.forcing.num_groups or dims["timesteps"], dims["timesteps"])
+            sizes = config.model.to_dict()
+            sizes.setdefault("text_vocab", 8)
+            shapes = bundle.shapes("star", sizes)
+            flops = forward_flops(shapes, groups=groups, text=sizes["text_length"], **dims)
+            results["timesteps"], results["groups"] = dims["timesteps"], groups
+            results["rows"][name] = dict(
+                parameters=nn.count_parameters(shapes), forward_gflop=sum(flops.values()) / 1e9
+            )
+            step, state, batch = make_step(config, shapes, make_batch(sizes, **dims), mesh)
+            rest = batch, jax.random.key(0)
+            compiled = jax.jit(step, donate_argnums=0).lower(state, *rest).compile()
+            state, _ = jax.block_until_ready(compiled(state, *rest))
+            programs[name] = compiled, state, rest
+        times: dict[str, list[float]] = {name: [] for name in configs}
+        for _ in range(repeats):
+            for name, (compiled, state, rest) in programs.items():
+                begin = time.perf_counter()
+                state, _ = jax.block_until_ready(compiled(state, *rest))
+                times[name].append(time.perf_counter() - begin)
+                programs[name] = compiled, state, rest
+    for name, taken in times.items():
+        row = results["rows"][name]
+        row["step_s"], row["step_range_s"] = statistics.median(taken), [min(taken), max(taken)]
+        print(f"{name:9s} {row['forward_gflop']:8.3g} GFLOP forward, step {row['step_s']:.4f} s")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def run(
@@ -102,8 +198,6 @@ def run(
             json_file.write_text(json.dumps(results, indent=1) + "\n")
 
     save()
-    schedule = optim.learning_rate_schedule(**config.schedule, total_steps=config.steps)
-    tx = optim.make_optimizer(schedule, **config.optim)
     host_batch = make_batch(sizes, **dims)
     print(
         f"{results['device']} x {devices}, {size}, {', '.join(f'{v} {k}' for k, v in dims.items())}"
@@ -118,29 +212,7 @@ def run(
         results["forward_tflop"] = {name: x / 1e12 for name, x in flops.items()}
         results["tflop"] = 3 * sum(flops.values()) / 1e12
 
-        graphdef, params, rest = nnx.split(shapes, nnx.Param, ...)
-        host = nnx.split(nn.host_weights(shapes), nnx.Param, ...)[1:]
-        places = train_state.shardings(params, rest, tx, mesh)
-        host = jax.device_put(host, (places.params, places.rest))
-        zero = jnp.zeros((), jnp.int32)
-        state = jax.jit(
-            lambda params, rest: train_state.TrainState(zero, params, rest, tx.init(params)),
-            out_shardings=places,
-        )(*host)
-        del host
-
-        forcing, near = config.forcing.to_dict(), None
-        num_near = forcing.pop("near")
-        if forcing["code_noise"] > 0:
-            books = nnx.merge(graphdef, state.params, state.rest).codebook[...]
-            has_blank = sizes.get("blank_code") is not None
-            near = quantize.near_codes(books, num_near, has_blank=has_blank)
-        batch = train_state.to_device(host_batch, mesh)
-        step = functools.partial(
-            star.train_step, graphdef, tx=tx, near=near,
-            forcing_config=forcing, loss_config=config.loss.to_dict(),
-            accumulate=config.accumulate,
-        )  # fmt: skip
+        step, state, batch = make_step(config, shapes, host_batch, mesh)
         line, state, metrics = measure_step(step, state, (batch, jax.random.key(0)), repeats)
         per_second = 1 / line["step_s"]
         n = sizes["grid"] ** 2
@@ -164,6 +236,7 @@ def run(
             flush=True,
         )
         save()
+        graphdef, tx = nnx.split(shapes)[0], make_optimizer(config)
         model = nn.cast_weights(nnx.merge(graphdef, state.params, state.rest))
         for name in parts:
             if name in ("clustering", "container") and not isinstance(model.container, Container):

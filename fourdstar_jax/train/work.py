@@ -2,9 +2,9 @@
 
 Counted are the multiplications and additions of matrix products, 2 x (weights of a matrix) x (rows
 that go through it), and of attention, 4 x width x (pairs of slots that see one another), so that
-the causal half of a group counts as a half. Of the container its matrices and attention are
-counted, not clustering and merging; nor norms, softmaxes, the optimizer, and what the backward pass
-makes again.
+the causal half of a group counts as a half. Of the container, and of what stands in its place, the
+matrices and attention are counted, not clustering and merging; nor norms, softmaxes, the optimizer,
+and what the backward pass makes again.
 A training step counts 3 times its forward pass.
 """
 
@@ -88,15 +88,19 @@ def forward_flops(
     flops["head"] = rows * (
         2 * weights(head.input) + 2 * codes * weights(head.layers) + 4 * seen + 2 * head.output.size
     )
-    if isinstance(box, Container):
-        first, *others = box.blocks
-        keys = [first.k, first.v, first.score_up, first.score_down]
-        history = timesteps * tokens
-        count = 2 * weights(keys) * history + 4 * box.dim * groups * box.num_slots * history // 2
-        count += 2 * groups * box.num_slots * (weights(box.blocks) - weights(keys))
-        count += len(others) * 4 * box.dim * groups * box.num_slots**2
+    if box is not None:
+        merged = box.num_slots if isinstance(box, Container) else tokens
+        history, count = timesteps * tokens, 0
+        if isinstance(box, Container):
+            first, *others = box.blocks
+            keys = [first.k, first.v, first.score_up, first.score_down]
+            count += 2 * weights(keys) * history + 4 * box.dim * groups * merged * history // 2
+            count += 2 * groups * merged * (weights(box.blocks) - weights(keys))
+            count += len(others) * 4 * box.dim * groups * merged**2
+        else:
+            count += 2 * weights(box.score) * history + 2 * weights(box.merge) * groups * merged
         if box.as_tokens:
-            count += 2 * groups * box.num_slots * weights(box.mlp)
+            count += 2 * groups * merged * weights(box.mlp)
         if box.by_place:
             count += 2 * groups * tokens * weights(box.aligned)
         flops["container"] = count

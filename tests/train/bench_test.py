@@ -66,3 +66,25 @@ def test_star(tmp_path, capsys):
     want = 2 * 2 * matrices * (60 + 2 * 48) / 1e12
     assert results["forward_tflop"]["trunk"] == pytest.approx(want)
     assert cli.main(["bench", "train", "vqvae", "--devices", "2"]) == 2
+
+
+def test_ablations_are_of_star():
+    assert cli.main(["bench", "train", "vqvae", "--ablations"]) == 2
+    assert cli.main(["bench", "train", "star", "--ablations", "--devices", "2"]) == 2
+
+
+@pytest.mark.slow
+def test_ablations_of_star_take_turns(tmp_path, capsys):
+    file = tmp_path / "results.json"
+    small = ["--config.data.timesteps=2", "--config.model.num_layers=1", "--config.model.dim=32"]
+    small += ["--config.model.head_dim=16", "--config.model.container_slots=4"]
+    flags = ["--ablations", "--repeats", "2", "--views", "2", "--json", str(file)]
+    assert cli.main(["bench", "train", "star", *flags, *small]) == 0
+    assert "ours  " in capsys.readouterr().out
+    results = json.loads(file.read_text())
+    assert list(results["rows"]) == ["baseline", "average", "merging", "explicit", "ours"]
+    for name, row in results["rows"].items():
+        assert 0 < row["step_range_s"][0] <= row["step_s"] <= row["step_range_s"][1], name
+        assert row["parameters"] > 1e4
+    cost = {name: row["forward_gflop"] for name, row in results["rows"].items()}
+    assert cost["baseline"] < cost["ours"] < cost["explicit"] == cost["average"] < cost["merging"]

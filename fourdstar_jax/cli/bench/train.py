@@ -33,6 +33,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--parts", nargs="*", metavar="NAME", help="what to time beside the step; default all"
     )
     parser.add_argument(
+        "--ablations",
+        action="store_true",
+        help="for star: time the steps of the paper's Table 4 in turn, on one device, no parts",
+    )
+    parser.add_argument(
         "--repeats", type=whole(1, 10**6), default=10, metavar="N", help="timed steps"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the results as JSON")
@@ -40,6 +45,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.ablations:
+        compare(arguments)
+        return
     config = read_config(f"configs/{arguments.stage}.py:{arguments.size}", arguments.overrides)
     common = dict(
         size=arguments.size,
@@ -61,3 +69,26 @@ def run(arguments: argparse.Namespace) -> None:
     from fourdstar_jax.train import bench
 
     bench.run(config, tokenizer.model.to_dict(), **common)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Times STAR's ablations. Raises ValueError with what they do not go with."""
+    if arguments.stage != "star" or arguments.devices != 1 or arguments.parts is not None:
+        raise ValueError("--ablations are of star, on one device, and have no --parts")
+    from fourdstar_jax.train import bench_star
+
+    configs = {
+        name or "ours": read_config(
+            f"configs/star.py:{arguments.size}{name and ',' + name}", arguments.overrides
+        )
+        for name in ("baseline", "average", "merging", "explicit", "")
+    }
+    bench_star.compare(
+        configs,
+        size=arguments.size,
+        objects=arguments.batch,
+        views=arguments.views,
+        repeats=arguments.repeats,
+        json_file=arguments.json,
+        commit=arguments.commit,
+    )
