@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import filled_batches, in_batches
@@ -38,6 +38,13 @@ BATCH = 8  # clips
 SAMPLED = 16  # clips that are sampled, of as many objects as may be
 
 Swap = Literal["text", "video", "container", "reversed", "cameras"]
+SWAPS: dict[Swap, str] = {  # as figures are called
+    "video": "another_video",
+    "container": "another_container",
+    "text": "another_text",
+    "reversed": "reversed_video",
+    "cameras": "exchanged_cameras",
+}
 
 
 def evaluate(
@@ -92,7 +99,7 @@ def evaluate(
     keep(report)
     shown = None
     if with_star:
-        begin("likelihood of all clips, four times")
+        begin(f"likelihood of all clips, {1 + len(SWAPS)} times")
         report["likelihood"] = _likelihood(model, clips, train, log)
         keep(report)
         drawn = sampler(model, clips, sampled, network)
@@ -126,8 +133,9 @@ def figures(report: Mapping[str, Any]) -> dict[str, float]:
         for name in (*names, *ratios):
             found[f"{row}_{name}"] = compared.get(row, {}).get(name, {}).get("value")
     for swap in ("container", "video"):
-        rise = likelihood.get(f"rise_after_first_with_another_{swap}")
-        found[f"nll_rise_{swap}"] = None if rise is None else rise[0]
+        for of, suffix in (("after_first", ""), ("of_drawn", "_drawn")):
+            rise = likelihood.get(f"rise_{of}_with_another_{swap}")
+            found[f"nll_rise_{swap}{suffix}"] = None if rise is None else rise[0]
     for name in ("propagation", "propagation_frozen", "frozen_change"):
         found[name] = report.get("samples", {}).get(name)
     return {name: float(value) for name, value in found.items() if value is not None}
@@ -308,7 +316,7 @@ def novel_nlls(
 
 def _likelihood(model: Model, clips, train, log: Log = silent) -> dict[str, Any]:
     count, timesteps, _, n, _ = clips["tokens"].shape
-    progress = Progress(4 * -(-count // BATCH), log, "batches")
+    progress = Progress((1 + len(SWAPS)) * -(-count // BATCH), log, "batches")
 
     def nlls(swap: Swap | None = None) -> np.ndarray:
         return novel_nlls(model.star, clips, swap, progress.step)
@@ -316,6 +324,14 @@ def _likelihood(model: Model, clips, train, log: Log = silent) -> dict[str, Any]
     def mean(values: np.ndarray) -> np.ndarray:
         """One value an object; none of no timesteps."""
         return by_object(values.reshape(count, -1).mean(axis=1), clips["object"])
+
+    blank = model.bundle.stage("star").model.get("blank_code")
+    by_drawn = blank is not None and timesteps > 1
+
+    def mean_of_drawn(values: np.ndarray) -> np.ndarray:
+        """The same over tokens after the first timestep that are not blank."""
+        drawn = np.any(clips["tokens"] != blank, axis=-1)
+        return by_object(over_drawn(values[:, 1:], drawn[:, 1:, 1:]), clips["object"])
 
     true = nlls()
     right, row = mean(true), int(round(n**0.5))
@@ -330,13 +346,24 @@ def _likelihood(model: Model, clips, train, log: Log = silent) -> dict[str, Any]
         "star_minus_count_model": bootstrap_interval(right - baseline),
         "nll_first_row_by_timestep": [float(x) for x in first],
     }
-    swaps: tuple[Swap, ...] = ("video", "container", "text")
-    for swap in swaps:
+    if by_drawn:
+        out["nll_drawn_after_first"] = bootstrap_interval(mean_of_drawn(true))
+    for swap, name in SWAPS.items():
         rise = nlls(swap) - true
-        out[f"rise_with_another_{swap}"] = bootstrap_interval(mean(rise))
+        out[f"rise_with_{name}"] = bootstrap_interval(mean(rise))
         if timesteps > 1:
-            out[f"rise_after_first_with_another_{swap}"] = bootstrap_interval(mean(rise[:, 1:]))
+            out[f"rise_after_first_with_{name}"] = bootstrap_interval(mean(rise[:, 1:]))
+        if by_drawn:
+            out[f"rise_of_drawn_with_{name}"] = bootstrap_interval(mean_of_drawn(rise))
     return out
+
+
+def over_drawn(
+    values: Float[np.ndarray, "clips T V n K"], drawn: Bool[np.ndarray, "clips T V n"]
+) -> Float[np.ndarray, " clips"]:
+    """A clip's mean over the codes of its drawn tokens; 0 where it has none."""
+    axes = (1, 2, 3)
+    return values.mean(axis=-1).sum(axes, where=drawn) / np.maximum(drawn.sum(axes), 1)
 
 
 def _codes_used(tokens: Int[np.ndarray, "*b K"], vocab: int) -> list[float]:

@@ -37,8 +37,8 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
     assert [part.partition(",")[0] for part in parts] == [f"part {i} of 6" for i in range(1, 7)]
     assert "3 clips of 2 objects are measured (train)" in parts[1]
     assert "generation of 3 clips" in parts[4]
-    # three clips are a batch here, so that only the four likelihoods have a second one
-    assert any(line.startswith("2 of 4 batches, about ") for line in lines)
+    # three clips are a batch here, so that only the six likelihoods have a second one
+    assert any(line.startswith("2 of 6 batches, about ") for line in lines)
     assert any(line.startswith("2 of 12 rows, about ") for line in lines)
     assert whole["num_clips"] == 3
     monkeypatch.setattr(unseen, "BATCH", 2)
@@ -69,11 +69,21 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
     assert compared["flat_card"]["flow_ratio"]["value"] == 0
     assert 0 <= whole["figures"]["generation_retrieval_top1"] <= 1
     assert {"ceiling_flow_ratio", "nll_rise_container", "propagation"} <= whole["figures"].keys()
+    for name in unseen.SWAPS.values():
+        assert np.isfinite(whole["likelihood"][f"rise_with_{name}"]).all()
     assert 0 < whole["figures"]["codes_used_least"] <= 1
     for part in ("reconstruction", "likelihood"):
         assert whole[part].keys() == split[part].keys()
         for name, value in whole[part].items():
             np.testing.assert_allclose(split[part][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_drawn_tokens_count_alone():
+    values = np.zeros((2, 1, 2, 2, 2))
+    values[0, 0, 0, 1] = 1, 3  # one token's two codes
+    drawn = np.zeros((2, 1, 2, 2), bool)
+    drawn[0, 0, :, 1] = True
+    np.testing.assert_array_equal(unseen.over_drawn(values, drawn), [1, 0])
 
 
 def test_clips_are_paired_and_averaged_by_object():
