@@ -209,6 +209,14 @@ def test_a_number_missing_in_the_middle(folders):
         scored(folders)
 
 
+def test_two_pictures_of_one_number(folders):
+    """On both sides, so that the counts agree."""
+    for side in ("pred", "gt"):
+        Image.new("RGB", (18, 16)).save(folders / side / "o1" / "b" / "1.jpg")
+    with pytest.raises(ValueError, match="o1, view b: .*b: 1.jpg and 1.png have the same number"):
+        scored(folders)
+
+
 def test_a_metric_named_twice_counts_once(folders, monkeypatch):
     def logits(self, video, *, pool_frames):
         return video.mean(axis=(0, 1))[:6, 0].astype(np.float32)
