@@ -90,8 +90,8 @@ def score(
 
     `log` hears how long it takes before anything is measured, and while it is.
 
-    Raises ValueError for clips that do not match, for weights that are missing, and where no metric
-    is left; nothing is measured before files of all weights are known to be there.
+    Raises ValueError for clips that do not match, for weights that are missing or damaged, and
+    where no metric is left; no clip is read before all networks are.
     """
     start = time.perf_counter()
     named = dict.fromkeys(metrics)  # each once, in order
@@ -120,6 +120,9 @@ def score(
         f"{protocol.name}: {len(pairs)} clips of {len(truths.entries)} objects by "
         + ", ".join(names)
     )
+    for metric in chosen:
+        if metric.network is not None and metric.name not in left_out:
+            networks.get(metric.network)
     read = functools.partial(_read, protocol, sizes, {} if known is None else known)
     by_clip = [m for m in chosen if m.name not in left_out and m.per != "object"]
     all_clips = _ahead(pairs, read)

@@ -14,6 +14,7 @@ from fourdstar_jax.evaluate.networks import Networks, Rehearsal
 from fourdstar_jax.evaluate.resizing import resized
 from fourdstar_jax.export import read_splats, write_splats
 from fourdstar_jax.geometry import Rig
+from fourdstar_jax.perceptual import clip as perceptual_clip
 from fourdstar_jax.types import Gaussians
 
 OPEN = protocols.find("fourdstar-open-v2")
@@ -60,7 +61,8 @@ def folders(tmp_path):
 
 def given(monkeypatch):
     """Weights of all networks, which a test has its own in place of."""
-    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    for name in ("check", "get"):
+        monkeypatch.setattr(Networks, name, lambda self, name: None)
 
 
 def scored(folder, protocol=OPEN, metrics=PLAIN, pred="pred", gt="gt", **kw):
@@ -205,6 +207,50 @@ def test_how_long_a_clip_takes(folders, monkeypatch):
         score.SETS.get(metric.name, score._features)(clip, metric, networks)
     clip.features.clear()
     assert len(clip.known) == 2 and score._seconds(metrics, clip, networks) == 2 * (2 * 2)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def not_finite(path):
+    with np.load(path) as stored:
+        np.savez(path, **{**stored, "proj": np.full_like(stored["proj"], np.nan)})
+
+
+def of_another_network(path):
+    np.savez(path, **{"fc.weight": np.zeros((3, 3), np.float32)})
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (cut, "no .npz of arrays"),
+        (not_finite, "proj holds float32 that are not all finite"),
+        (of_another_network, "not the weights of CLIP ViT-B/32: class_embedding is missing"),
+    ],
+)
+def test_damaged_weights_are_found_before_a_clip_is_read(folders, monkeypatch, damage, told):
+    sizes = perceptual_clip.Sizes(patch=112, width=64, layers=1, dim=8)
+    monkeypatch.setitem(perceptual_clip.NETWORKS, "ViT-B/32", sizes)
+    arrays = {
+        name: RNG.normal(size=shape).astype(np.float32) / 8
+        for name, shape in perceptual_clip.shapes(sizes).items()
+    }
+    path = folders / "clip_b32.npz"
+    np.savez(path, **arrays)
+    sources = [
+        clips.open_source(folders / s, OPEN, read_splats=read_splats) for s in ("pred", "gt")
+    ]
+
+    def run():
+        return score.score(OPEN, *sources, Networks(folders), metrics=("psnr", "clip_b32"))
+
+    assert 0 < run()["summary"]["clip_b32"]["value"] < 1
+    damage(path)
+    monkeypatch.setattr(clips, "load", lambda pair, protocol: pytest.fail("a clip was read"))
+    with pytest.raises(ValueError, match=f"clip_b32.npz: {told}"):
+        run()
 
 
 def test_dreamsim_is_one_less_the_cosine(folders, monkeypatch):
