@@ -125,11 +125,12 @@ def score(
             networks.get(metric.network)
     read = functools.partial(_read, protocol, sizes, {} if known is None else known)
     by_clip = [m for m in chosen if m.name not in left_out and m.per != "object"]
+    whole = [m for m in chosen if m.per == "object"]
     all_clips = _ahead(pairs, read)
     if log is not silent:
-        all_clips = _estimated(pairs, read, by_clip, networks, log)
+        but = f", without {', '.join(m.name for m in whole)}" if whole else ""
+        all_clips = _estimated(pairs, read, by_clip, networks, lambda line: log(line + but))
     progress = Progress(len(pairs), log)
-    whole = [m for m in chosen if m.per == "object"]
     wholes: dict[str, dict[str, float]] = {}
     views: list[Clip] = []  # of the object so far
     for done, clip in enumerate(all_clips):
