@@ -97,22 +97,27 @@ def natural(name: str) -> list[Any]:
 
 
 def gaps(names: list[str]) -> dict[int, str]:
-    """Which of these names, in order, comes after one or more that are missing, and the first such.
+    """What is wrong with the numbers of these names, in order, by the place where it is seen.
 
     Numbers may begin anywhere and go in steps: missing is what makes a step twice as large as
-    others. Names that differ in more than their last number are not numbered.
+    others, and the first such is named. No two names have one number, whatever their suffixes are.
+    Names that differ in more than their last number are not numbered.
     """
-    found = [re.fullmatch(r"(.*?)(\d+)(\D*)", name) for name in names]
+    found = [re.fullmatch(r"(.*?)(\d+)(\D*)", Path(name).stem) for name in names]
     if len({m and (m[1], m[3].lower()) for m in found}) != 1 or found[0] is None:
         return {}
     numbers = [int(m[2]) for m in found if m]
     steps = [after - before for before, after in itertools.pairwise(numbers)]
-    usual = max(1, int(statistics.median(steps or [1])))
-    return {
-        i + 1: f"{m[1]}{numbers[i] + usual:0{len(m[2])}}{m[3]}"
-        for i, m in enumerate(found[:-1])
-        if m and steps[i] >= 2 * usual
-    }
+    usual = max(1, int(statistics.median([s for s in steps if s] or [1])))
+    wrong = {}
+    for i, (m, step) in enumerate(zip(found, steps, strict=False)):
+        before, name = names[i : i + 2]
+        if step == 0:
+            wrong[i + 1] = f"{before} and {name} have the same number"
+        elif m and step >= 2 * usual:
+            first = f"{m[1]}{numbers[i] + usual:0{len(m[2])}}{m[3]}{Path(before).suffix}"
+            wrong[i + 1] = f"{first} is missing between {before} and {name}"
+    return wrong
 
 
 def is_heic(path: Path) -> bool:
@@ -148,11 +153,10 @@ def folder_frames(folder: Path, request: dict[str, Any], info: dict[str, Any]) -
     if len(names) > request["max_frames"]:
         refuse(f"{folder} holds {len(names)} frames; at most max_frames = {request['max_frames']}")
     info |= {"kind": "folder", "seconds": len(names) / request["folder_fps"]}
-    size, missing = None, gaps(names)
+    size, wrong = None, gaps(names)
     for index, name in enumerate(names):
-        if index in missing and "gap" not in info:
-            before = names[index - 1]
-            info["gap"] = f"{missing[index]} is missing between {before} and {name}"
+        if index in wrong and "gap" not in info:
+            info["gap"] = wrong[index]
 
         def decode(name=name):
             nonlocal size

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,26 +113,54 @@ class Networks:
         self, name: str, first: Float[np.ndarray, "n h w 3"], second: Float[np.ndarray, "n h w 3"]
     ) -> Float[np.ndarray, " n"]:
         """LPIPS of pictures of 0 to 255, pair by pair."""
-        return self._run(name, _distance, first, second)
+        return self._run(_distance, name, first, second)
 
     def logits(
         self, video: Float[np.ndarray, "T 224 224 3"], *, pool_frames: int
     ) -> Float[np.ndarray, " 400"]:
         """I3D's logits of a clip of 0 to 255."""
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(_logits(self.get("i3d"), video, pool_frames=pool_frames))
+        return self._call(_logits, "i3d", video, pool_frames=pool_frames)
 
     def features(
         self, name: str, images: Float[np.ndarray, "n *T h w 3"]
     ) -> Float[np.ndarray, "n d"]:
         """A network's features of pictures, or clips, of 0 to 255."""
         frames = images.shape[1] if images.ndim == 5 else 1
-        return self._run(name, _features, images, batch=max(1, self.batch // frames))
+        return self._run(_features, name, images, batch=max(1, self.batch // frames))
 
-    def _run(self, name: str, function: Callable, *arrays: np.ndarray, batch: int = 0):
-        call = functools.partial(function, self.get(name))
+    def _run(self, function: Callable, name: str, *arrays: np.ndarray, batch: int = 0):
+        call = functools.partial(self._call, function, name)
+        return in_batches(call, arrays, batch or self.batch)
+
+    def _call(self, function: Callable, name: str, *arrays: np.ndarray, **options) -> np.ndarray:
+        """One batch through a network."""
         with jax.default_matmul_precision("highest"):
-            return in_batches(call, arrays, batch or self.batch)
+            return np.asarray(function(self.get(name), *arrays, **options))
+
+
+class Rehearsal(Networks):
+    """Networks that tell how long they would take: of each program one batch is run by the clock.
+
+    It is run once before, which compiles it. `seconds` is the time of all batches that were asked
+    for; they give what the first one of their shape gave, so that results are good for nothing.
+    """
+
+    def __init__(self, networks: Networks):
+        super().__init__(networks.folder, batch=networks.batch)
+        self._loaded, self._files = networks._loaded, networks._files
+        self.seconds = 0.0
+        self._known: dict[Any, tuple[np.ndarray, float]] = {}
+
+    def _call(self, function: Callable, name: str, *arrays: np.ndarray, **options) -> np.ndarray:
+        key = (function, name, *(x.shape for x in arrays), *options.items())
+        if key not in self._known:
+            super()._call(function, name, *arrays, **options)
+            start = time.perf_counter()
+            found = super()._call(function, name, *arrays, **options)
+            self._known[key] = found, time.perf_counter() - start
+        found, seconds = self._known[key]
+        self.seconds += seconds
+        return found
 
 
 @jax.jit

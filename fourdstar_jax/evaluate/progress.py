@@ -11,6 +11,11 @@ def silent(line: str) -> None:
     """A `Log` of those who do not want one."""
 
 
+def about(seconds: float) -> str:
+    """A time in words."""
+    return f"about {seconds / 60:.1f} minutes"
+
+
 class Progress:
     """Tells after the second and the fifth of `total` parts, then each minute, what is left.
 
@@ -30,7 +35,7 @@ class Progress:
             return
         left = self._total - self._count
         if left > 0 and (self._count in (2, 5) or now - self._told > EVERY_S):
-            minutes = (now - self._first) / (self._count - 1) * left / 60
+            seconds = (now - self._first) / (self._count - 1) * left
             done = f"{self._count} of {self._total} {self._what}"
-            self._log(f"{done}, about {minutes:.1f} minutes to go")
+            self._log(f"{done}, {about(seconds)} to go")
             self._told = now

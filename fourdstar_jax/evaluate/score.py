@@ -4,6 +4,7 @@ Clips are read and resized ahead by a few threads, measured one after the other,
 holds some clips, and for distances of sets one row of features a clip (or frame).
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,8 +24,8 @@ from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.evaluate import clips, distances, geometry, motion
 from fourdstar_jax.evaluate.clips import Frames, Pair, Source
 from fourdstar_jax.evaluate.metrics import bootstrap_interval, psnr
-from fourdstar_jax.evaluate.networks import Networks
-from fourdstar_jax.evaluate.progress import Log, Progress, silent
+from fourdstar_jax.evaluate.networks import Networks, Rehearsal
+from fourdstar_jax.evaluate.progress import Log, Progress, about, silent
 from fourdstar_jax.evaluate.protocols import SAME_PSNR, Metric, Protocol, Resize, described
 from fourdstar_jax.evaluate.resizing import resized
 from fourdstar_jax.perceptual import i3d, ssim
@@ -32,6 +33,7 @@ from fourdstar_jax.vqvae import losses
 
 NO_OBJECT = {"reprojection": "no two views of any object see a tracked point"}
 WINDOW = 16  # frames that 3D-ResNet50 sees at once
+READERS = min(8, os.cpu_count() or 1)  # threads
 
 
 @dataclasses.dataclass
@@ -86,8 +88,10 @@ def score(
     The features that distances of sets are of are put into `features`, to compare results by. What
     networks make of the truths is taken from `known`, and put there: for other predictions.
 
-    Raises ValueError for clips that do not match, for weights that are missing, and where no metric
-    is left; nothing is measured before files of all weights are known to be there.
+    `log` hears how long it takes before anything is measured, and while it is.
+
+    Raises ValueError for clips that do not match, for weights that are missing or damaged, and
+    where no metric is left; no clip is read before all networks are.
     """
     start = time.perf_counter()
     named = dict.fromkeys(metrics)  # each once, in order
@@ -116,19 +120,27 @@ def score(
         f"{protocol.name}: {len(pairs)} clips of {len(truths.entries)} objects by "
         + ", ".join(names)
     )
-    progress = Progress(len(pairs), log)
+    for metric in chosen:
+        if metric.network is not None and metric.name not in left_out:
+            networks.get(metric.network)
     read = functools.partial(_read, protocol, sizes, {} if known is None else known)
+    by_clip = [m for m in chosen if m.name not in left_out and m.per != "object"]
     whole = [m for m in chosen if m.per == "object"]
+    all_clips = _ahead(pairs, read)
+    if log is not silent:
+        but = f", without {', '.join(m.name for m in whole)}" if whole else ""
+        all_clips = _estimated(pairs, read, by_clip, networks, lambda line: log(line + but))
+    progress = Progress(len(pairs), log)
     wholes: dict[str, dict[str, float]] = {}
     views: list[Clip] = []  # of the object so far
-    for done, clip in enumerate(_ahead(pairs, read)):
+    for done, clip in enumerate(all_clips):
         pair = clip.pair
         found = values.setdefault(pair.object, {}).setdefault(pair.view, {})
         count, height, width, _ = clip.truth.images.shape
         hashes[pair.object, pair.view] = clip.truth_sha256
         shapes[pair.object] = {"frames": count, "size": [width, height]}
-        for metric in chosen:
-            if metric.name in left_out or metric.per == "object":
+        for metric in by_clip:
+            if metric.name in left_out:
                 continue
             try:
                 if metric.per == "set":
@@ -214,20 +226,54 @@ def _finite(values: Any) -> np.ndarray:
 
 def _ahead(pairs: Sequence[Pair], read: Callable[[Pair], Clip]) -> Iterator[Clip]:
     """Clips in order, a few of them read ahead."""
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         waiting: deque = deque()
         todo = iter(pairs)
         try:
             for pair in todo:
                 waiting.append(pool.submit(read, pair))
-                if len(waiting) > workers:
+                if len(waiting) > READERS:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _estimated(
+    pairs: Sequence[Pair],
+    read: Callable[[Pair], Clip],
+    metrics: Sequence[Metric],
+    networks: Networks,
+    log: Log,
+) -> Iterator[Clip]:
+    """As `_ahead`, after `log` was told how long all will take.
+
+    That is by the reading of the first object's clips, of which no more are held than are read
+    ahead anyway, and by what a clip of the first one's size takes to measure.
+    """
+    first = [pair for pair in pairs[: READERS + 1] if pair.object == pairs[0].object]
+    start = time.perf_counter()
+    here = deque(_ahead(first, read))
+    reading = (time.perf_counter() - start) / len(here)
+    seconds = _seconds(metrics, here[0], networks)
+    log(f"{about(seconds * len(pairs) + reading * (len(pairs) - len(here)))} for all")
+    yield from (here.popleft() for _ in first)
+    yield from _ahead(pairs[len(first) :], read)
+
+
+def _seconds(metrics: Sequence[Metric], clip: Clip, networks: Networks) -> float:
+    """How long a clip is measured. All programs are compiled by this, and each runs one batch."""
+    rehearsal, start = Rehearsal(networks), 0.0
+    for _ in range(2):  # what is no network's compiles at the first time
+        start, rehearsal.seconds = time.perf_counter(), 0.0
+        # truths that are known need no network; what comes of these pictures is not to be kept
+        copy = dataclasses.replace(clip, known=dict(clip.known), features={})
+        for metric in metrics:
+            with contextlib.suppress(ValueError, NotHere):  # the measurement will tell
+                (VALUES | SETS)[metric.name](copy, metric, rehearsal)
+    return time.perf_counter() - start + rehearsal.seconds
 
 
 def _read(

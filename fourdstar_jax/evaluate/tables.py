@@ -180,6 +180,9 @@ def _measured(
             left_out[metric.name] = str(error).removesuffix("; or choose --metrics")
     if not kept:
         raise ValueError("; ".join(left_out.values()))
+    for name in kept:
+        if (network := protocol.metric(name).network) is not None:
+            networks.get(network)  # says what is wrong with it before anything is made
     return kept, left_out
 
 

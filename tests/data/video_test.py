@@ -90,6 +90,9 @@ def test_every_frame_as_it_is(tmp_path):
         Image.fromarray(rgba[0]).save(tmp_path / "folder" / f"{number}.png")
     with pytest.raises(ValueError, match="folder: 4.png is missing between 3.png and 10.png"):
         video.read_frames(tmp_path / "folder")
+    Image.fromarray(rgba[0, ..., :3]).save(tmp_path / "folder" / "2.jpg")
+    with pytest.raises(ValueError, match="folder: 2.jpg and 2.png have the same number"):
+        video.read_frames(tmp_path / "folder")
     Image.new("RGB", (1100, 20)).save(tmp_path / "wide.png")
     with pytest.raises(ValueError, match="wide.png: frames of 1100x20 pixels would be resized"):
         video.read_frames(tmp_path / "wide.png")
@@ -133,20 +136,30 @@ def test_folder_in_natural_order_with_alpha(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names, missing",
+    "names, wrong",
     [
         (["f_1.png", "f_2.png", "f_3.png", "f_5.png", "f_8.png"], {3: "f_4.png", 4: "f_6.png"}),
         (["8.png", "9.png", "11.png"], {2: "10.png"}),
         (["f_010.png", "f_020.png", "f_050.png", "f_060.png"], {2: "f_030.png"}),  # every tenth
+        (["0.png", "1.jpg", "2.png", "4.JPG", "5.png"], {3: "3.png"}),
+        (["0.png", "1.jpg", "1.png", "2.png"], {2: ("1.jpg", "1.png")}),
+        (["0.jpg", "0.png", "1.jpg", "1.png"], {1: ("0.jpg", "0.png"), 3: ("1.jpg", "1.png")}),
+        (["1.png", "01.png", "1" + 80 * "0" + ".png"], {1: ("1.png", "01.png")}),
         (["t33.png", "t66.png", "t100.png", "t133.png"], {}),  # milliseconds
         (["a1.png", "b5.png", "c6.png"], {}),
         (["front.png", "side.png"], {}),
         (["7.png"], {}),
-        (["1.png", "01.png", "1" + 80 * "0" + ".png"], {}),
     ],
 )
-def test_gaps_in_the_numbers_of_pictures(names, missing):
-    assert untrusted.gaps(names) == missing
+def test_gaps_in_the_numbers_of_pictures(names, wrong):
+    found = untrusted.gaps(names)
+    assert found.keys() == wrong.keys()
+    for place, what in wrong.items():
+        if isinstance(what, tuple):
+            assert found[place] == "{} and {} have the same number".format(*what)
+        else:
+            between = f"between {names[place - 1]} and {names[place]}"
+            assert found[place] == f"{what} is missing {between}"
 
 
 def test_a_gap_in_what_is_read_is_told(tmp_path):

@@ -10,10 +10,11 @@ from PIL import Image
 from fourdstar_jax import cli, outside
 from fourdstar_jax.data import pipeline, prepare, untrusted, video
 from fourdstar_jax.evaluate import clips, protocols, report, score, self_check
-from fourdstar_jax.evaluate.networks import Networks
+from fourdstar_jax.evaluate.networks import Networks, Rehearsal
 from fourdstar_jax.evaluate.resizing import resized
 from fourdstar_jax.export import read_splats, write_splats
 from fourdstar_jax.geometry import Rig
+from fourdstar_jax.perceptual import clip as perceptual_clip
 from fourdstar_jax.types import Gaussians
 
 OPEN = protocols.find("fourdstar-open-v2")
@@ -56,6 +57,12 @@ def folders(tmp_path):
             write(tmp_path / "gt" / f"o{number}" / view, truth)
             write(tmp_path / "pred" / f"o{number}" / view, truth + 3 * (number + 1))
     return tmp_path
+
+
+def given(monkeypatch):
+    """Weights of all networks, which a test has its own in place of."""
+    for name in ("check", "get"):
+        monkeypatch.setattr(Networks, name, lambda self, name: None)
 
 
 def scored(folder, protocol=OPEN, metrics=PLAIN, pred="pred", gt="gt", **kw):
@@ -133,7 +140,7 @@ def test_what_networks_make_of_truths_serves_other_predictions(folders, monkeypa
         asked.append(len(images))
         return images.mean(axis=(1, 2))
 
-    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    given(monkeypatch)
     monkeypatch.setattr(Networks, "features", features)
     known, found = {}, []
     for side in ("pred", "gt"):
@@ -148,13 +155,111 @@ def test_what_networks_make_of_truths_serves_other_predictions(folders, monkeypa
     assert found[0] > 1 and abs(found[1]) < 1e-6
 
 
+def test_the_estimate_comes_before_the_first_clip(folders, monkeypatch):
+    """By what a clip takes; what is measured is the same with and without."""
+    sources = [
+        clips.open_source(folders / s, OPEN, read_splats=read_splats) for s in ("pred", "gt")
+    ]
+    lines, seen = [], []
+
+    def psnr(clip, metric, networks):
+        seen.append((len(lines), isinstance(networks, Rehearsal)))
+        return known(clip, metric, networks)
+
+    known = score.VALUES["psnr"]
+    monkeypatch.setitem(score.VALUES, "psnr", psnr)
+    plain = score.score(OPEN, *sources, Networks(None), metrics=PLAIN)
+    assert seen == [(0, False)] * 6
+    seen.clear()
+    result = score.score(OPEN, *sources, Networks(None), metrics=PLAIN, log=lines.append)
+    assert seen[:3] == [(1, True), (1, True), (2, False)] and len(seen) == 8
+    assert lines[1].startswith("about 0.") and lines[1].endswith(" minutes for all")
+    assert {**result, "seconds": 0} == {**plain, "seconds": 0}
+    monkeypatch.setattr(score, "_seconds", lambda metrics, clip, networks: 3000.0)
+    score.score(OPEN, *sources, Networks(None), metrics=("psnr", "jitter"), log=lines.append)
+    assert "about 300.0 minutes for all, without jitter" in lines
+
+
+def test_how_long_a_clip_takes(folders, monkeypatch):
+    """Each program runs twice, and counts for each batch; what truths give is not asked for."""
+    now, ran = [0.0], []
+
+    def call(self, function, name, *arrays, **options):
+        now[0] += 2 if (name, arrays[0].shape) in ran else 50  # it compiles
+        ran.append((name, arrays[0].shape))
+        return np.asarray(arrays[0]).mean(axis=(1, 2))
+
+    given(monkeypatch)
+    monkeypatch.setattr(Networks, "_call", call)
+    monkeypatch.setattr(score.time, "perf_counter", lambda: now[0])
+    sources = (
+        clips.open_source(folders / s, OPEN, read_splats=read_splats) for s in ("pred", "gt")
+    )
+    pair = clips.pairs(*sources, OPEN)[0]
+    metrics = [OPEN.metric(name) for name in ("dreamsim", "fid", "fid_vid")]
+    clip = score._read(OPEN, tuple(m.resize for m in metrics), {}, pair)
+    networks = Networks(None, batch=2)
+    # three frames are two batches, of two sides, for two networks: what FID has, FID-VID has too
+    assert score._seconds(metrics, clip, networks) == 2 * (2 * 2 * 2)
+    assert ran == [("dreamsim", (2, 224, 224, 3))] * 2 + [("inception", (2, 299, 299, 3))] * 2
+    assert not clip.known and not clip.features
+    for metric in metrics:
+        score.SETS.get(metric.name, score._features)(clip, metric, networks)
+    clip.features.clear()
+    assert len(clip.known) == 2 and score._seconds(metrics, clip, networks) == 2 * (2 * 2)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def not_finite(path):
+    with np.load(path) as stored:
+        np.savez(path, **{**stored, "proj": np.full_like(stored["proj"], np.nan)})
+
+
+def of_another_network(path):
+    np.savez(path, **{"fc.weight": np.zeros((3, 3), np.float32)})
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (cut, "no .npz of arrays"),
+        (not_finite, "proj holds float32 that are not all finite"),
+        (of_another_network, "not the weights of CLIP ViT-B/32: class_embedding is missing"),
+    ],
+)
+def test_damaged_weights_are_found_before_a_clip_is_read(folders, monkeypatch, damage, told):
+    sizes = perceptual_clip.Sizes(patch=112, width=64, layers=1, dim=8)
+    monkeypatch.setitem(perceptual_clip.NETWORKS, "ViT-B/32", sizes)
+    arrays = {
+        name: RNG.normal(size=shape).astype(np.float32) / 8
+        for name, shape in perceptual_clip.shapes(sizes).items()
+    }
+    path = folders / "clip_b32.npz"
+    np.savez(path, **arrays)
+    sources = [
+        clips.open_source(folders / s, OPEN, read_splats=read_splats) for s in ("pred", "gt")
+    ]
+
+    def run():
+        return score.score(OPEN, *sources, Networks(folders), metrics=("psnr", "clip_b32"))
+
+    assert 0 < run()["summary"]["clip_b32"]["value"] < 1
+    damage(path)
+    monkeypatch.setattr(clips, "load", lambda pair, protocol: pytest.fail("a clip was read"))
+    with pytest.raises(ValueError, match=f"clip_b32.npz: {told}"):
+        run()
+
+
 def test_dreamsim_is_one_less_the_cosine(folders, monkeypatch):
     def features(self, name, images):
         assert name == "dreamsim" and images.shape[1:3] == (224, 224)
         red = np.arange(len(images)) < 2  # of a clip of three
         return np.where(red[:, None], [3.0, 4.0], images.mean(axis=(1, 2))[:, :2])
 
-    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    given(monkeypatch)
     monkeypatch.setattr(Networks, "features", features)
     for side, colour in (("pred", (0, 9, 0)), ("gt", (9, 0, 0))):
         for view in "ab":
@@ -209,11 +314,19 @@ def test_a_number_missing_in_the_middle(folders):
         scored(folders)
 
 
+def test_two_pictures_of_one_number(folders):
+    """On both sides, so that the counts agree."""
+    for side in ("pred", "gt"):
+        Image.new("RGB", (18, 16)).save(folders / side / "o1" / "b" / "1.jpg")
+    with pytest.raises(ValueError, match="o1, view b: .*b: 1.jpg and 1.png have the same number"):
+        scored(folders)
+
+
 def test_a_metric_named_twice_counts_once(folders, monkeypatch):
     def logits(self, video, *, pool_frames):
         return video.mean(axis=(0, 1))[:6, 0].astype(np.float32)
 
-    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    given(monkeypatch)
     monkeypatch.setattr(Networks, "logits", logits)
     once, twice = (scored(folders, metrics=("fvd",) * count) for count in (1, 2))
     assert once["summary"] == twice["summary"] and once["summary"]["fvd"]["rows"] == 6
@@ -224,7 +337,7 @@ def test_what_is_not_finite_is_refused(folders, monkeypatch, metric):
     def features(self, name, images):
         return np.zeros((len(images), 4)) / (0 if name == "inception" else 1)
 
-    monkeypatch.setattr(Networks, "check", lambda self, name: None)
+    given(monkeypatch)
     monkeypatch.setattr(Networks, "features", features)
     with np.errstate(invalid="ignore"):
         with pytest.raises(ValueError, match=f"o0, view a: {metric}: what was measured is not f"):
@@ -380,9 +493,10 @@ def test_the_command(folders, capsys):
     out = folders / "out" / "x.json"
     assert cli.main([*command, "--out", str(out)]) == 0
     told = capsys.readouterr()
-    about, estimate, *_ = told.err.splitlines()
+    about, estimate, left, *_ = told.err.splitlines()
     assert about == "fourdstar-open-v2: 6 clips of 3 objects by psnr, ssim"
-    assert estimate.startswith("2 of 6 clips, about ") and "minutes to go" in estimate
+    assert estimate.startswith("about ") and estimate.endswith(" minutes for all")
+    assert left.startswith("2 of 6 clips, about ") and "minutes to go" in left
     assert "PSNR" in told.out
     assert (out.with_suffix(".md")).read_text() == told.out
     assert cli.main([*command, "--against", str(out)]) == 0
