@@ -16,8 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourdstar_jax import outside
-from fourdstar_jax.outside import Fields
+from fourdstar_jax.outside import MAX_SEED, Fields
 
+# What users may ask for, first and last: the command's flags and the functions take the same.
+SEEDS = (0, MAX_SEED)
+TIMESTEPS = (1, 1 << 16)
+TEMPERATURES = (0, 1000)
+TOP_K = (1, 1 << 20)
+GUIDANCE = (-1000, 1000)
+START_S = (0, 1e6)  # of a clip, seconds
+FPS = (1e-3, 1000)
+FRAMES = (1, 10**7)  # of a file, at most
+BATCH = (1, 1 << 16)  # pictures at a time
+RESOLUTION = (1, 4096)  # of what a tokenizer sees, pixels a side
+SIDE = (16, 2048)  # of pictures and videos that are written, pixels
+FITS = ("object", "none", "crop")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_JSON = 16 << 20  # bytes of a bundle's description
 MAX_LIST = 12  # entries of a list of widths, each of which doubles or halves a size
@@ -30,7 +43,7 @@ RANGES = {
     "octaves": (0, 64),
     "heads": (1, 1024),
     "multipliers": (1, 64),
-    "resolution": (1, 4096),
+    "resolution": RESOLUTION,
     "grid": (1, 512),
     "text_vocab": (0, 1 << 20),
     "vocab_size": (1, 1 << 20),
@@ -57,9 +70,17 @@ def real(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of some words. Raises ValueError, which names it."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={shown(value)} must be one of {', '.join(allowed)}")
+    return value
+
+
 def path(name: str, value: Any) -> Path:
     """The path of a file or folder. Raises ValueError, which names it."""
-    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+    known = isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes)
+    if not known or value == "":  # which would be the current folder
         raise ValueError(f"{name}={shown(value)} must be a path")
     return Path(value)
 
@@ -83,6 +104,11 @@ def there(path: Path) -> Path:
         wrong = f"{url[1]}://{url[2]} is a URL: download it first" if url else None
         raise ValueError(wrong or f"{path} does not exist")
     return path
+
+
+def counted(count: int, things: str) -> str:
+    """So many things in words: "1 timestep", "2 timesteps"."""
+    return f"{count} {things if count != 1 else things.removesuffix('s')}"
 
 
 def shown(value: Any) -> str:

@@ -8,72 +8,22 @@ What is there is not made again, whatever it was made with.
 """
 
 import contextlib
-import csv
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fourdstar_jax import export, remote, timing
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.folders import OBJECT, is_of_kind, output_folder, replace_file
 from fourdstar_jax.generate import SCALES, Clip, Model
+from fourdstar_jax.lists import QUARANTINED, Item
 from fourdstar_jax.shards import WHOLE, Claims, Shard
 
-QUARANTINED = "quarantined"
 CLAIM_S = 3600.0  # after which a video of a machine that is not heard of is anybody's
-
-
-class Item(NamedTuple):
-    """A video or picture, what it shows, and the name of its output."""
-
-    video: Path
-    name: str
-    text: str | None = None
-
-
-def read_list(path: Path) -> list[Item]:
-    """The videos in a list: a text file with a path a line, or a CSV file.
-
-    That has a column `video` and may have `text` and `name` (of the output; by default the file's
-    name without its ending). Paths are relative to the list's folder. Raises ValueError, which
-    names the line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ValueError(f"{path} cannot be read: {why}") from error
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        if "video" not in (reader.fieldnames or ()):
-            raise ValueError(f"{path} has no column video")
-        rows = [(reader.line_num, row) for row in reader]
-    else:
-        lines = enumerate(map(str.strip, text.splitlines()), 1)
-        rows = [(n, {"video": line}) for n, line in lines if line and not line.startswith("#")]
-    items: dict[str, Item] = {}
-    lines_of: dict[str, int] = {}
-    for number, row in rows:
-        place = f"{path}, line {number}"
-        if not row["video"] or "\0" in row["video"]:
-            raise ValueError(f"{place}: no video is named")
-        video = path.parent / row["video"]
-        name = row.get("name") or video.stem
-        if not re.fullmatch(r"[^/\0.][^/\0]{0,199}", name) or name == QUARANTINED:
-            raise ValueError(f"{place}: {name[:60]!r} cannot be the name of an output folder")
-        if name in items:
-            raise ValueError(
-                f"{place}: its output would be {name!r}, as that of line {lines_of[name]}: give "
-                "them names of their own in a CSV file (columns video, name)"
-            )
-        items[name], lines_of[name] = Item(video, name, row.get("text") or None), number
-    if not items:
-        raise ValueError(f"{path} lists no videos")
-    return list(items.values())
 
 
 class Outputs:
@@ -150,7 +100,7 @@ class Outputs:
 def check(model: Model, reading: dict[str, Any], options: dict[str, Any]) -> None:
     """Raises ValueError for what would be wrong with every video, before the first is read."""
     probe = np.full((1, 16, 16, 3), 255, np.uint8)
-    used = {k: v for k, v in reading.items() if k in ("timesteps", "fps")}
+    used = {k: v for k, v in reading.items() if k not in ("fit", "start", "masks", "rembg")}
     model.read(probe, fit="none", **used)
     model.settings(**{k: options.get(k) for k in ("temperature", "top_k", *SCALES.values())})
     model.encode_text(options.get("text") or "an object")
@@ -201,7 +151,7 @@ def generate(
                 warn(f"quarantined: {item.video}: {reason}")
             else:
                 counts["made"] += 1
-                log(f"{len(clip.images)} timesteps of 3D Gaussians: {out / item.name}")
+                log(f"{counted(len(clip.images), 'timesteps')} of 3D Gaussians: {out / item.name}")
     left = sum(not outputs.done(item) for item in items)
     log(
         f"{counts['made']} made, {counts['quarantined']} quarantined ({out / QUARANTINED}), "

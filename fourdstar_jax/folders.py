@@ -68,6 +68,17 @@ def check_object(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is no output of `fourdstar generate` or `reconstruct`")
 
 
+def check_dataset(path: str | os.PathLike[str]) -> Path:
+    """The manifest of a dataset. Raises ValueError if there is none."""
+    manifest = remote.fetched(path) / DATASET.manifest
+    if not manifest.is_file():
+        there = f"has no {DATASET.manifest}"
+        if not manifest.parent.is_dir():
+            there = "is a file" if manifest.parent.exists() else "is not there"
+        raise ValueError(f"the dataset {path} {there}: `fourdstar prepare` makes datasets")
+    return manifest
+
+
 @contextlib.contextmanager
 def output_folder(
     path: str | os.PathLike[str], kind: Kind, *, overwrite: bool = False
@@ -75,10 +86,11 @@ def output_folder(
     """A temporary sibling of `path` to write to, which becomes `path` when the block succeeds.
 
     After an error nothing is left, and what a killed process left of the same target is removed.
-    Raises ValueError, before anything is written, if `path` is a file or a folder that is not
-    empty; `overwrite` allows the latter, but only for a folder of this kind, which is replaced
-    whole. In an object store, where nothing can be renamed, the files are sent when the block
-    succeeds, the manifest last; until then a folder that is replaced has none.
+    Raises ValueError, before anything is written, if another process of this machine is at it, or
+    if `path` is a file or a folder that is not empty; `overwrite` allows the latter, but only for a
+    folder of this kind, which is replaced whole. In an object store, where nothing can be renamed,
+    the files are sent when the block succeeds, the manifest last; until then a folder that is
+    replaced has none.
     """
     if (url := remote.url_of(path)) is not None:
         with _sent_folder(url, kind, overwrite) as partial:
@@ -94,6 +106,9 @@ def output_folder(
             raise ValueError(f"output folder {path} is not empty (--overwrite replaces it)")
         _check_kind(path, kind)
     partial = _sibling(path, "partial")
+    for other in _partials(path):
+        if other != partial:
+            raise ValueError(f"output folder {path} is being written by another process: {other}")
     with _begun(partial):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +127,8 @@ def output_folder(
             ) from error
         replaced = _sibling(path, "replaced")
         if path.exists():
+            if not overwrite and any(path.iterdir()):
+                raise ValueError(f"output folder {path} was written by another process meanwhile")
             path.rename(replaced)
         partial.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -200,8 +217,9 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        # not there, in a file that stands for its folder, or on a disk that is read only
+        # not there, or in a file that stands for its folder
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)  # a disk that is read only says so before it says that nothing is there
             path.unlink()
 
 
@@ -223,6 +241,14 @@ def _clear_up(path: Path) -> None:
             left.rename(path)
         else:
             _remove(left)
+
+
+def _partials(path: Path) -> Iterator[Path]:
+    """What processes of this machine that run have begun to write of a folder."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        found = _LEFT.fullmatch(left.name[len(path.name) + 1 :])
+        if found is not None and found["host"] == _HOST and _runs(int(found["pid"])):
+            yield left
 
 
 def _runs(pid: int) -> bool:

@@ -22,10 +22,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fourdstar_jax import arguments, bars, bundle, folders
 from fourdstar_jax.data import video as video_input
+from fourdstar_jax.data.decode import MIN_SIDE
 from fourdstar_jax.data.features import DTYPES, stored
 from fourdstar_jax.geometry import Rig
 from fourdstar_jax.kernels.rasterize import rasterize
-from fourdstar_jax.outside import MAX_SEED, SHA256
+from fourdstar_jax.outside import SHA256
 from fourdstar_jax.star import sample
 from fourdstar_jax.star.model import STAR, Condition
 from fourdstar_jax.text import pieces
@@ -100,7 +101,7 @@ class Model:
         if self.bundle.tokenizer is None or "vqvae" not in self.bundle.stages:
             raise ValueError(f"bundle {folder} is not complete: it has no tokenizer or no vqvae")
         seen = self.bundle.info("vqvae").part("rig")
-        self.max_timesteps = seen.integer("max_timesteps", 1, 1 << 16)
+        self.max_timesteps = seen.integer("max_timesteps", *arguments.TIMESTEPS)
         rig = {name: value for name, value in seen.values.items() if name != "max_timesteps"}
         self.rig = Rig.from_dict(rig, f"{seen.where}: {seen.path}")
         self.resolution = self.bundle.spec.resolution
@@ -108,7 +109,7 @@ class Model:
             trained = self.bundle.info("star").part("trained", default={})  # older ones: nothing
             self.max_timesteps = min(
                 self.max_timesteps,
-                trained.integer("timesteps", 1, 1 << 16, default=self.max_timesteps),
+                trained.integer("timesteps", *arguments.TIMESTEPS, default=self.max_timesteps),
             )
             views = trained.integer("views", 1, 1 << 10, default=self.rig.num_views)
             if views != self.rig.num_views:
@@ -167,10 +168,10 @@ class Model:
         kept = self.bundle.info("star").part("sampling", default=sample.DEFAULTS)
         top_k = kept.values.get("top_k")
         return {
-            "temperature": kept.number("temperature", 0, 1e6),
-            "top_k": None if top_k is None else kept.integer("top_k", 1, 1 << 20),
-            "cfg_scale": kept.number("cfg_scale", -1e6, 1e6),
-            "history_scale": kept.number("history_scale", -1e6, 1e6, default=1.0),
+            "temperature": kept.number("temperature", *arguments.TEMPERATURES),
+            "top_k": None if top_k is None else kept.integer("top_k", *arguments.TOP_K),
+            "cfg_scale": kept.number("cfg_scale", *arguments.GUIDANCE),
+            "history_scale": kept.number("history_scale", *arguments.GUIDANCE, default=1.0),
         }
 
     @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
@@ -185,13 +186,15 @@ class Model:
         """`sampling`, but for what is given. Raises ValueError for values out of range."""
         told: dict[str, Any] = {}
         if temperature is not None:
-            told["temperature"] = arguments.real("temperature", temperature, 0, 1e6)
+            told["temperature"] = arguments.real(
+                "temperature", temperature, *arguments.TEMPERATURES
+            )
         if top_k is not None:
-            told["top_k"] = arguments.whole("top_k", top_k, 1, 1 << 20)
+            told["top_k"] = arguments.whole("top_k", top_k, *arguments.TOP_K)
         if cfg is not None:
-            told["cfg_scale"] = arguments.real("cfg", cfg, -1e6, 1e6)
+            told["cfg_scale"] = arguments.real("cfg", cfg, *arguments.GUIDANCE)
         if history_cfg is not None:
-            told["history_scale"] = arguments.real("history_cfg", history_cfg, -1e6, 1e6)
+            told["history_scale"] = arguments.real("history_cfg", history_cfg, *arguments.GUIDANCE)
         return self.sampling | told
 
     @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
@@ -263,7 +266,7 @@ class Model:
         if key is not None and seed is not None:
             raise ValueError("give key or seed, not both")
         if key is None:
-            seed = 0 if seed is None else arguments.whole("seed", seed, 0, MAX_SEED)
+            seed = 0 if seed is None else arguments.whole("seed", seed, *arguments.SEEDS)
             key = jax.random.key(seed)
         else:
             _check_key(key)
@@ -383,7 +386,11 @@ class Model:
                 f"{timesteps=} must be from 1 to {self.max_timesteps}, the most that the model was "
                 "trained on"
             )
-        fps = self.rig.fps if fps is None else video_input.frequency("fps", fps)
+        fps = self.rig.fps if fps is None else arguments.real("fps", fps, *arguments.FPS)
+        arguments.real("start", start, *arguments.START_S)
+        arguments.real("folder_fps", folder_fps, *arguments.FPS)
+        arguments.whole("max_frames", max_frames, *arguments.FRAMES)
+        arguments.choice("fit", fit, arguments.FITS)
         if isinstance(video, str | os.PathLike):
             images, info = video_input.read_video(
                 video, resolution=self.resolution, timesteps=most, fit=fit, start=start, fps=fps,
@@ -414,12 +421,11 @@ class Model:
     def _frames(
         self, video: Any, most: int, fit: str, fps: float
     ) -> tuple[Float[np.ndarray, "T r r 3"], dict[str, Any]]:
-        video_input.check_fit(fit)
         frames = _array("video", video, "a path or an array [T, h, w, 3 or 4]")
         if frames.ndim != 4 or frames.shape[-1] not in (3, 4) or len(frames) == 0:
             raise ValueError(f"video has shape {frames.shape}; [T, h, w, 3 or 4] is needed")
         height, width = frames.shape[1:3]
-        if min(height, width) < (side := video_input.MIN_SIDE):
+        if min(height, width) < (side := MIN_SIDE):
             raise ValueError(f"video is {width}x{height} pixels; at least {side}x{side} are needed")
         if np.issubdtype(frames.dtype, np.floating):
             _check_range("video", frames)

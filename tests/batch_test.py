@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fourdstar_jax import batch, cli
+from fourdstar_jax import cli, lists
 from fourdstar_jax.folders import OBJECT, is_of_kind
 from fourdstar_jax.shards import Shard
 
@@ -106,7 +106,7 @@ def test_lists_that_cannot_be_used_are_told(tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=words):
-        batch.read_list(tmp_path / name)
+        lists.read_list(tmp_path / name)
 
 
 def test_flags_that_do_not_go_together(capsys, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fourdstar_jax as fs
 from fourdstar_jax import arguments, bundle, cli, tokenizer
 from fourdstar_jax.cli import doctor, inventory
 from fourdstar_jax.cli.common import TRAINING_PACKAGES
@@ -110,7 +111,7 @@ def test_generate_writes_a_whole_output_and_again_the_same(capsys, tmp_path, tin
     source = picture(tmp_path / "a.png")
     arguments = ["generate", "--image", source, "--model", tiny_bundle, "--size", 32, "--seed", 5]
     code, out, _ = run(capsys, *arguments, "--out", tmp_path / "one", "--text", "a dog")
-    assert code == 0 and "device: cpu" in out and "1 timesteps" in out
+    assert code == 0 and "device: cpu" in out and "1 timestep of" in out
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
     assert manifest["seed"] == 5 and manifest["text"] == "a dog" and manifest["timesteps"] == 1
     assert set(manifest["model"]["weights_sha256"]) == {"tokenizer", "vqvae", "star"}
@@ -135,6 +136,65 @@ def test_generate_writes_a_whole_output_and_again_the_same(capsys, tmp_path, tin
         if file.is_file():
             other = tmp_path / "one" / file.relative_to(tmp_path / "first")
             assert file.read_bytes() == other.read_bytes(), file.name
+
+
+def test_command_and_python_take_the_same(tiny_bundle, capsys):
+    """Each flag that is an argument of `Model.generate`, at its bounds and beyond them."""
+    model, wide = fs.load(tiny_bundle), 1 + 1e-6
+    for name, (low, high) in {
+        "seed": arguments.SEEDS,
+        "temperature": arguments.TEMPERATURES,
+        "top_k": arguments.TOP_K,
+        "cfg": arguments.GUIDANCE,
+        "history_cfg": arguments.GUIDANCE,
+        "start": arguments.START_S,
+        "fps": arguments.FPS,
+        "folder_fps": arguments.FPS,
+        "max_frames": arguments.FRAMES,
+    }.items():
+        below, above = (low - 1, high + 1) if isinstance(high, int) else (low - 1e-6, high * wide)
+        for value, allowed in ((low, True), (high, True), (below, False), (above, False)):
+            with pytest.raises(ValueError) as error:
+                model.generate("nowhere.mp4", **{name: value})
+            refused = f"{name}={value} must be a" in str(error.value)
+            assert refused != allowed and ("does not exist" in str(error.value)) == allowed
+            code, _, lines = run(capsys, "generate", "--video=nowhere.mp4", f"--{name}={value}")
+            assert code == 2 and ("does not exist" in lines[0]) == allowed, lines
+    for fit in arguments.FITS:
+        assert "does not exist" in run(capsys, "generate", "--video=no.mp4", "--fit", fit)[2][0]
+
+
+def test_what_cannot_be_used_is_told_before_jax_is_imported(tmp_path):
+    (tmp_path / "a.mp4").write_text("no video")
+    (tmp_path / "empty").mkdir()
+    clip = ["generate", "--out", "x", "--video", str(cli.BUNDLED_MODEL / "example.mp4")]
+    pictures = ["reconstruct", "--out", "x", "--tokenizer", "local", "--input"]
+    commands = {
+        "a.mp4 is not a video": ["generate", "--video", "a.mp4", "--out", "x"],
+        "empty holds no pictures": ["generate", "--video", "empty", "--out", "x"],
+        "before start = 99": [*clip, "--start", "99"],
+        "masks nowhere do not exist": [*clip, "--masks", "nowhere"],
+        "empty is not a model bundle: it has no": [*clip, "--model", "empty"],
+        "nowhere.txt cannot be read": ["generate", "--videos", "nowhere.txt", "--out", "x"],
+        "a.mp4 is not a video or picture": [*pictures, "a.mp4"],
+        "empty holds no picture or video": [*pictures, "empty"],
+        "is local, not vq16": [*pictures, "a.mp4", "--tokenizer", "vq16"],
+        "the dataset a.mp4 is a file": ["reconstruct", "--data", "a.mp4", "--out", "x"],
+        "the dataset empty has no manifest.json": ["reconstruct", "--data=empty", "--out=x"],
+        "empty is no output of": ["view", "empty"],
+        "a.mp4 is no output of": ["export", "a.mp4", "--to", "ply", "--out", "x"],
+    }
+    code = "import json, sys; from fourdstar_jax import cli\n"
+    code += "for argv in json.loads(sys.argv[1]): assert cli.main(argv) == 2\n"
+    code += "print({'jax', 'flax', 'tensorflow'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(list(commands.values()))],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.stdout.strip() == "set()", result.stderr
+    for words, line in zip(commands, result.stderr.strip().splitlines(), strict=True):
+        assert words in line
+    assert not (tmp_path / "x").exists()
 
 
 def test_demo_is_generate_with_the_package_s_clip(monkeypatch, capsys, tmp_path):

@@ -121,6 +121,21 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     assert names(tmp_path) == sorted([*spared, "out"])
 
 
+def test_two_processes_do_not_write_the_same_folder(tmp_path):
+    left = tmp_path / f".out.partial-{folders._HOST}.{os.getppid()}"
+    left.mkdir()
+    with pytest.raises(ValueError, match=f"another process: .*{left.name}$"):
+        with output_folder(tmp_path / "out", OBJECT, overwrite=True):
+            pass
+    left.rmdir()
+    with pytest.raises(ValueError, match="meanwhile"):
+        with output_folder(tmp_path / "out", OBJECT) as folder:
+            write(folder)
+            (tmp_path / "out").mkdir()  # by a process of another machine
+            write(tmp_path / "out", made=1)
+    assert names(tmp_path) == ["out"] and read(tmp_path / "out")["made"] == 1
+
+
 def test_a_folder_put_aside_by_a_killed_process_comes_back(tmp_path):
     aside = tmp_path / f".out.replaced-{gone()}"
     aside.mkdir()

@@ -161,8 +161,8 @@ def test_bad_arguments(model):
         ("temperature", -1.0, "a number from 0"),
         ("temperature", "hot", "a number from 0"),
         ("top_k", 1.5, "a whole number from 1"),
-        ("cfg", float("nan"), "a number from -1e"),
-        ("history_cfg", [1], "a number from -1e"),
+        ("cfg", float("nan"), "a number from -1000 to 1000"),
+        ("history_cfg", [1], "a number from -1000 to 1000"),
     ):
         with pytest.raises(ValueError, match=f"^{name}=.* must be {allowed}"):
             model.generate(frames(1), **{name: value})

@@ -20,7 +20,7 @@ ROOT = Path(fourdstar_jax.__file__).parent
 # and from its own package.
 FLOORS = [
     {"outside", "remote", "bars"},
-    {"types", "timing", "folders", "arguments"},
+    {"types", "timing", "folders", "arguments", "lists", "serve"},
     {"geometry", "signals", "shards"},
     {"processes"},
     {"kernels", "sharding"},

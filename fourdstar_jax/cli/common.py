@@ -1,6 +1,7 @@
 """What commands share: flags, the model, and how a command becomes a parser."""
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fourdstar_jax.arguments import SIDE
 from fourdstar_jax.shards import Shard
 
 if TYPE_CHECKING:
@@ -34,7 +36,27 @@ EXIT_BAD_INPUT = 2
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
+    def __init__(self, *words: Any, **options: Any):
+        super().__init__(*words, **options)
+        self.register("type", Path, path)
+        self._words: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore
+        self._words = list(args or ())
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
+        unknown = [
+            flag
+            for word in self._words
+            if re.match("--?[a-zA-Z]", flag := word.partition("=")[0])
+            if flag not in self._option_string_actions and not flag.startswith("--config")
+        ]
+        if unknown and "required" in message:  # the likelier mistake
+            message = f"unrecognized arguments: {unknown[0]}"
+        if unknown and message.startswith("unrecognized"):
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            message += f": did you mean {near[0]}?" if near else ""
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
@@ -97,6 +119,13 @@ def real(low: float, high: float) -> Callable[[str], float]:
     return read
 
 
+def path(text: str) -> Path:
+    """What flags of type Path take: not "", which is what a variable that is not set leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, not ''")
+    return Path(text)
+
+
 def shard(text: str) -> Shard:
     """A flag's type: part I of N of a list, as "I/N"."""
     try:
@@ -121,9 +150,6 @@ def bundle_folder(text: str) -> Path:
     return path
 
 
-FPS = real(1e-3, 1000)
-
-
 def model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=bundle_folder, default=BUNDLED_MODEL, metavar="BUNDLE", help="model bundle"
@@ -132,7 +158,7 @@ def model_flag(parser: argparse.ArgumentParser) -> None:
 
 def output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", type=whole(16, 2048), default=256, help="of the videos, pixels a side"
+        "--size", type=whole(*SIDE), default=256, help="of the videos, pixels a side"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     parser.add_argument(
@@ -152,11 +178,13 @@ def load_model(folder: Path) -> "Model":
 
 
 def there_is_a_bundle(folder: Path) -> None:
-    """Raises ValueError for a folder that is not there, before anything large is imported."""
+    """Raises ValueError for a folder that is no bundle, before anything large is imported."""
     if folder == BUNDLED_MODEL and not folder.exists():
         raise ValueError(f"this installation has no bundled model ({folder}): give --model BUNDLE")
     if not folder.exists():
         raise ValueError(f"{folder} is not a model bundle: there is no such folder")
+    if not (folder / "model.json").is_file():
+        raise ValueError(f"{folder} is not a model bundle: it has no model.json")
 
 
 def say_device() -> None:

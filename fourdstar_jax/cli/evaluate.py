@@ -5,6 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.cli.common import load_model, model_flag, there_is_a_bundle, whole
 from fourdstar_jax.outside import MAX_SEED
 
@@ -331,7 +332,7 @@ def _pairs(arguments: argparse.Namespace) -> None:
         clips.open_source(path, protocol, azimuths=azimuths, **options) for path in arguments.pairs
     )
     count = pairs.write(arguments.out, first, second, protocol, truths=truths, seed=arguments.seed)
-    print(f"{count} pairs: {arguments.out}")
+    print(f"{counted(count, 'pairs')}: {arguments.out}")
 
 
 def _self_check(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
 """`fourdstar export`: an object in the files of other programs."""
 
 import argparse
+import shutil
 from pathlib import Path
 
+from fourdstar_jax.arguments import SIDE
 from fourdstar_jax.cli.common import whole
 
 SUMMARY = "write an object in other formats"
@@ -24,9 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--to", nargs="+", required=True, choices=FORMATS, metavar="FORMAT", help=" ".join(FORMATS)
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--size", type=whole(16, 2048), default=256, help="of pictures, pixels a side"
-    )
+    parser.add_argument("--size", type=whole(*SIDE), default=256, help="of pictures, pixels a side")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
 
@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     from fourdstar_jax.folders import EXPORT, check_object, output_folder
 
     check_object(arguments.folder)
+    if "splat4d" in arguments.to and shutil.which("splat4d") is None:
+        raise ValueError("--to splat4d needs the program splat4d: pip install splats4d")
     out = output_folder(arguments.out, EXPORT, overwrite=arguments.overwrite)
     with out as folder, bars.waiting("writing"):
         from fourdstar_jax.export import outputs

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fourdstar_jax.arguments import there
+from fourdstar_jax import arguments as allowed
+from fourdstar_jax.arguments import counted, there
 from fourdstar_jax.cli.common import (
-    FPS,
     load_model,
     model_flag,
     output_flags,
@@ -17,9 +17,11 @@ from fourdstar_jax.cli.common import (
     say_input,
     say_viewer,
     shard,
+    there_is_a_bundle,
     whole,
 )
-from fourdstar_jax.outside import MAX_SEED
+from fourdstar_jax.data.decode import MAX_FRAMES, check
+from fourdstar_jax.lists import read_list
 from fourdstar_jax.shards import WHOLE
 
 if TYPE_CHECKING:
@@ -64,27 +66,36 @@ def other_flags(parser: argparse.ArgumentParser) -> None:
     )
     model_flag(parser)
     parser.add_argument("--text", help="what the object is and does; default a neutral prompt")
-    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the sampling")
+    parser.add_argument("--seed", type=whole(*allowed.SEEDS), default=0, help="of the sampling")
     parser.add_argument(
         "--frames",
-        type=whole(1, 1 << 16),
+        type=whole(*allowed.TIMESTEPS),
         metavar="T",
         help="timesteps; default all of the video that fit",
     )
     parser.add_argument(
-        "--start", type=real(0, 1e6), default=0.0, metavar="SECONDS", help="where in the video"
+        "--start",
+        type=real(*allowed.START_S),
+        default=0.0,
+        metavar="SECONDS",
+        help="where in the video",
     )
     parser.add_argument(
-        "--fps", type=FPS, help="timesteps a second of the video; default the model's"
+        "--fps",
+        type=real(*allowed.FPS),
+        help="timesteps a second of the video; default the model's",
     )
     parser.add_argument(
-        "--folder_fps", type=FPS, default=8.0, help="what a folder of frames counts as"
+        "--folder_fps",
+        type=real(*allowed.FPS),
+        default=8.0,
+        help="what a folder of frames counts as",
     )
     parser.add_argument(
         "--fit",
-        choices=["object", "none"],
+        choices=allowed.FITS,
         default="object",
-        help="cut the object out and scale it as in training, or only resize",
+        help="cut the object out and scale it as in training, only resize, or take the middle",
     )
     parser.add_argument(
         "--masks",
@@ -99,23 +110,30 @@ def other_flags(parser: argparse.ArgumentParser) -> None:
         help="cut the object out of a video without alpha by a network of yours (extra rembg)",
     )
     parser.add_argument(
-        "--temperature", type=real(0, 1000), help="0 takes the likeliest; default the model's"
+        "--temperature",
+        type=real(*allowed.TEMPERATURES),
+        help="0 takes the likeliest; default the model's",
     )
     parser.add_argument(
-        "--top_k", type=whole(1, 1 << 20), help="sample from the k likeliest; default the model's"
+        "--top_k",
+        type=whole(*allowed.TOP_K),
+        help="sample from the k likeliest; default the model's",
     )
     parser.add_argument(
         "--cfg",
-        type=real(-1000, 1000),
+        type=real(*allowed.GUIDANCE),
         help="classifier-free guidance scale; default the model's",
     )
     parser.add_argument(
         "--history_cfg",
-        type=real(-1000, 1000),
+        type=real(*allowed.GUIDANCE),
         help="guidance towards the timesteps before; default the model's",
     )
     parser.add_argument(
-        "--max_frames", type=whole(1, 10**7), default=10_000, help="longer inputs are refused"
+        "--max_frames",
+        type=whole(*allowed.FRAMES),
+        default=MAX_FRAMES,
+        help="longer inputs are refused",
     )
     output_flags(parser)
 
@@ -147,7 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.timing:
             object4d.meta["generation"] = timing.of_generation(start)
         export.write(object4d, folder, size=arguments.size, progress=True)
-    print(f"{len(object4d.gaussians.means)} timesteps of 3D Gaussians: {arguments.out}")
+    print(f"{counted(len(object4d.gaussians.means), 'timesteps')} of 3D Gaussians: {arguments.out}")
     say_viewer(arguments.out)
 
 
@@ -157,6 +175,8 @@ def _run_list(arguments: argparse.Namespace) -> None:
         named = f", and takes no --{unfit[0]}" if unfit else ""
         again = ": remove an output to have it made again" if "overwrite" in unfit else ""
         raise ValueError(f"--videos needs --out DIR{named}{again}")
+    items = read_list(arguments.videos)
+    there_is_a_bundle(arguments.model)
     from fourdstar_jax import bars, batch
 
     def load() -> "Model":
@@ -167,7 +187,7 @@ def _run_list(arguments: argparse.Namespace) -> None:
 
     batch.generate(
         load,
-        batch.read_list(arguments.videos),
+        items,
         arguments.out,
         shard=arguments.shard or WHOLE,
         reading=reading(arguments),
@@ -194,6 +214,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _see(source: Path, arguments: argparse.Namespace) -> tuple["Model", "Clip"]:
     """The model and its input; says what of that is used, and writes the preview."""
+    _check_input(source, arguments)
     from fourdstar_jax import bars
 
     with bars.waiting("loading"):
@@ -206,6 +227,25 @@ def _see(source: Path, arguments: argparse.Namespace) -> tuple["Model", "Clip"]:
         pictures.write_sheet(arguments.preview, clip.images)
         print(f"what the model will see: {arguments.preview}")
     return model, clip
+
+
+def _check_input(source: Path, arguments: argparse.Namespace) -> None:
+    """Refuses what cannot be used before anything large is imported."""
+    there_is_a_bundle(arguments.model)
+    if arguments.masks is not None and not arguments.masks.exists():
+        raise ValueError(f"masks {arguments.masks} do not exist")
+    check(
+        source,
+        timesteps=1 if arguments.image is not None else arguments.frames,
+        fps=arguments.fps,
+        start=arguments.start,
+        folder_fps=arguments.folder_fps,
+        max_frames=arguments.max_frames,
+    )
+    if arguments.rembg is not None:
+        from fourdstar_jax.data import cutout
+
+        cutout.load(arguments.rembg)  # once: it is kept
 
 
 def _check_preview(path: Path, others: tuple[Path | None, ...], *, overwrite: bool) -> None:

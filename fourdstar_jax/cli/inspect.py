@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fourdstar_jax.arguments import there
-from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder, whole
+from fourdstar_jax.arguments import counted, there
+from fourdstar_jax.cli.common import BUNDLED_MODEL, bundle_folder, there_is_a_bundle, whole
 
 SUMMARY = "tell what a model bundle or a dataset holds"
 
@@ -35,11 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     there(arguments.bundle)
     if is_of_kind(arguments.bundle, OBJECT):
         raise ValueError(f"{arguments.bundle} is an object: `fourdstar view` shows it")
+    if is_of_kind(arguments.bundle, DATASET):
+        return _dataset(arguments.bundle, arguments.sheet)
+    there_is_a_bundle(arguments.bundle)
     with bars.waiting("loading"):
         from fourdstar_jax import bundle
 
-    if is_of_kind(arguments.bundle, DATASET):
-        return _dataset(arguments.bundle, arguments.sheet)
     if arguments.clusters is not None:
         return _clusters(arguments)
     if arguments.sheet is not None:
@@ -113,4 +114,4 @@ def _dataset(folder: Path, picture: Path | None) -> None:
         told = manifest.get("counts", {}).get(split, {"clips": clips})  # older ones have none
         print(f"  {split}: " + ", ".join(f"{k} {v}" for k, v in told.items()))
     if picture is not None:
-        print(f"  {sheet.write(folder, picture)} objects in {picture}")
+        print(f"  {counted(sheet.write(folder, picture), 'objects')} in {picture}")

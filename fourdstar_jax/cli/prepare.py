@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from fourdstar_jax.arguments import FPS
 from fourdstar_jax.cli import encode_text, tokenize
-from fourdstar_jax.cli.common import FPS, bundle_folder, real, shard, whole
+from fourdstar_jax.cli.common import bundle_folder, real, shard, whole
 from fourdstar_jax.data.settings import MAX_POINTS, MAX_SAMPLES, SAMPLES, Limits, Settings
 from fourdstar_jax.data.splits import SPLITS
 
@@ -84,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ("views", whole(1, 64), "rig views, equally around"),
         ("extra_views", whole(0, 63), "random views, for losses"),
         ("max_frames", whole(1, 1024), "of a clip; the rest is cut"),
-        ("fps", FPS, "sampling of the animations"),
+        ("fps", real(*FPS), "sampling of the animations"),
         ("points", whole(0, MAX_POINTS), "tracked points of the surface, for evaluation"),
         ("rigs", whole(1, 64), "times a clip of training is seen, from another side each"),
     ):

@@ -5,8 +5,8 @@ import functools
 import time
 from pathlib import Path
 
+from fourdstar_jax.arguments import BATCH, FITS, FPS, START_S, counted
 from fourdstar_jax.cli.common import (
-    FPS,
     load_model,
     model_flag,
     output_flags,
@@ -14,6 +14,7 @@ from fourdstar_jax.cli.common import (
     say_device,
     say_input,
     say_viewer,
+    there_is_a_bundle,
     whole,
 )
 from fourdstar_jax.tokenizer import FAMILIES
@@ -32,20 +33,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fit",
-        choices=["none", "crop", "object"],
+        choices=FITS,
         default="none",
         help="pictures to squares: pad, take the middle, or cut the object out (--input)",
     )
     parser.add_argument(
         "--start",
-        type=real(0, 1e6),
+        type=real(*START_S),
         default=0.0,
         metavar="SECONDS",
         help="where in the videos (--input)",
     )
-    parser.add_argument("--fps", type=FPS, default=8.0, help="sampling of videos (--input)")
+    parser.add_argument("--fps", type=real(*FPS), default=8.0, help="sampling of videos (--input)")
     parser.add_argument(
-        "--batch", type=whole(1, 1 << 16), default=16, help="pictures at a time (--input)"
+        "--batch", type=whole(*BATCH), default=16, help="pictures at a time (--input)"
     )
     parser.add_argument("--split", default="unseen_clip", help="train, unseen_clip, unseen_object")
     parser.add_argument(
@@ -61,13 +62,16 @@ def run(arguments: argparse.Namespace) -> None:
         return _pictures(arguments)
     if arguments.tokenizer is not None:
         raise ValueError("--tokenizer goes with --input: --data needs the whole bundle")
-    import numpy as np
-
     from fourdstar_jax import bars
-    from fourdstar_jax.folders import OBJECT, output_folder
+    from fourdstar_jax.folders import OBJECT, check_dataset, output_folder
+
+    check_dataset(arguments.data)
+    there_is_a_bundle(arguments.model)
 
     with output_folder(arguments.out, OBJECT, overwrite=arguments.overwrite) as folder:
         with bars.waiting("loading"):
+            import numpy as np
+
             from fourdstar_jax import export, timing
             from fourdstar_jax.data import pipeline, transforms
             from fourdstar_jax.evaluate import metrics
@@ -75,7 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
             model = load_model(arguments.model)
             clips = pipeline.ClipSource(arguments.data, arguments.split)
         if not 0 <= arguments.clip < len(clips):
-            raise ValueError(f"--clip {arguments.clip}: the split has {len(clips)} clips")
+            raise ValueError(
+                f"--clip {arguments.clip}: the split has {counted(len(clips), 'clips')}"
+            )
         clip = clips[arguments.clip]
         timesteps = min(model.max_timesteps, len(clip["frame_times"]))
         images, masks = transforms.on_white(clip["rig_rgba"][:timesteps])
@@ -105,18 +111,19 @@ def run(arguments: argparse.Namespace) -> None:
 def _pictures(arguments: argparse.Namespace) -> None:
     if arguments.tokenizer is None:
         raise ValueError("--input needs --tokenizer unitok or vq16")
-    from fourdstar_jax import bundle
-    from fourdstar_jax.export import pictures
+    from fourdstar_jax import bars
+    from fourdstar_jax.data.decode import check
     from fourdstar_jax.folders import PICTURES, output_folder
+    from fourdstar_jax.lists import pictures_and_videos
 
-    spec = bundle.read(arguments.model).spec
-    if spec.name != arguments.tokenizer:
-        raise ValueError(
-            f"the tokenizer of {arguments.model} is {spec.name}, not {arguments.tokenizer}: "
-            f"`fourdstar convert {arguments.tokenizer} FILE BUNDLE` makes one, for --model BUNDLE"
-        )
+    _check_tokenizer(arguments.model, arguments.tokenizer)
+    check(pictures_and_videos(arguments.input)[0], start=arguments.start, fps=arguments.fps)
     with output_folder(arguments.out, PICTURES, overwrite=arguments.overwrite) as folder:
-        tokenizer = bundle.read(arguments.model).load("tokenizer")
+        with bars.waiting("loading"):
+            from fourdstar_jax import bundle
+            from fourdstar_jax.export import pictures
+
+            tokenizer = bundle.read(arguments.model).load("tokenizer")
         say_device()
         result = pictures.reconstruct(
             tokenizer,
@@ -128,5 +135,18 @@ def _pictures(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch,
             on_input=functools.partial(say_input, fit=arguments.fit),
         )
-    line = f"{len(result['files'])} files, mean PSNR {result['mean_psnr']:.2f} dB"
+    line = f"{counted(len(result['files']), 'files')}, mean PSNR {result['mean_psnr']:.2f} dB"
     print(f"{line}: {arguments.out}")
+
+
+def _check_tokenizer(model: Path, wanted: str) -> None:
+    """Refuses a bundle with another tokenizer, before anything large is imported."""
+    there_is_a_bundle(model)
+    from fourdstar_jax import outside
+
+    found = outside.read(model / "model.json").part("tokenizer").text("name")
+    if found != wanted:
+        raise ValueError(
+            f"the tokenizer of {model} is {found}, not {wanted}: "
+            f"`fourdstar convert {wanted} FILE BUNDLE` makes one, for --model BUNDLE"
+        )

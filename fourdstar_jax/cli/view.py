@@ -25,15 +25,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{len(arguments.folders)} folders: a page shows at most {MAX_OBJECTS}")
     from fourdstar_jax import bars
     from fourdstar_jax.folders import check_object
+    from fourdstar_jax.serve import Server
 
     for folder in arguments.folders:
         check_object(folder)
-    with bars.waiting("loading"):
-        from fourdstar_jax.export import page, serve
+    with Server(b"", host=arguments.host, port=arguments.port) as server:
+        with bars.waiting("loading"):
+            from fourdstar_jax.export import page
 
-        objects = [page.object_of(folder) for folder in arguments.folders]
-        text = page.page(objects).encode()
-    with serve.Server(text, host=arguments.host, port=arguments.port) as server:
+            objects = [page.object_of(folder) for folder in arguments.folders]
+            server.page = page.page(objects).encode()
         names = ", ".join(each["name"] for each in objects)
         print(f"{names}: {server.url} (Ctrl-C ends it)", flush=True)
         server.serve_forever()

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fourdstar_jax import folders, outside, remote
+from fourdstar_jax import arguments, folders, outside, remote
 from fourdstar_jax.data import splits, transforms
 from fourdstar_jax.data.quarantine import CorruptRecord, Quarantine, Readable
 from fourdstar_jax.data.settings import MAX_POINTS
@@ -44,17 +44,13 @@ SETTINGS = {"image_size": 1024, "views": 64, "extra_views": 64, "max_frames": 10
 
 def read_manifest(data_dir: str | Path) -> dict:
     """The dataset's manifest (settings, hash, splits, captions); ValueError if there is none."""
-    path = remote.fetched(data_dir) / folders.DATASET.manifest
-    if not path.is_file():
-        there = "has no manifest.json" if path.parent.is_dir() else "is not there"
-        raise ValueError(f"the dataset {data_dir} {there}: `fourdstar prepare` makes datasets")
-    manifest = outside.read(path)
+    manifest = outside.read(folders.check_dataset(data_dir))
     manifest.integer("schema", 1, 1)
     check_content(manifest)
     settings = manifest.part("settings")
     for name, most in SETTINGS.items():
         settings.integer(name, 0 if name == "extra_views" else 1, most)
-    settings.number("fps", 1e-3, 1000)
+    settings.number("fps", *arguments.FPS)
     for name in ("flow", "depth"):
         settings.flag(name)
     settings.integer("points", 0, MAX_POINTS, default=0)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.data import blender as blender_drawing
 from fourdstar_jax.data import l4gm, splits
 from fourdstar_jax.data import render as rendering
@@ -135,9 +136,9 @@ def prepare(
             shutil.rmtree(place)
     of_splits = ", ".join(f"{n} {s}" for s, n in manifest["splits"].items())
     log(
-        f"{len(clips)} clips ({of_splits}), {len(report['dropped'])} dropped, "
-        f"{len(report['quarantined'])} files quarantined ({len(report['missing'])} of them are not "
-        f"there): {out_dir / 'report.json'}"
+        f"{counted(len(clips), 'clips')} ({of_splits}), {len(report['dropped'])} dropped, "
+        f"{counted(len(report['quarantined']), 'files')} quarantined (of which "
+        f"{len(report['missing'])} not there): {out_dir / 'report.json'}"
     )
     if told_by is not None:
         log(

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fourdstar_jax import outside, remote
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.data import pipeline, splits, transforms
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.folders import TOKENS, output_folder
@@ -84,7 +85,7 @@ def tokenize(
                 arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
                 writer.write(save(arrays, metadata=metadata))
             writer.close()
-            log(f"{split}: {len(source)} clips")
+            log(f"{split}: {counted(len(source), 'clips')}")
         content = {
             "schema": 1,
             "tokenizer": spec.to_dict(),

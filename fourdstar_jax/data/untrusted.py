@@ -328,7 +328,7 @@ def video_frames(path: Path, request: dict[str, Any], info: dict[str, Any]) -> I
 
                     yield time - first, 1 / rate, decode
         except av.error.FFmpegError:
-            refuse(f"{path} is damaged: decoding stopped after {decoded} frames")
+            refuse(f"{path} is damaged: decoding stopped after frame {decoded}")
         if not decoded:
             refuse(f"{path} has zero frames")
 
@@ -439,13 +439,17 @@ def main() -> None:
     path = Path(request["path"])
     try:
         frames, info = read(path, request)
-        out = Path(request["out"])
-        np.save(out / "frames.npy", frames, allow_pickle=False)
     except MemoryError:
         refuse(f"{path} needs more than {memory >> 20} MiB of memory to decode")
     except Exception as error:
         refuse_damaged(path, error)
-    (out / "info.json").write_text(json.dumps(info))
+    out = Path(request["out"])
+    try:
+        np.save(out / "frames.npy", frames, allow_pickle=False)
+        (out / "info.json").write_text(json.dumps(info))
+    except OSError as error:  # NumPy's own say how much it could not write, and no errno
+        size = f"{frames.nbytes / 1e6:.0f} MB"
+        refuse(f"{path} is read, but {out.parent} does not hold its frames, {size}: {error}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,8 @@ The frames are sampled in time and framed in space as the training data is: `fps
 background, the object centred and as large as in training (`posing.placing`).
 """
 
-import json
 import math
 import os
-import subprocess
-import sys
-import tempfile
 import typing
 from pathlib import Path
 from typing import Any
@@ -20,16 +16,11 @@ from PIL import Image
 
 from fourdstar_jax import arguments
 from fourdstar_jax.data import cutout
+from fourdstar_jax.data.decode import FPS, MAX_FRAMES, MAX_PIXELS, decode
 from fourdstar_jax.data.posing import root_motion
 from fourdstar_jax.geometry import OCCUPANCY, apparent_size
 
-MAX_FRAMES = 10_000
-MAX_PIXELS = 64_000_000
 CROP = 1.125  # UniTok resizes a photograph's short side to so many times the middle square
-MIN_SIDE = 16
-FPS = 8.0
-FITS = ("object", "none", "crop")
-MAX_START = 1e6  # seconds
 
 # What told the object from each kind of background.
 FOUND_BY = {
@@ -39,17 +30,6 @@ FOUND_BY = {
     "not plain": None,
 }
 BACKGROUND_TOLERANCE = 20 / 255  # of a plain background: video compression leaves some noise
-
-
-def frequency(name: str, value: Any) -> float:
-    """An argument that is a number of frames a second."""
-    return arguments.real(name, value, 1e-3, 1000)
-
-
-def check_fit(fit: Any) -> None:
-    """Raises ValueError unless it is one of `FITS`."""
-    if fit not in FITS:
-        raise ValueError(f"{fit=} must be one of {', '.join(FITS)}")
 
 
 @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
@@ -89,20 +69,19 @@ def read_video(
     used.
     """
     path = arguments.there(arguments.path("path", path))
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{path} may not be read")
-    resolution = arguments.whole("resolution", resolution, 1)
-    timesteps = arguments.whole("timesteps", timesteps, 1)
-    fps, folder_fps = frequency("fps", fps), frequency("folder_fps", folder_fps)
-    start = arguments.real("start", start, 0, MAX_START)
-    check_fit(fit)
-    limits = {"max_frames": max_frames, "max_pixels": max_pixels}
-    limits |= {"timeout_s": timeout_s, "max_memory": max_memory}
+    resolution = arguments.whole("resolution", resolution, *arguments.RESOLUTION)
+    timesteps = arguments.whole("timesteps", timesteps, *arguments.FRAMES)
+    fps = arguments.real("fps", fps, *arguments.FPS)
+    folder_fps = arguments.real("folder_fps", folder_fps, *arguments.FPS)
+    start = arguments.real("start", start, *arguments.START_S)
+    arguments.choice("fit", fit, arguments.FITS)
+    limits = {"max_pixels": max_pixels, "timeout_s": timeout_s, "max_memory": max_memory}
     limits = {name: arguments.whole(name, value, 1) for name, value in limits.items()}
+    limits["max_frames"] = arguments.whole("max_frames", max_frames, *arguments.FRAMES)
     masks = None if masks is None else arguments.path("masks", masks)
     rembg = None if rembg is None else arguments.path("rembg", rembg)
     cutter = None if rembg is None else cutout.load(rembg)
-    frames, info = _decode(
+    frames, info = decode(
         path,
         start=start,
         fps=fps,
@@ -139,7 +118,7 @@ def _read_masks(
     """The masks of the frames of these numbers, of the frames' size; which is missing, if any."""
     if not masks.exists():
         raise ValueError(f"masks {masks} do not exist")
-    found, info = _decode(
+    found, info = decode(
         masks, start=0.0, fps=None, folder_fps=FPS, timesteps=1, numbers=numbers, **limits
     )
     alphas = found[..., 3] if found[..., 3].min() < 255 else found[..., :3].max(axis=-1)
@@ -183,7 +162,7 @@ def read_frames(
     that are not square.
     """
     path = arguments.there(Path(path))
-    frames, info = _decode(
+    frames, info = decode(
         path,
         start=0.0,
         fps=None,
@@ -231,7 +210,8 @@ def _described(info: dict[str, Any], fit: str) -> list[str]:
         whole = f"{info['seconds']:.2f}" if info["seconds"] is not None else "an unknown number of"
         lines = [
             f"{info['kind']} of {size}: {info['seconds_read']:.2f} of {whole} s, from "
-            f"{info['start']:.2f} s on at {info['fps']:g} frames a second, {count} timesteps"
+            f"{info['start']:.2f} s on at {info['fps']:g} frames a second, "
+            + arguments.counted(count, "timesteps")
         ]
     if (gap := info.get("gap")) is not None:
         lines.append(f"warning: {gap}: what there is counts as evenly spaced")
@@ -251,34 +231,6 @@ def _described(info: dict[str, Any], fit: str) -> list[str]:
     return [*lines, f"warning: {doubt}"] if doubt else lines
 
 
-def _decode(path: Path, **request: Any) -> tuple[UInt8[np.ndarray, "T h w 4"], dict[str, Any]]:
-    timeout_s = request["timeout_s"]
-    script = Path(__file__).with_name("untrusted.py")
-    with tempfile.TemporaryDirectory(prefix="fourdstar-") as out:
-        request |= {"path": str(path.resolve()), "out": out, "min_side": MIN_SIDE}
-        try:
-            process = subprocess.run(
-                [sys.executable, "-P", str(script), json.dumps(request)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=timeout_s,
-                # threads of these libraries would only use up the memory limit
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            )
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"{path} was not decoded within {timeout_s=}") from None
-        lines = process.stderr.decode(errors="replace").strip().splitlines()
-        if process.returncode == 3 and lines:
-            raise ValueError(lines[-1].replace(str(path.resolve()), str(path)))
-        if process.returncode != 0:
-            why = lines[-1] if lines else f"the decoder ended with code {process.returncode}"
-            raise ValueError(f"{path} could not be decoded: {why}")
-        frames = np.load(Path(out) / "frames.npy", allow_pickle=False)
-        info = json.loads((Path(out) / "info.json").read_text())
-    return frames, info
-
-
 def frame_object(
     frames: UInt8[np.ndarray, "T h w c"], *, resolution: int, fit: str = "object"
 ) -> tuple[Float[np.ndarray, "T r r 3"], dict[str, Any]]:
@@ -288,7 +240,7 @@ def frame_object(
     a plain one that is not white is replaced by white, one that is not plain stays as it is and
     the whole picture counts as the object.
     """
-    check_fit(fit)
+    arguments.choice("fit", fit, arguments.FITS)
     if frames.shape[-1] not in (3, 4):
         raise ValueError(f"frames have {frames.shape[-1]} channels; 3 or 4 are needed")
     images = frames[..., :3]

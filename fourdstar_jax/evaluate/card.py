@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdstar_jax import bundle, outside
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.bundle import Bundle
 from fourdstar_jax.data import pipeline
 from fourdstar_jax.evaluate import protocols
@@ -97,7 +98,8 @@ def _limits(found: Bundle) -> str:
         views = len(rig.numbers("azimuths_deg", -1e6, 1e6, most=1 << 10))
         fps = rig.number("fps", 1e-3, 1000)
         lines.append(
-            f"At most {timesteps} timesteps, {fps:g} a second; {views} views around the object at "
+            f"At most {counted(timesteps, 'timesteps')}, {fps:g} a second; "
+            f"{counted(views, 'views')} around the object at "
             "elevation 0, of which the video is one."
         )
     if "star" in found.stages:

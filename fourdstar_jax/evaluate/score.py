@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.evaluate import clips, distances, geometry, motion
 from fourdstar_jax.evaluate.clips import Frames, Pair, Source
@@ -117,8 +118,8 @@ def score(
     hashes: dict[tuple[str, str], str] = {}
     names = [m.name for m in chosen if m.name not in left_out]
     log(
-        f"{protocol.name}: {len(pairs)} clips of {len(truths.entries)} objects by "
-        + ", ".join(names)
+        f"{protocol.name}: {counted(len(pairs), 'clips')} of "
+        f"{counted(len(truths.entries), 'objects')} by " + ", ".join(names)
     )
     for metric in chosen:
         if metric.network is not None and metric.name not in left_out:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fourdstar_jax import bundle, outside
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.evaluate import clips, distances, protocols, readers, report, score
@@ -246,7 +247,8 @@ def predicted(
         raise ValueError(f"the data set's rig {rig} is not that of {path}, {model.rig}")
     if (longest := max(frames.values())) > model.max_timesteps:
         raise ValueError(
-            f"{path} makes {model.max_timesteps} timesteps at most, {longest} are scored (--frames)"
+            f"{path} makes {counted(model.max_timesteps, 'timesteps')} at most, {longest} are "
+            "scored (--frames)"
         )
     lock = threading.Lock()
 

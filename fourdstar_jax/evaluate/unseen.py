@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from fourdstar_jax.arguments import counted
 from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import filled_batches, in_batches
 from fourdstar_jax.evaluate import comparisons, counts
@@ -80,7 +81,8 @@ def evaluate(
     begin(f"reading of {split}")
     clips = load(model, data_dir, split, log=log)
     num_clips, num_objects = len(clips["images"]), len(set(clips["object"]))
-    begin(f"reading of train; {num_clips} clips of {num_objects} objects are measured ({split})")
+    measured = f"{counted(num_clips, 'clips')} of {counted(num_objects, 'objects')}"
+    begin(f"reading of train; measured are {measured} ({split})")
     train = load_train(model, data_dir, log=log)
     report: dict[str, Any] = {
         "split": split,
@@ -103,7 +105,7 @@ def evaluate(
         report["likelihood"] = _likelihood(model, clips, train, log)
         keep(report)
         drawn = sampler(model, clips, sampled, network)
-        begin(f"generation of {min(sampled, num_clips)} clips")
+        begin(f"generation of {counted(min(sampled, num_clips), 'clips')}")
         progress = Progress(clips["tokens"].shape[1], log, "timesteps")
 
         def on_group(t: int, tokens: jax.Array) -> None:

@@ -49,7 +49,7 @@ def save(
     """
     if not isinstance(object4d, Object4D):
         raise ValueError(f"object4d={arguments.shown(object4d)} must be an Object4D")
-    path, size = arguments.path("path", path), arguments.whole("size", size, 16, 2048)
+    path, size = arguments.path("path", path), arguments.whole("size", size, *arguments.SIDE)
     with output_folder(path, OBJECT, overwrite=overwrite) as folder:
         write(object4d, folder, size=size, progress=progress)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from fourdstar_jax import arguments
 from fourdstar_jax.export import compact, formats, page, pictures, ply, splats, video
 from fourdstar_jax.folders import EXPORT, file_sha256
 from fourdstar_jax.geometry import Rig
@@ -31,13 +32,19 @@ SHEET_TIMESTEPS = 8  # at most, evenly over the clip
 
 
 def export(
-    source: str | os.PathLike[str], out: Path, wanted: Iterable[str], *, size: int = 256
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    wanted: Iterable[str],
+    *,
+    size: int = 256,
 ) -> None:
     """Writes an output folder's object to the existing, empty folder `out` in these `FORMATS`.
 
     `size` is of pictures, in pixels. Raises ValueError for what cannot be written.
     """
-    wanted = tuple(dict.fromkeys(wanted))
+    out = arguments.path("out", out)
+    wanted = tuple(arguments.choice("format", name, FORMATS) for name in dict.fromkeys(wanted))
+    size = arguments.whole("size", size, *arguments.SIDE)
     gaussians, rig = splats.read_output(source)
 
     @functools.cache
@@ -74,8 +81,6 @@ def export(
                 video.write_animation(out / f"orbit.{name}", turn())
             case "sheet":
                 _write_sheet(out / "sheet.png", render(), rig)
-            case _:
-                raise ValueError(f"format {name!r} is none of {', '.join(FORMATS)}")
     files = sorted(f for f in out.rglob("*") if f.is_file())
     content: dict[str, Any] = {
         "exported_from": Path(source).resolve().name,

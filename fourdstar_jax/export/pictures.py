@@ -13,32 +13,16 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from fourdstar_jax import arguments
 from fourdstar_jax.data import video
 from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.data.decode import MAX_FRAMES
 from fourdstar_jax.evaluate import metrics
 from fourdstar_jax.export.video import write_video
 from fourdstar_jax.folders import PICTURES
+from fourdstar_jax.lists import pictures_and_videos
 
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-VIDEOS = {".mp4", ".m4v", ".webm", ".gif", ".mov", ".mkv", ".avi", ".mpg", ".ts", ".ogv", ".flv"}
 SEAM = 2  # pixels between the pictures of a sheet
-
-
-def files(source: str | os.PathLike[str]) -> list[Path]:
-    """The pictures and videos of a folder in order of name, or the one file that `source` is.
-
-    Raises ValueError if there is none.
-    """
-    source = Path(source)
-    if not source.exists():
-        raise ValueError(f"{source} does not exist")
-    found = sorted(source.iterdir()) if source.is_dir() else [source]
-    found = [path for path in found if path.suffix.lower() in IMAGES | VIDEOS]
-    if not found:
-        raise ValueError(
-            f"{source} holds no picture or video ({' '.join(sorted(IMAGES | VIDEOS))})"
-        )
-    return found
 
 
 def write_sheet(
@@ -70,7 +54,7 @@ def reconstruct(
     fit: str = "none",
     start: float = 0.0,
     fps: float = video.FPS,
-    max_frames: int = 10_000,
+    max_frames: int = MAX_FRAMES,
     batch_size: int = 16,
     on_input: Callable[[Path, dict[str, Any]], None] = lambda path, info: None,
 ) -> dict[str, Any]:
@@ -90,13 +74,14 @@ def reconstruct(
 
     Raises ValueError, in one line, for files that cannot be used.
     """
+    batch_size = arguments.whole("batch_size", batch_size, *arguments.BATCH)
     out = Path(out)
     (out / "tokens").mkdir(exist_ok=True)
     spec = tokenizer.spec
     encode = jax.jit(lambda tokenizer, images: tokenizer.encode(images))
     decode = jax.jit(lambda tokenizer, tokens: tokenizer.decode(tokens))
     results, names = [], set()
-    for path in files(source):
+    for path in pictures_and_videos(source):
         images, info = video.read_video(
             path, resolution=spec.resolution, timesteps=max_frames, start=start, fps=fps, fit=fit,
             max_frames=max_frames,

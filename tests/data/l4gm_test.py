@@ -135,7 +135,7 @@ def test_from_the_command_line_in_shards_and_by_a_list(made, tmp_path, capsys):
     flags += [str(tmp_path / "work"), "--image_size", "16", "--max_frames", "2", "--workers", "1"]
     assert not main([*flags, "--shard", "0/1"])
     assert not main([*flags, "--out", str(tmp_path / "out")])
-    assert "1 files quarantined (1 of them are not there)" in capsys.readouterr().out
+    assert "1 file quarantined (of which 1 not there)" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["missing"] == ["036/gone/000"] and report["clips_kept"] == 1
     assert report["reasons"] == {"quarantined": {"cannot be read": 1}, "dropped": {}}

@@ -13,6 +13,7 @@ from PIL import Image
 
 from fourdstar_jax import cli
 from fourdstar_jax.data import untrusted, video
+from fourdstar_jax.data.decode import MIN_SIDE
 
 COLOURS = {"a": (200, 60, 60), "b": (60, 60, 200)}
 
@@ -22,9 +23,9 @@ def page(tmp_path, monkeypatch, capsys):
     """Four objects of two views and two frames: A is red, B blue."""
 
     def decode(path, **request):
-        return untrusted.read(path, request | {"min_side": video.MIN_SIDE})
+        return untrusted.read(path, request | {"min_side": MIN_SIDE})
 
-    monkeypatch.setattr(video, "_decode", decode)
+    monkeypatch.setattr(video, "decode", decode)
     for side, colour in (*COLOURS.items(), ("gt", (60, 200, 60))):
         for number in range(4):
             for view in "01":

@@ -6,6 +6,7 @@ from helpers.glb import box_writer, moving_box
 from PIL import Image
 
 from fourdstar_jax.data import untrusted, video
+from fourdstar_jax.data.decode import MIN_SIDE
 from fourdstar_jax.evaluate import protocols, readers
 from fourdstar_jax.export.video import write_video
 
@@ -18,9 +19,9 @@ def in_process(monkeypatch):
     """Pictures are decoded here: a process for each folder is what `data/video_test.py` tests."""
 
     def decode(path, **request):
-        return untrusted.read(path, request | {"min_side": video.MIN_SIDE})
+        return untrusted.read(path, request | {"min_side": MIN_SIDE})
 
-    monkeypatch.setattr(video, "_decode", decode)
+    monkeypatch.setattr(video, "decode", decode)
 
 
 def movie(path, levels, size=(16, 16)):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fourdstar_jax import cli, outside
 from fourdstar_jax.data import pipeline, prepare, untrusted, video
+from fourdstar_jax.data.decode import MIN_SIDE
 from fourdstar_jax.evaluate import clips, protocols, report, score, self_check
 from fourdstar_jax.evaluate.networks import Networks, Rehearsal
 from fourdstar_jax.evaluate.resizing import resized
@@ -34,12 +35,12 @@ def in_process(monkeypatch):
 
     def decode(path, **request):
         try:
-            return untrusted.read(path, request | {"min_side": video.MIN_SIDE})
+            return untrusted.read(path, request | {"min_side": MIN_SIDE})
         except Refused as refused:
             raise ValueError(str(refused)) from None
 
     monkeypatch.setattr(untrusted, "refuse", refuse)
-    monkeypatch.setattr(video, "_decode", decode)
+    monkeypatch.setattr(video, "decode", decode)
 
 
 def write(folder, frames):

@@ -35,7 +35,7 @@ def test_a_last_batch_that_is_not_full(tiny_bundle, data_dir, monkeypatch):
     ]  # fmt: skip
     parts = [line.partition(" s: ")[2] for line in lines if ": part " in line]
     assert [part.partition(",")[0] for part in parts] == [f"part {i} of 6" for i in range(1, 7)]
-    assert "3 clips of 2 objects are measured (train)" in parts[1]
+    assert "measured are 3 clips of 2 objects (train)" in parts[1]
     assert "generation of 3 clips" in parts[4]
     # three clips are a batch here, so that only the six likelihoods have a second one
     assert any(line.startswith("2 of 6 batches, about ") for line in lines)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from export.ply_test import covariances, gaussians, gltf_splats
 
-from fourdstar_jax.export import formats, read_ply
+from fourdstar_jax.export import formats, read_ply, write_ply
 from fourdstar_jax.export.ply import SH_C0
 from fourdstar_jax.types import Gaussians
 
@@ -196,8 +196,8 @@ def npm(package, folder, *command):
 
 
 def test_outside_readers_see_the_same(tmp_path):
-    """splat-transform turns all of them into PLY."""
-    package = "@playcanvas/splat-transform@2.7.1"
+    """splat-transform turns all that it reads into PLY, and PLY into a GLB as ours."""
+    package = "@playcanvas/splat-transform@3.7.0"
     if npm(package, tmp_path, "splat-transform", "--version").returncode:
         pytest.skip("npm does not serve splat-transform here")
     for name, suffix in (
@@ -210,8 +210,8 @@ def test_outside_readers_see_the_same(tmp_path):
         result = npm(package, tmp_path, "splat-transform", "-q", path.name, f"{name}.ply")
         assert result.returncode == 0, result.stderr
         found = read_ply(tmp_path / f"{name}.ply")
-        # It takes y-up, z-to-the-viewer files as a half turn about y from where it puts PLY.
-        turn = np.diag([-1.0, 1.0, -1.0]) if name == "spz" else np.eye(3)
+        # It takes spz to lie as PLY does, with y down, against what the authors of spz say.
+        turn = np.diag([-1.0, -1.0, 1.0]) if name == "spz" else np.eye(3)
         np.testing.assert_allclose(found.means @ turn, original().means, atol=4e-3, err_msg=name)
         np.testing.assert_allclose(found.colors, original().colors, atol=0.01, err_msg=name)
         np.testing.assert_allclose(found.opacities, original().opacities, atol=0.005)
@@ -219,6 +219,15 @@ def test_outside_readers_see_the_same(tmp_path):
         again = turn @ covariances(found.quats, found.scales) @ turn
         off = np.linalg.norm(again - wanted, axis=(1, 2)) / np.linalg.norm(wanted, axis=(1, 2))
         assert off.max() < 0.16, name
+    write_ply(tmp_path / "a.ply", original())
+    result = npm(package, tmp_path, "splat-transform", "-q", "a.ply", "a.glb")
+    assert result.returncode == 0, result.stderr
+    theirs = (tmp_path / "a.glb").read_bytes()
+    found, wanted = glb_read(theirs), glb_read(formats.glb(original()))
+    turned = np.sign(np.sum(found[1] * wanted[1], axis=-1, keepdims=True))  # q and -q are alike
+    found = (found[0], found[1] * turned, *found[2:])
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-6)
 
 
 READ_SPZ = """

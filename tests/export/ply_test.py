@@ -86,7 +86,7 @@ def test_an_outside_reader_stands_it_up(tmp_path):
     """splat-transform's glTF, whose y is up: red on top, x not mirrored, rotations as written."""
     if shutil.which("npx") is None:
         pytest.skip("npx is not installed")
-    command = ["npx", "--yes", "@playcanvas/splat-transform@2.7.1"]
+    command = ["npx", "--yes", "@playcanvas/splat-transform@3.7.0"]
     try:
         subprocess.run([*command, "--version"], check=True, capture_output=True, timeout=90)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):

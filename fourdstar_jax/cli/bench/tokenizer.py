@@ -36,10 +36,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.bundle is not None:
-        there_is_a_bundle(arguments.bundle)
         for name in ("size", "dtype"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} is what --bundle says: give one of the two")
+        there_is_a_bundle(arguments.bundle)
     from fourdstar_jax import bundle
     from fourdstar_jax.tokenizer import bench
 

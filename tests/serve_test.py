@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from export.compact_test import moving
 
-from fourdstar_jax import cli, export, generate, geometry
-from fourdstar_jax.export import page, serve
+from fourdstar_jax import cli, export, generate, geometry, serve
+from fourdstar_jax.export import page
 
 
 @pytest.fixture
