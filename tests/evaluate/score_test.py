@@ -10,7 +10,7 @@ from PIL import Image
 from fourdstar_jax import cli, outside
 from fourdstar_jax.data import pipeline, prepare, untrusted, video
 from fourdstar_jax.data.decode import MIN_SIDE
-from fourdstar_jax.evaluate import clips, protocols, report, score, self_check
+from fourdstar_jax.evaluate import clips, measured, protocols, report, score, self_check
 from fourdstar_jax.evaluate.networks import Networks, Rehearsal
 from fourdstar_jax.evaluate.resizing import resized
 from fourdstar_jax.export import read_splats, write_splats
@@ -167,8 +167,8 @@ def test_the_estimate_comes_before_the_first_clip(folders, monkeypatch):
         seen.append((len(lines), isinstance(networks, Rehearsal)))
         return known(clip, metric, networks)
 
-    known = score.VALUES["psnr"]
-    monkeypatch.setitem(score.VALUES, "psnr", psnr)
+    known = measured.VALUES["psnr"]
+    monkeypatch.setitem(measured.VALUES, "psnr", psnr)
     plain = score.score(OPEN, *sources, Networks(None), metrics=PLAIN)
     assert seen == [(0, False)] * 6
     seen.clear()
@@ -205,7 +205,7 @@ def test_how_long_a_clip_takes(folders, monkeypatch):
     assert ran == [("dreamsim", (2, 224, 224, 3))] * 2 + [("inception", (2, 299, 299, 3))] * 2
     assert not clip.known and not clip.features
     for metric in metrics:
-        score.SETS.get(metric.name, score._features)(clip, metric, networks)
+        measured.SETS.get(metric.name, measured._features)(clip, metric, networks)
     clip.features.clear()
     assert len(clip.known) == 2 and score._seconds(metrics, clip, networks) == 2 * (2 * 2)
 
@@ -281,9 +281,9 @@ def test_temporal_error_and_short_clips_by_hand(tmp_path):
     write(tmp_path / "pred" / "o" / "0", made)
     found = scored(tmp_path, metrics=("temporal_error",))
     assert found["summary"]["temporal_error"]["value"] == pytest.approx(0.3, rel=1e-5)
-    ten = score._stretched(np.arange(4)[:, None], 9)[:, 0]
+    ten = measured._stretched(np.arange(4)[:, None], 9)[:, 0]
     assert ten.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert len(score._stretched(np.zeros((16, 1)), 16)) == 16
+    assert len(measured._stretched(np.zeros((16, 1)), 16)) == 16
 
 
 def test_what_does_not_match_is_named(folders):
