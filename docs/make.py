@@ -402,8 +402,8 @@ def ablations_table() -> str:
     for name, (paper, knows) in ABLATIONS.items():
         r, tiny = counted[name or "ours"], timed[name or "ours"]
         cells = [f"{r['parameters'] / 1e6:.1f}", f"{r['forward_flop'] / 1e9:.1f}"]
-        cells += [f"{tiny['forward_gflop']:.2f}", f"{tiny['step_s']:.2f}"]
-        cells += [f"{tiny['step_s'] / timed['ours']['step_s']:.2f}"]
+        cells += [f"{tiny['forward_gflop']:.2f}", f"{tiny['waited_s']:.2f}"]
+        cells += [f"{tiny['waited_s'] / timed['ours']['waited_s']:.2f}"]
         rows.append([paper, name and f"`{name}`", knows, *cells])
     head = ["paper", "NAME", "what a group knows of those before", "M parameters", "GFLOP"]
     return table([*head, "`tiny`: GFLOP", "s a step", "of ours"], *rows)

@@ -113,7 +113,7 @@ def rotate(x: Float[Array, "B L H E"], angles: Float[Array, "B L 2 R"] | None):
 def dropout(x: Float[Array, "*b D"], rate: float, key: jax.Array | None) -> Float[Array, "*b D"]:
     """Zeroes a share of the entries, in whole 256ths, and scales the others; nothing without a key.
 
-    A random byte decides an entry, not four: a GPU makes those no faster than it reads x.
+    A random byte decides an entry: a quarter of the bits that `jax.random.bernoulli` takes.
     """
     keep = round(256 * (1 - rate))
     if key is None or keep == 256:

@@ -151,8 +151,8 @@ def compare(
                 programs[name] = compiled, state, rest
     for name, taken in times.items():
         row = results["rows"][name]
-        row["step_s"], row["step_range_s"] = statistics.median(taken), [min(taken), max(taken)]
-        print(f"{name:9s} {row['forward_gflop']:8.3g} GFLOP forward, step {row['step_s']:.4f} s")
+        row["waited_s"], row["waited_range_s"] = statistics.median(taken), [min(taken), max(taken)]
+        print(f"{name:9s} {row['forward_gflop']:8.3g} GFLOP forward, step {row['waited_s']:.4f} s")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(results, indent=1) + "\n")

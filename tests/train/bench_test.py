@@ -84,7 +84,7 @@ def test_ablations_of_star_take_turns(tmp_path, capsys):
     results = json.loads(file.read_text())
     assert list(results["rows"]) == ["baseline", "average", "merging", "explicit", "ours"]
     for name, row in results["rows"].items():
-        assert 0 < row["step_range_s"][0] <= row["step_s"] <= row["step_range_s"][1], name
+        assert 0 < row["waited_range_s"][0] <= row["waited_s"] <= row["waited_range_s"][1], name
         assert row["parameters"] > 1e4
     cost = {name: row["forward_gflop"] for name, row in results["rows"].items()}
     assert cost["baseline"] < cost["ours"] < cost["explicit"] == cost["average"] < cost["merging"]
