@@ -110,7 +110,7 @@ def sentences() -> dict[str, list[str]]:
     )
     attention = backward + kernels["attention by cuDNN, forward"]
     moved = kernels["concatenations"] + kernels["copies"] + kernels["slices"]
-    single = of_star["earlier"]["projections one by one"]["step_s"]
+    single = of_star["earlier"]["earlier"]["projections one by one"]["step_s"]
     saved, parted = results("checkpoint_h200"), results("bench_star_paper_2_h200")
     saves = saved["idle_host"]
     small_figures = results("small_unseen_clip")["figures"]

@@ -34,7 +34,7 @@ class Clip:
     at: dict[tuple[Resize, ...], tuple[np.ndarray, np.ndarray]]  # [T, h, w, 3], 0 to 255
     truth_sha256: str  # of the true frames
     known: dict[Any, np.ndarray]  # features of truths, by object, view and what they are
-    features: dict[Any, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    features: dict[Any, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
 
     def of_both(
         self, metric: Metric, key: Any, function: Callable[[np.ndarray], np.ndarray]
@@ -46,7 +46,8 @@ class Clip:
             if where not in self.known:
                 self.known[where] = function(truth)
             self.features[key] = function(prediction), self.known[where]
-        return self.features[key]
+        first, second = self.features[key]
+        return first, second
 
     def both(self, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
         """Prediction and truth at a metric's size."""
@@ -126,8 +127,21 @@ def _temporal_lpips(clip: Clip, metric: Metric, networks: Networks) -> np.ndarra
     assert metric.network is not None
     if len(clip.truth.images) < 2:
         raise ValueError("a single frame has no change in time")
-    p, t = (networks.lpips(metric.network, x[:-1], x[1:]) for x in clip.both(metric))
+    _, p, t = _in_time(clip, metric, networks)
     return np.abs(p - t)
+
+
+def _lpips_vgg(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
+    return _in_time(clip, metric, networks)[0]
+
+
+def _in_time(clip: Clip, metric: Metric, networks: Networks) -> tuple[np.ndarray, ...]:
+    """What two metrics need of the same activations, which take the time."""
+    assert metric.network is not None
+    key = ("in time", metric.network, metric.resize)
+    if key not in clip.features:
+        clip.features[key] = networks.lpips_in_time(metric.network, *clip.both(metric))
+    return clip.features[key]
 
 
 def _temporal_error(clip: Clip, metric: Metric, networks: Networks) -> float:
@@ -188,7 +202,7 @@ VALUES: dict[str, Callable[[Clip, Metric, Networks], Any]] = {
     "alpha_iou": _alpha_iou,
     "ssim": _ssim,
     "ssim_own_range": _ssim_own_range,
-    "lpips_vgg": _lpips,
+    "lpips_vgg": _lpips_vgg,
     "lpips_alex": _lpips,
     "temporal_lpips": _temporal_lpips,
     "temporal_error": _temporal_error,

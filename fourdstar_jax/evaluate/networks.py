@@ -94,7 +94,7 @@ class Networks:
         """A network, loaded once."""
         if name not in self._loaded:
             path = self.check(name)
-            self._loaded[name] = NETWORKS[name].load(path)
+            self._loaded[name] = jax.device_put(NETWORKS[name].load(path), jax.local_devices()[0])
             self._files[name] = path.name
         return self._loaded[name]
 
@@ -115,6 +115,22 @@ class Networks:
         """LPIPS of pictures of 0 to 255, pair by pair."""
         return self._run(_distance, name, first, second)
 
+    def lpips_in_time(
+        self, name: str, first: Float[np.ndarray, "n h w 3"], second: Float[np.ndarray, "n h w 3"]
+    ) -> tuple[np.ndarray, ...]:
+        """LPIPS of two videos of 0 to 255 frame by frame, and of each from a frame to the next.
+
+        Every frame goes through the network once, but where batches meet.
+        """
+        count, pairs, changes = len(first), [], ([], [])
+        for start in range(0, count, self.batch):
+            frames = np.minimum(np.arange(start, start + self.batch + 1), count - 1)
+            found, *moved = self._call(_in_time, name, first[frames], second[frames])
+            pairs.append(found[: count - start])
+            for rows, new in zip(changes, moved, strict=True):
+                rows.append(new[: count - 1 - start])
+        return np.concatenate(pairs), *map(np.concatenate, changes)
+
     def logits(
         self, video: Float[np.ndarray, "T 224 224 3"], *, pool_frames: int
     ) -> Float[np.ndarray, " 400"]:
@@ -132,10 +148,10 @@ class Networks:
         call = functools.partial(self._call, function, name)
         return in_batches(call, arrays, batch or self.batch)
 
-    def _call(self, function: Callable, name: str, *arrays: np.ndarray, **options) -> np.ndarray:
+    def _call(self, function: Callable, name: str, *arrays: np.ndarray, **options) -> Any:
         """One batch through a network."""
         with jax.default_matmul_precision("highest"):
-            return np.asarray(function(self.get(name), *arrays, **options))
+            return jax.device_get(function(self.get(name), *arrays, **options))
 
 
 class Rehearsal(Networks):
@@ -149,9 +165,9 @@ class Rehearsal(Networks):
         super().__init__(networks.folder, batch=networks.batch)
         self._loaded, self._files = networks._loaded, networks._files
         self.seconds = 0.0
-        self._known: dict[Any, tuple[np.ndarray, float]] = {}
+        self._known: dict[Any, tuple[Any, float]] = {}
 
-    def _call(self, function: Callable, name: str, *arrays: np.ndarray, **options) -> np.ndarray:
+    def _call(self, function: Callable, name: str, *arrays: np.ndarray, **options) -> Any:
         key = (function, name, *(x.shape for x in arrays), *options.items())
         if key not in self._known:
             super()._call(function, name, *arrays, **options)
@@ -166,6 +182,18 @@ class Rehearsal(Networks):
 @jax.jit
 def _distance(network, first, second):
     return network(first / 255, second / 255)
+
+
+@jax.jit
+def _in_time(network, first, second):
+    """Of pictures [B + 1, h, w, 3]: [B] of the pairs, and [B] of each side to the next frame."""
+    one, other = (network.features(x / 255) for x in (first, second))
+
+    def compared(a, b, shift=0):
+        rows = len(first) - 1
+        return network.compared([x[:rows] for x in a], [x[shift:][:rows] for x in b])
+
+    return compared(one, other), compared(one, one, 1), compared(other, other, 1)
 
 
 @functools.partial(jax.jit, static_argnames="pool_frames")

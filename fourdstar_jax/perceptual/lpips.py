@@ -6,6 +6,7 @@ Losses use VGG16; of figures, say with which network they were measured.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,13 +107,18 @@ class LPIPS:
         """One distance a pair. Gradients go to `images` alone."""
         if images.shape != truth.shape:
             raise ValueError(f"pictures {images.shape} against pictures {truth.shape}")
-        distance = jnp.zeros(())
         targets = jax.lax.stop_gradient(self.features(truth))
-        pairs = zip(self.features(images), targets, self.heads, strict=True)
-        for found, target, head in pairs:
-            difference = (_unit(found) - _unit(target)) ** 2
+        return self.compared(self.features(images), targets).reshape(images.shape[:-3])
+
+    def compared(
+        self, found: Sequence[Float[Array, "n _ _ _"]], targets: Sequence[Float[Array, "n _ _ _"]]
+    ) -> Float[Array, " n"]:
+        """Distances of pictures whose `features` are given."""
+        distance = jnp.zeros(())
+        for one, other, head in zip(found, targets, self.heads, strict=True):
+            difference = (_unit(one) - _unit(other)) ** 2
             distance = distance + jnp.mean(difference @ head, axis=(1, 2))
-        return distance.reshape(images.shape[:-3])
+        return distance
 
 
 def _unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:

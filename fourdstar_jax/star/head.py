@@ -131,6 +131,24 @@ class DepthHead(nnx.Module):
         return jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1)
 
 
+def kept_odds(
+    logits: Float[Array, "*b vocab"], code: int, temperature: Float[Array, ""] | None
+) -> Float[Array, "*b vocab"]:
+    """Logits of which `code` keeps its odds against all others at a temperature (None: argmax).
+
+    One code against hundreds that share what is left wins when it is cold: without this, blank
+    tokens eat an object's outline from all sides.
+    """
+    others = jnp.arange(logits.shape[-1]) != code
+    odds = logits[..., code] - jax.nn.logsumexp(logits, axis=-1, where=others)
+    if temperature is None:
+        kept = jnp.where(odds > 0, jnp.inf, -jnp.inf)
+    else:
+        mass = jax.nn.logsumexp(logits / temperature, axis=-1, where=others)
+        kept = temperature * (odds + mass)
+    return logits.at[..., code].set(kept)
+
+
 def filter_logits(
     logits: Float[Array, "*b vocab"], *, top_k: int | None, top_p: Float[Array, ""] | None
 ) -> Float[Array, "*b vocab"]:

@@ -18,12 +18,16 @@ class GroupLosses(NamedTuple):
     nll: Float[Array, "B G N K"]  # nats
     lse_squared: Float[Array, "B G N K"]  # squared log-sum-exp of the logits
     correct: Float[Array, "B G N K"]  # 1 where the most probable code is the true one
+    # Of a token being blank or not, nats, by its first code; None without a code for blank.
+    blank: Float[Array, "B G N"] | None = None
 
 
 def group_losses(
     logits_of: Callable[[Float[Array, "R K E"]], Float[Array, "R K vocab"]],
     features: Float[Array, "B G N K E"],
     tokens: Int[Array, "B G N K"],
+    *,
+    blank_code: int | None = None,
 ) -> GroupLosses:
     """Scans over the groups, rematerialised, so that one group's logits exist at a time."""
     codes = tokens.shape[-1]
@@ -36,8 +40,14 @@ def group_losses(
         lse = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        parts = GroupLosses(lse - chosen, lse**2, correct)
-        return jax.tree.map(lambda y: y.reshape(x.shape[:-1]), parts)
+        blank = None
+        if blank_code is not None:
+            others = jnp.arange(logits.shape[-1]) != blank_code
+            drawn = jax.nn.logsumexp(logits[:, 0], axis=-1, where=others)
+            chosen_side = jnp.where(targets[:, 0] == blank_code, logits[:, 0, blank_code], drawn)
+            blank = lse[:, 0] - chosen_side
+        parts = GroupLosses(lse - chosen, lse**2, correct, blank)
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), parts)
 
     groups = (jnp.moveaxis(features, 1, 0), jnp.moveaxis(tokens, 1, 0))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), jax.lax.map(one, groups))
@@ -49,6 +59,7 @@ def code_losses(
     tokens: Int[Array, "B G N K"],
     *,
     saves: nn.Saves,
+    blank_code: int | None = None,
 ) -> GroupLosses:
     """Of the head's predictions: its layers run once over all groups, then a group's logits each.
 
@@ -57,7 +68,8 @@ def code_losses(
     features = nn.recomputed(head.features, True, saves=saves)(
         hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1, tokens.shape[-1])
     )
-    return group_losses(head.all_logits, features.reshape(*tokens.shape, -1), tokens)
+    features = features.reshape(*tokens.shape, -1)
+    return group_losses(head.all_logits, features, tokens, blank_code=blank_code)
 
 
 def summarize(
@@ -79,6 +91,8 @@ def summarize(
     per_token = jnp.mean(nll + z_loss * losses.lse_squared, axis=(0, 1, 3))
     loss = jnp.sum(per_token * weights) / jnp.sum(weights)
     metrics = {"loss": loss, "nll": jnp.mean(nll), "accuracy": jnp.mean(losses.correct)}
+    if losses.blank is not None:
+        metrics["nll_blank"] = jnp.mean(losses.blank)
     if num_known > 0:
         metrics["nll_ref"] = jnp.mean(nll[:, :, :num_known])
     if num_known < nll.shape[2]:

@@ -219,6 +219,7 @@ class STAR(nnx.Module):
         self.rotary_dim = dim // num_heads if rope == "axial" else None
         self.num_codebooks, self.vocab_size = num_codebooks, vocab_size
         self.dropout, self.dtype = dropout, dtype
+        self.blank_code = blank_code  # in every codebook: a token without anything of the object
         self.head_saves: nn.Saves = remat_saves if remat else "products"
 
     # ---------------------------------------------------------------- pieces of the sequence
@@ -388,7 +389,9 @@ class STAR(nnx.Module):
         """Losses of every code, one group's logits at a time."""
         hidden = self.hidden(tokens, condition, forcing)
         targets = forcing.chosen(self.in_groups(tokens))
-        return code_losses(self.head, hidden, targets, saves=self.head_saves)
+        return code_losses(
+            self.head, hidden, targets, saves=self.head_saves, blank_code=self.blank_code
+        )
 
     def nll(
         self, tokens: Int[Array, "B T A K"], condition: Condition, forcing: Forcing = AS_GIVEN
@@ -412,7 +415,8 @@ class STAR(nnx.Module):
 
         Training draws `forcing` with `corrupt`. `known_weight` weighs the input view's tokens,
         which the prefix shows, where the groups have them; `z_loss` the squared log-sum-exp of the
-        logits.
+        logits. `nll_blank` of the metrics is the outline's part, a hundredth of the likelihood: of
+        a token being blank or not.
         """
         return summarize(
             self.group_losses(tokens, condition, forcing),

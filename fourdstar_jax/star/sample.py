@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.star.container import State
-from fourdstar_jax.star.head import filter_logits
+from fourdstar_jax.star.head import filter_logits, kept_odds
 from fourdstar_jax.star.model import STAR, Condition, Places
 from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
 
@@ -243,6 +243,9 @@ def decode_group(
             logits = (1 + sum(beyond)) * logits
             for scale, other in zip(beyond, others, strict=True):
                 logits -= scale * other
+            if k == 0 and model.blank_code is not None:
+                temperature = None if greedy else sampling.temperature
+                logits = kept_odds(logits, model.blank_code, temperature)
             if greedy:
                 tokens = jnp.argmax(logits, axis=-1)
             else:
@@ -296,7 +299,8 @@ def generate(
 ) -> Int[Array, "B T A K"]:
     """Samples an object, all views of it; the same key and condition give the same tokens.
 
-    `temperature=0` takes the most probable code each time. `top_k` and `top_p` restrict the choice.
+    `temperature=0` takes the most probable code each time; whether a token is blank is chosen by
+    the model's own odds at all others. `top_k` and `top_p` restrict the choice.
     `cfg_scale` other than 1 guides: logits move from those without the video (text kept, as MVAR)
     towards and beyond those with it. `history_scale` does so with the container's state, as that is
     dropped in training. Both add up, and each costs as much again as sampling does without.

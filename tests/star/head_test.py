@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import nn, sharding
-from fourdstar_jax.star.head import DepthHead, filter_logits
+from fourdstar_jax.star.head import DepthHead, filter_logits, kept_odds
 
 K, VOCAB = 3, 7
 
@@ -79,3 +79,17 @@ def test_parallel_codes_know_nothing_of_one_another():
     assert codes.shape == (5, K)
     np.testing.assert_allclose(logits, head(hidden, (codes + 1) % VOCAB), atol=1e-6)
     assert jnp.abs(logits[:, 0] - logits[:, 1]).max() > 0.1  # each by weights of its own
+
+
+def test_a_code_keeps_its_odds_when_it_is_cold():
+    """Blank has .4, a hundred others share .6: cold, it would win, and it must not."""
+    logits = jnp.log(jnp.concatenate([jnp.array([0.4, 0.1]), jnp.full(100, 0.005)]))[None]
+    assert jax.nn.softmax(logits / 0.5)[0, 0] > 0.9
+    kept = kept_odds(logits, 0, jnp.float32(0.5))
+    shares = np.asarray(jax.nn.softmax(kept / 0.5)[0])
+    np.testing.assert_allclose(shares[0], 0.4, rtol=1e-5)
+    np.testing.assert_allclose(shares[1] / shares[2], (0.1 / 0.005) ** 2, rtol=1e-4)  # these cool
+    assert jnp.argmax(kept_odds(logits, 0, None)) == 1  # not blank is likelier
+    likely = logits.at[0, 0].add(1.0)
+    assert jnp.argmax(kept_odds(likely, 0, None)) == 0
+    np.testing.assert_allclose(kept_odds(logits, 0, jnp.float32(1.0)), logits, atol=1e-5)

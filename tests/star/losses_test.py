@@ -33,3 +33,16 @@ def test_the_input_view_is_weighed_and_reported_apart():
     with_z, metrics = summarize(losses, known_weight=1.0, z_loss=0.5, **kw)
     np.testing.assert_allclose(with_z - plain, 0.5)
     np.testing.assert_allclose(metrics["nll"], nll.mean())
+
+
+def test_blank_or_not_by_the_first_code():
+    logits = jax.random.normal(jax.random.key(0), (2, 1, 5, 2, 7))
+    tokens = jax.random.randint(jax.random.key(1), (2, 1, 5, 2), 0, 7).at[:, :, 1].set(3)
+    got = group_losses(lambda x: x, logits, tokens, blank_code=3)
+    share = np.asarray(jax.nn.softmax(logits[..., 0, :]))[..., 3]
+    is_blank = np.asarray(tokens[..., 0]) == 3
+    want = -np.log(np.where(is_blank, share, 1 - share))
+    np.testing.assert_allclose(got.blank, want, rtol=1e-5, atol=1e-6)
+    kw = dict(num_known=0, known_weight=1.0, z_loss=0.0, by_group=True)
+    np.testing.assert_allclose(summarize(got, **kw)[1]["nll_blank"], want.mean(), rtol=1e-6)
+    assert "nll_blank" not in summarize(got._replace(blank=None), **kw)[1]
