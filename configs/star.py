@@ -6,7 +6,7 @@
 `tiny` leaves a whole model in runs/star/bundle, after configs/vqvae.py:tiny. (One of older forms of
 STAR and tokenizer took 13 minutes on two CPU cores, and 1.78 nats a code for the novel views of
 unseen clips, where counting gives 3.13, docs/RESULTS.md.) `small`, for one GPU, is the bundled
-model, trained for less than half of it; `base`, for one to four, and `paper`, for sixteen, have
+model, trained for three quarters of it; `base`, for one to four, and `paper`, for sixteen, have
 not been trained yet (paper section 4.1, which gives no sizes: the trunk is LlamaGen's and MVAR's
 XL). The last two also build on VQ-16 instead of UniTok (`base,vq16`), and take the features of
 FLAN-T5 XL, computed beforehand with a bundle that has it as its stage `text`:

@@ -4,7 +4,7 @@
 
 Wants `fourdstar prepare --depth` and, but for `tiny`, LPIPS' weights (docs/WEIGHTS.md). `tiny`
 takes about 8 minutes on two CPU cores, after configs/tokenizer.py:tiny. `small` is for one GPU; the
-bundled model's was trained for 8,707 steps. `base`, for one to four, and `paper`, for eight, have
+bundled model's was trained for 15,299 steps. `base`, for one to four, and `paper`, for eight, have
 not been trained yet (paper section 4.1, which gives no sizes). docs/RESULTS.md says how decoder,
 losses and offsets were chosen. The last two also build on VQ-16 instead of UniTok, the paper's
 baseline: `base,vq16`; the first two build on the local tokenizer, or on a small UniTok:

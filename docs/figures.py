@@ -103,6 +103,9 @@ def sentences() -> dict[str, list[str]]:
     likely_h = best_h * rate["128"] / each
     minutes, trained = noted["tiny_minutes"], results("small_training_h200")
     last = trained["tokenizer"]["eval"][-1]
+    known, arm = trained["star_decayed"]["log"][-1], trained["star_decayed"]["arm"]["generation"]
+    parts_of_vqvae = ("vqvae", "vqvae_on", "vqvae_sides")
+    vqvae_steps = sum(trained[part]["steps"] for part in parts_of_vqvae)
     of_star = results("bench_star_paper_h200")
     kernels = of_star["kernels_ms"]
     backward, products = (
@@ -136,7 +139,7 @@ def sentences() -> dict[str, list[str]]:
         ],
         "configs/vqvae.py": [
             f"about {minutes['vqvae']} minutes on two CPU cores",
-            f"was trained for {trained['vqvae']['steps'] + trained['vqvae_on']['steps']:,} steps",
+            f"was trained for {vqvae_steps:,} steps",
         ],
         "configs/star.py": [
             f"{minutes['star']} minutes on two CPU cores, and {_tiny('nll_novel'):.2f} nats a code "
@@ -190,9 +193,14 @@ def sentences() -> dict[str, list[str]]:
             f"({_offsets():.2f} dB)",
         ],
         "docs/RESULTS.md": [
+            f"slower than that of its own clips ({known['nll']:.2f} nats there)",
+            f"what it made was alike ({arm['psnr_in_mask']:.1f} dB, {arm['alpha_iou']:.2f}, "
+            f"{arm['lpips']:.3f}; retrieval {percent(arm['retrieval_top1'])})",
             f"in {percent(small_figures['generation_retrieval_top1'])} of the cases",
             f"costs it {small_figures['nll_rise_container']:.2f} nats a code, another clip's video "
-            f"{small_figures['nll_rise_video']:.2f},",
+            f"{small_figures['nll_rise_video']:.2f}, another caption nothing; of tokens that are "
+            f"not blank {small_figures['nll_rise_container_drawn']:.2f} and "
+            f"{small_figures['nll_rise_video_drawn']:.2f},",
             f"(propagation {small_figures['propagation']:.2f}, with a frozen video "
             f"{small_figures['propagation_frozen']:.2f})",
             f"{_number(len(decoders['variants']))} decoders, 5,000 steps each",

@@ -209,6 +209,8 @@ def _went_on(name: str, part: str) -> str:
         "vqvae_on": f"{name}, on",
         "star_on": f"{name}, on",
         "star_muon": f"{name}, by Muon",
+        "vqvae_sides": f"{name}, three sides",
+        "star_decayed": f"{name}, three sides",
     }.get(part, name)
 
 
@@ -220,13 +222,13 @@ def small_training_table() -> str:
         + [f"{r['lpips']:.3f}", "", ""]
         for r in (found["tokenizer"]["eval"][i] for i in (0, 2, -1))
     ]
-    for part, rows_of in (("vqvae", slice(1, None, 2)), ("vqvae_on", slice(1, None, 2))):
-        for r in found[part]["log"][rows_of]:
+    for part in ("vqvae", "vqvae_on", "vqvae_sides"):
+        for r in found[part]["log"][slice(0 if part == "vqvae_sides" else 1, None, 2)]:
             rows.append([_went_on("4D VQ-VAE, its batches", part), f"{r['step']:,}"])
             rows[-1] += [f"{r['psnr']:.1f}", f"{r['lpips']:.3f}", "", ""]
-    for part in ("star", "star_on", "star_muon"):
+    for part in ("star", "star_on", "star_muon", "star_decayed"):
         evaluated = found[part].get("eval") or found[part]["eight timesteps"]["eval"]
-        for r in evaluated[1::2] if part == "star_on" else evaluated:
+        for r in evaluated if len(evaluated) < 4 else evaluated[part == "star_on" :: 2]:
             after = [r[f"nll_group{i}"] for i in range(2, 9)]
             nats = f"{r['nll_group1']:.2f} / {sum(after) / len(after):.2f}"
             rows.append([_went_on("STAR, unseen clips", part), f"{r['step']:,}", "", "", nats])
