@@ -103,6 +103,11 @@ def sentences() -> dict[str, list[str]]:
     likely_h = best_h * rate["128"] / each
     minutes, trained = noted["tiny_minutes"], results("small_training_h200")
     last = trained["tokenizer"]["eval"][-1]
+    odds, blank = results("blank_odds_cpu"), {}
+    for row in odds["rows"]:
+        if (row["temperature"], row["cfg_scale"]) == (0.5, 3.0):
+            blank[row["blank"]] = row["alpha_iou"]
+    alone = odds["single_timestep"]["psnr_in_mask"]
     known, arm = trained["star_decayed"]["log"][-1], trained["star_decayed"]["arm"]["generation"]
     parts_of_vqvae = ("vqvae", "vqvae_on", "vqvae_sides")
     vqvae_steps = sum(trained[part]["steps"] for part in parts_of_vqvae)
@@ -193,6 +198,13 @@ def sentences() -> dict[str, list[str]]:
             f"({_offsets():.2f} dB)",
         ],
         "docs/RESULTS.md": [
+            f"alpha IoU is {blank['odds kept']:.3f} so, and {blank['all cooled']:.3f} when all is",
+            f"wrong colours ({alone['1']:.1f} dB inside the mask of true tokens, a still "
+            f"{alone['still of 2']:.1f} at least)",
+            f"given in {percent(odds['gates']['history_following'])} of the cases",
+            f"true past {percent(odds['gates']['right'])} of the likeliest",
+            f"right, and {percent(odds['gates']['copy'])} by copying",
+            f"({percent(results('small_unseen_clip')['samples']['accuracy'])} are the same)",
             f"slower than that of its own clips ({known['nll']:.2f} nats there)",
             f"what it made was alike ({arm['psnr_in_mask']:.1f} dB, {arm['alpha_iou']:.2f}, "
             f"{arm['lpips']:.3f}; retrieval {percent(arm['retrieval_top1'])})",

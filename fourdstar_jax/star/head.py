@@ -131,24 +131,6 @@ class DepthHead(nnx.Module):
         return jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1)
 
 
-def kept_odds(
-    logits: Float[Array, "*b vocab"], code: int, temperature: Float[Array, ""] | None
-) -> Float[Array, "*b vocab"]:
-    """Logits of which `code` keeps its odds against all others at a temperature (None: argmax).
-
-    One code against hundreds that share what is left wins when it is cold: without this, blank
-    tokens eat an object's outline from all sides.
-    """
-    others = jnp.arange(logits.shape[-1]) != code
-    odds = logits[..., code] - jax.nn.logsumexp(logits, axis=-1, where=others)
-    if temperature is None:
-        kept = jnp.where(odds > 0, jnp.inf, -jnp.inf)
-    else:
-        mass = jax.nn.logsumexp(logits / temperature, axis=-1, where=others)
-        kept = temperature * (odds + mass)
-    return logits.at[..., code].set(kept)
-
-
 def filter_logits(
     logits: Float[Array, "*b vocab"], *, top_k: int | None, top_p: Float[Array, ""] | None
 ) -> Float[Array, "*b vocab"]:
@@ -163,3 +145,38 @@ def filter_logits(
         least = jnp.min(ranked, axis=-1, where=inside, initial=jnp.inf, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+def cooled(
+    logits: Float[Array, "*b vocab"],
+    temperature: Float[Array, ""],
+    *,
+    top_k: int | None,
+    top_p: Float[Array, ""] | None,
+    keep: int | None = None,
+) -> Float[Array, "*b vocab"]:
+    """Logits to sample from: at a temperature, then filtered.
+
+    The code `keep` has the odds against all others that it has without either. One code against
+    hundreds that share what is left wins when it is cold: blank tokens would eat an object's
+    outline from all sides.
+    """
+    temperature = jnp.maximum(temperature, 1e-30)  # below float32's range of normal numbers is 0
+    if keep is None:
+        return filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
+    kept = jnp.arange(logits.shape[-1]) == keep
+    others = jnp.where(kept, -jnp.inf, logits)
+    odds = logits[..., keep] - jax.nn.logsumexp(others, axis=-1)
+    others = (others - jnp.max(others, axis=-1, keepdims=True)) / temperature
+    others = filter_logits(others, top_k=top_k, top_p=top_p)
+    blank = odds + jax.nn.logsumexp(others, axis=-1)
+    return jnp.where(kept, blank[..., None], others)
+
+
+def likeliest(logits: Float[Array, "*b vocab"], keep: int | None = None) -> Int[Array, "*b"]:
+    """The most probable code; `keep` where it is likelier than all others together, else never."""
+    if keep is None:
+        return jnp.argmax(logits, axis=-1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == keep, -jnp.inf, logits)
+    rather = logits[..., keep] > jax.nn.logsumexp(others, axis=-1)
+    return jnp.where(rather, keep, jnp.argmax(others, axis=-1))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fourdstar_jax.star.container import State
-from fourdstar_jax.star.head import filter_logits, kept_odds
+from fourdstar_jax.star.head import cooled, likeliest
 from fourdstar_jax.star.model import STAR, Condition, Places
 from fourdstar_jax.star.transformer import KV, Rotary, concatenate, group_mask
 
@@ -243,14 +243,12 @@ def decode_group(
             logits = (1 + sum(beyond)) * logits
             for scale, other in zip(beyond, others, strict=True):
                 logits -= scale * other
-            if k == 0 and model.blank_code is not None:
-                temperature = None if greedy else sampling.temperature
-                logits = kept_odds(logits, model.blank_code, temperature)
+            keep = model.blank_code if k == 0 else None
             if greedy:
-                tokens = jnp.argmax(logits, axis=-1)
+                tokens = likeliest(logits, keep)
             else:
                 top_p = sampling.top_p if use_top_p else None
-                logits = filter_logits(logits / sampling.temperature, top_k=top_k, top_p=top_p)
+                logits = cooled(logits, sampling.temperature, top_k=top_k, top_p=top_p, keep=keep)
                 tokens = jax.random.categorical(jax.random.fold_in(slot_key, k), logits)
             return again(tokens.astype(jnp.int32))
 
@@ -299,8 +297,9 @@ def generate(
 ) -> Int[Array, "B T A K"]:
     """Samples an object, all views of it; the same key and condition give the same tokens.
 
-    `temperature=0` takes the most probable code each time; whether a token is blank is chosen by
-    the model's own odds at all others. `top_k` and `top_p` restrict the choice.
+    `temperature=0` takes the most probable code each time. `top_k` and `top_p` restrict the choice.
+    Whether a token is blank is drawn by the (guided) odds at any temperature and filter; at 0 it is
+    where that is likelier than all other codes together.
     `cfg_scale` other than 1 guides: logits move from those without the video (text kept, as MVAR)
     towards and beyond those with it. `history_scale` does so with the container's state, as that is
     dropped in training. Both add up, and each costs as much again as sampling does without.

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from fourdstar_jax import nn, sharding
-from fourdstar_jax.star.head import DepthHead, filter_logits, kept_odds
+from fourdstar_jax.star.head import DepthHead, cooled, filter_logits, likeliest
 
 K, VOCAB = 3, 7
 
@@ -81,15 +81,30 @@ def test_parallel_codes_know_nothing_of_one_another():
     assert jnp.abs(logits[:, 0] - logits[:, 1]).max() > 0.1  # each by weights of its own
 
 
-def test_a_code_keeps_its_odds_when_it_is_cold():
+@pytest.mark.parametrize("temperature", [1e-40, 1e-9, 0.5, 1.0, 30.0])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": jnp.float32(0.4)}])
+def test_a_code_keeps_its_odds(temperature, filters):
     """Blank has .4, a hundred others share .6: cold, it would win, and it must not."""
     logits = jnp.log(jnp.concatenate([jnp.array([0.4, 0.1]), jnp.full(100, 0.005)]))[None]
     assert jax.nn.softmax(logits / 0.5)[0, 0] > 0.9
-    kept = kept_odds(logits, 0, jnp.float32(0.5))
-    shares = np.asarray(jax.nn.softmax(kept / 0.5)[0])
+    every = {"top_k": None, "top_p": None} | filters
+    shares = jax.nn.softmax(cooled(logits, jnp.float32(temperature), keep=0, **every)[0])
     np.testing.assert_allclose(shares[0], 0.4, rtol=1e-5)
-    np.testing.assert_allclose(shares[1] / shares[2], (0.1 / 0.005) ** 2, rtol=1e-4)  # these cool
-    assert jnp.argmax(kept_odds(logits, 0, None)) == 1  # not blank is likelier
-    likely = logits.at[0, 0].add(1.0)
-    assert jnp.argmax(kept_odds(likely, 0, None)) == 0
-    np.testing.assert_allclose(kept_odds(logits, 0, jnp.float32(1.0)), logits, atol=1e-5)
+    if temperature == 0.5 and not filters:  # these cool
+        np.testing.assert_allclose(shares[1] / shares[2], (0.1 / 0.005) ** 2, rtol=1e-4)
+    if temperature < 1e-6:
+        np.testing.assert_allclose(shares[1], 0.6, rtol=1e-5)
+    if "top_p" in filters and temperature < 1:
+        assert (shares > 0).sum() == 2
+
+
+def test_the_likeliest_code():
+    logits = jnp.log(jnp.array([[0.4, 0.1, 0.3, 0.2], [0.6, 0.1, 0.2, 0.1]]))
+    np.testing.assert_array_equal(likeliest(logits), [0, 0])
+    np.testing.assert_array_equal(likeliest(logits, 0), [2, 0])
+
+
+def test_cooling_without_such_a_code():
+    logits = jax.random.normal(jax.random.key(0), (5, 7))
+    found = cooled(logits, jnp.float32(0.5), top_k=3, top_p=None)
+    np.testing.assert_allclose(found, filter_logits(logits / 0.5, top_k=3, top_p=None))
