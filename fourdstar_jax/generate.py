@@ -38,8 +38,8 @@ from fourdstar_jax.tokenizer.measures import errors
 from fourdstar_jax.types import Cameras, Gaussians
 from fourdstar_jax.vqvae.model import VQVAE4D
 
-# Of the sampler's scales, as `Model.generate` and the manifest call them.
 STILL = 4  # timesteps that a picture is decoded as
+# Of the sampler's scales, as `Model.generate` and the manifest call them.
 SCALES = {"cfg_scale": "cfg", "history_scale": "history_cfg"}
 
 

@@ -53,6 +53,18 @@ def test_shapes_and_ranges(object4d):
     assert object4d.tokens.min() >= 0 and object4d.tokens.max() < 5
 
 
+def test_a_picture_is_one_of_a_still(model, object4d):
+    """A decoder that learnt clips alone is not asked for a single timestep."""
+    tokens = jnp.asarray(object4d.tokens[:1]).reshape(1, 1, V, -1, 2)
+    cameras = model.rig.cameras(model.resolution)
+    alone = generate.decode_tokens(model.tokenizer, model.vqvae, tokens, cameras)
+    still = jnp.repeat(tokens, generate.STILL, axis=1)
+    many = generate.decode_tokens(model.tokenizer, model.vqvae, still, cameras)
+    for a, b in zip(alone, many, strict=True):
+        assert a.shape[:2] == (1, 1)
+        np.testing.assert_allclose(a, b[:, :1], atol=1e-6)
+
+
 def test_the_seed_decides(model, object4d):
     again = model.generate(frames(), seed=3)
     np.testing.assert_array_equal(again.tokens, object4d.tokens)
