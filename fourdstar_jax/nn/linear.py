@@ -121,22 +121,53 @@ def recomputed(
     return jax.checkpoint(function, prevent_cse=not in_scan, policy=policy)
 
 
-def joined(x: Float[Array, "*b Din"], *layers: nnx.Linear) -> list[Float[Array, "*b Dout"]]:
-    """Linear maps of one input, without biases, as one product.
+def product_of_all(x: Float[Array, "*b Din"], *layers: nnx.Linear) -> Float[Array, "*b D"] | None:
+    """Linear maps of one input, without biases, as one product, side by side; None to take each.
 
     Where their weights outweigh the input, as in decoding, to join them costs more than it saves,
     and where several devices share a weight's outputs it would move them: then one by one.
     """
-    widths = [layer.out_features for layer in layers]
-    few = math.prod(x.shape[:-1]) < sum(widths)
+    few = math.prod(x.shape[:-1]) < sum(layer.out_features for layer in layers)
     if few or any(layer.bias is not None for layer in layers):
-        return [layer(x) for layer in layers]
+        return None
     if sharding.parts("heads") > 1 or sharding.parts("mlp") > 1:
-        return [layer(x) for layer in layers]
+        return None
     dtype = layers[0].dtype
     kernel = jnp.concatenate([layer.kernel[...].astype(dtype) for layer in layers], axis=-1)
-    y = jnp.matmul(x.astype(dtype), kernel)
-    return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)
+    return jnp.matmul(x.astype(dtype), kernel)
+
+
+def joined(x: Float[Array, "*b Din"], *layers: nnx.Linear) -> list[Float[Array, "*b Dout"]]:
+    """The results of linear maps of one input, by one product where that pays."""
+    y = product_of_all(x, *layers)
+    if y is None:
+        return [layer(x) for layer in layers]
+    return jnp.split(y, np.cumsum([layer.out_features for layer in layers])[:-1], axis=-1)
+
+
+@jax.custom_vjp
+def silu_times(both: Float[Array, "*b D2"]) -> Float[Array, "*b D"]:
+    """SiLU of the first half of the last axis times the second half.
+
+    Its gradient is written in one piece, as the product behind it needs it: that of the two halves
+    would be put together by a pass of its own.
+    """
+    gate, up = jnp.split(both, 2, axis=-1)
+    return nnx.silu(gate) * up
+
+
+def _silu_times_bwd(both, cotangent):
+    half = cotangent.shape[-1]
+    is_gate = jnp.arange(2 * half) < half
+    swapped = jnp.roll(both, half, axis=-1)
+    gate, up = jnp.where(is_gate, both, swapped), jnp.where(is_gate, swapped, both)
+    slope = jax.nn.sigmoid(gate)
+    of_gate = up * slope * (1 + gate * (1 - slope))
+    given = jnp.concatenate([cotangent, cotangent], axis=-1)
+    return (given * jnp.where(is_gate, of_gate, gate * slope),)
+
+
+silu_times.defvjp(lambda both: (silu_times(both), both), _silu_times_bwd)
 
 
 def host_weights(model: Any, seed: int = 0) -> Any:
@@ -190,8 +221,9 @@ class SwiGLU(nnx.Module):
         self.down = make(hidden_dim, dim, ("mlp", "embed"), init=out_init or init)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        gate, up = joined(x, self.gate, self.up)
-        return self.down(nnx.silu(gate) * up)
+        both = product_of_all(x, self.gate, self.up)
+        hidden = nnx.silu(self.gate(x)) * self.up(x) if both is None else silu_times(both)
+        return self.down(hidden)
 
 
 class Mlp(nnx.Module):

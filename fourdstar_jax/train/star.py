@@ -265,6 +265,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
                 graphdef, state, config.warm_start, workdir, source.words, config.bundle
             )
         state, batches = checkpoints.restore(state, batches)
+        checkpoints.reserve(state)
 
         forcing, near = config.forcing.to_dict(), None
         num_near = forcing.pop("near")

@@ -153,6 +153,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             found = bundle.read(config.warm_start)
             state = train_state.start_from_stage(graphdef, state, found, "tokenizer", workdir)
         state, batches = checkpoints.restore(state, batches)
+        checkpoints.reserve(state)
 
         loss_config = config.loss.to_dict()
         step_fn = jax.jit(

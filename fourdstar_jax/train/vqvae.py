@@ -291,6 +291,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
         if config.warm_start and checkpoints.latest_step() is None:
             state = start_warm(graphdef, state, config.warm_start, workdir, config.bundle)
         state, batches = checkpoints.restore(state, batches)
+        checkpoints.reserve(state)
 
         configs: dict[str, Any] = dict(
             render_config=config.render.to_dict(),
