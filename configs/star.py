@@ -247,6 +247,7 @@ def model(scale: str, tokenizer: str = "") -> ConfigDict:
                     dropout=0.1,
                     remat=True,
                     remat_saves="products",  # less memory: "attention", then "nothing"
+                    scan_layers=not paper,  # measured there: 5 % faster, for 11 GB
                     dtype="bfloat16",
                 )
             )

@@ -128,6 +128,7 @@ class STAR(nnx.Module):
         init_std: float | None = None,
         remat: bool = False,
         remat_saves: nn.Saves = "nothing",
+        scan_layers: bool = True,
         codebooks: Float[Array, "K vocab C"] | None = None,
         dtype: nn.Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -148,7 +149,7 @@ class STAR(nnx.Module):
         has the places around it in it. `history` is what else a group sees of those
         before: nothing (`container`), the tokens of the w before it (`window:w`) or of all
         (`full`). `head_parallel` is for comparison, see `DepthHead`; for `remat` of the layers and
-        what it saves see `nn.recomputed`.
+        what it saves see `nn.recomputed`, for `scan_layers` `Transformer`.
         """
         if rope not in ("none", "axial"):
             raise ValueError(f"{rope=} must be 'none' or 'axial'")
@@ -206,7 +207,8 @@ class STAR(nnx.Module):
         self.trunk = Transformer(
             dim, num_layers, num_heads, hidden_dim, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
             causal_prefix=prefix == "causal", dropout=dropout, remat=remat,
-            remat_saves=remat_saves, **initializers(dim, num_layers, init_std), **kw,
+            remat_saves=remat_saves, scan_layers=scan_layers,
+            **initializers(dim, num_layers, init_std), **kw,
         )  # fmt: skip
         self.head = DepthHead(
             dim, head_dim=head_dim, num_layers=head_layers, num_heads=head_heads,

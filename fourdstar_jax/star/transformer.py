@@ -260,7 +260,11 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The layers, stacked and scanned over (a program of one layer compiles), and the last norm."""
+    """The layers, stacked and scanned over (a program of one layer compiles), and the last norm.
+
+    Without `scan_layers` a training step has a program of all layers: longer to compile, and faster
+    by what a scan takes to put aside and fetch again between its turns.
+    """
 
     def __init__(
         self,
@@ -275,6 +279,7 @@ class Transformer(nnx.Module):
         dropout: float,
         remat: bool,
         remat_saves: nn.Saves,
+        scan_layers: bool,
         init,
         out_init,
         dtype,
@@ -293,6 +298,7 @@ class Transformer(nnx.Module):
         self.causal_prefix = causal_prefix
         self.remat: bool = remat
         self.remat_saves: nn.Saves = remat_saves
+        self.scan_layers: bool = scan_layers
 
     def __call__(
         self,
@@ -352,12 +358,15 @@ class Transformer(nnx.Module):
             return (prefix, groups), None
 
         keys = None if key is None else jax.random.split(key, self.num_layers)
-        body = nn.recomputed(one, self.remat, in_scan=True, saves=self.remat_saves)
+        # Products saved, the compiler may keep what else it sees twice: faster, and a fifth more.
+        in_scan = self.scan_layers or self.remat_saves == "products"
+        body = nn.recomputed(one, self.remat, in_scan=in_scan, saves=self.remat_saves)
+        unroll = 1 if self.scan_layers else True
         for part, more in zip(self.parts(len(aligned)), aligned or [None], strict=True):
             if more is not None:
                 groups = groups.at[:, :, num_container:].add(more)
             layers = jax.tree.map(operator.itemgetter(part), (self.layers, keys))
-            (prefix, groups), _ = jax.lax.scan(body, (prefix, groups), layers)
+            (prefix, groups), _ = jax.lax.scan(body, (prefix, groups), layers, unroll=unroll)
         return self.norm(groups)
 
     def parts(self, number: int) -> list[slice]:

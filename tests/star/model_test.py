@@ -295,6 +295,24 @@ def test_options_train(data, make_model, changes):
     assert kernel.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("saves", ["products", "attention"])
+def test_layers_one_by_one_train_as_in_a_scan(data, make_model, saves):
+    tokens, condition = data
+    forcing = corrupt(jax.random.key(0), tokens)
+    found = []
+    for scanned in (True, False):
+        model = make_model(remat=True, remat_saves=saves, scan_layers=scanned)
+        step = jax.jit(jax.value_and_grad(lambda m: m.loss(tokens, condition, forcing)[0]))
+        loss, grads = step(model)
+        found.append((loss, grads.trunk.layers.k.kernel[...]))
+        loops = str(step.lower(model).compiler_ir()).count("stablehlo.while")
+        found[-1] += (loops,)
+    (loss, kernel, loops), (other, same, fewer) = found
+    np.testing.assert_allclose(loss, other, rtol=1e-5)
+    np.testing.assert_allclose(kernel, same, atol=1e-5)
+    assert fewer < loops
+
+
 def test_prefix_may_be_causal(data, make_model):
     tokens, condition = data
     late = condition._replace(video_tokens=bump(condition.video_tokens, (0, 2)))

@@ -54,6 +54,15 @@ def run(mesh_shape, num_devices, steps=5, muon=False):
         return state, losses
 
 
+def test_the_host_reserves_room_for_each_part_of_a_state_once():
+    state, _ = run({"data": 2, "fsdp": 4}, 8, steps=1)
+    shards = checkpoint._shards(state)
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert sum(np.dtype(dtype).itemsize * np.prod(shape) for _, shape, dtype in shards) == needed
+    assert len({device for device, _, _ in shards}) == 4
+    checkpoint._make_pinned(shards)
+
+
 def test_rows_that_devices_do_not_divide_are_whole_on_each():
     with sharding.use_mesh({"data": 4}, devices=jax.devices()[:4]) as mesh:
         for rows, whole in ((8, False), (3, True), (6, True)):
