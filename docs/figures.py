@@ -118,9 +118,14 @@ def sentences() -> dict[str, list[str]]:
     )
     attention = backward + kernels["attention by cuDNN, forward"]
     moved = kernels["concatenations"] + kernels["copies"] + kernels["slices"]
-    single = of_star["earlier"]["earlier"]["projections one by one"]["step_s"]
+    single = of_star["earlier"]["earlier"]["earlier"]["projections one by one"]["step_s"]
+    same = of_star["same_machine"]
+    scanned = same["scanned, SwiGLU's gradient in two pieces"]
+    behind_barrier = same[
+        "in no scan, with a barrier that keeps the compiler from storing what is made again"
+    ]
     saved, parted = results("checkpoint_h200"), results("bench_star_paper_2_h200")
-    saves = saved["idle_host"]
+    saves, reserved = saved["idle_host"], saved["reserved"]
     small_figures = results("small_unseen_clip")["figures"]
     seen = results("tiny_unseen_clip")["reconstruction"]
     return {
@@ -165,11 +170,22 @@ def sentences() -> dict[str, list[str]]:
             f"waited for they take {of_star['step']['waited_s']:.3f} s",
             f"compiler predicted {of_star['step']['program_bytes'] / 1e9:.1f} GB, and the "
             f"allocator's peak was {of_star['step']['allocator_peak_bytes'] / 1e9:.1f}",
+            f"step takes {scanned['step_s']:.3f} s and {scanned['program_bytes'] / 1e9:.1f} GB on "
+            "the same card",
+            f"recomputed for certain {behind_barrier['step_s']:.3f} s, "
+            f"{behind_barrier['program_bytes'] / 1e9:.1f} GB and "
+            f"{behind_barrier['compile_s']:.0f} s to compile",
+            f"tokens of {paper['timesteps']} x {paper['views']} views to their Gaussians takes "
+            f"{paper['generation_following_s']:.3f} s, to draw all of these views at 256x256 "
+            f"{parts['views']['ms']:.0f} ms",
             f"{saved['parameters'] / 1e6:.0f} M parameters, {saved['state_bytes'] / 1e9:.1f} GB",
             f"takes {saves['save1']['complete_and_hashed_s']:.0f} s at first and "
             f"{saves['save2']['complete_and_hashed_s']:.0f} later",
             f"hold the training up for {saves['save1']['held_s']:.1f} and "
             f"{saves['save2']['held_s']:.1f} s",
+            f"{reserved['save1']['held_s']:.1f} s where the host has made its buffers before, "
+            f"which takes {reserved['reserved_s']:.0f} s",
+            f"half of the {step['compile_s']:.0f} s",
             f"verified in {saves['open_and_verify_s']:.0f} s and restored in "
             f"{saves['restore_s']:.0f}",
             f"differs by {parted['sequence_parallel']['relative']:.0e}",
@@ -228,6 +244,7 @@ def sentences() -> dict[str, list[str]]:
             f"({step['temporary_bytes'] / 1e9:.1f} GB of it temporary), traced in "
             f"{step['trace_s']:.0f} s and compiled in {step['compile_s']:.0f} s; "
             f"{paper['tflop']:.0f} TFLOP counted, {step['tflops']:.0f} a second",
+            f"takes {100 * parts['rasterizer']['share']:.1f} % of it, the discriminator's turn",
             f"takes {parts['decoder']['ms'] / 1e3:.2f} s of it, the offsets "
             f"{parts['offsets']['ms'] / 1e3:.2f} s",
             f"it took {before['compile_s']} s to compile and {before['temporary_gb']} GB",

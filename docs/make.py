@@ -400,15 +400,17 @@ ABLATIONS = {
 def ablations_table() -> str:
     """The ablations of Table 4, how to train each, and what it costs."""
     counted, timed = results("ablations"), results("ablations_cpu")["rows"]
+    trained = results("ablations_h200")["rows"]
     rows = []
     for name, (paper, knows) in ABLATIONS.items():
         r, tiny = counted[name or "ours"], timed[name or "ours"]
         cells = [f"{r['parameters'] / 1e6:.1f}", f"{r['forward_flop'] / 1e9:.1f}"]
+        cells += [f"{trained[name or 'ours']['unseen']['nll']:.3f}"]
         cells += [f"{tiny['forward_gflop']:.2f}", f"{tiny['waited_s']:.2f}"]
         cells += [f"{tiny['waited_s'] / timed['ours']['waited_s']:.2f}"]
         rows.append([paper, name and f"`{name}`", knows, *cells])
     head = ["paper", "NAME", "what a group knows of those before", "M parameters", "GFLOP"]
-    return table([*head, "`tiny`: GFLOP", "s a step", "of ours"], *rows)
+    return table([*head, "nats a code", "`tiny`: GFLOP", "s a step", "of ours"], *rows)
 
 
 def sizes_table() -> str:
