@@ -231,6 +231,23 @@ class Model:
                 f"the text has {count} word pieces; the model reads the first {most}", stacklevel=3
             )
 
+    def condition(self, images: Float[np.ndarray, "B T h w 3"], prompt: str) -> Condition:
+        """What STAR makes tokens of: clips of one length as `read` gives them, with one text."""
+        count = len(images)
+        text_ids, text_features = self.encode_text(prompt)
+        cameras = self.rig.cameras(self.resolution)
+
+        def each(x):
+            return jnp.broadcast_to(jnp.asarray(x), (count, *np.shape(x)))
+
+        return Condition(
+            text_ids=each(text_ids),
+            video_tokens=encode_images(self.tokenizer, jnp.asarray(images)),
+            times=each(np.arange(images.shape[1], dtype=np.float32)),
+            cameras=Cameras(*(each(x) for x in cameras)),
+            text_features=None if text_features is None else each(text_features),
+        )
+
     @typing.no_type_check  # arguments are checked below, in the tests as elsewhere
     def generate(
         self,
@@ -289,17 +306,8 @@ class Model:
         prompt = text if text is not None else NEUTRAL_PROMPT
         with bars.waiting("encoding", disable=not progress):
             star = self.star
-            text_ids, text_features = self.encode_text(prompt)
-            video_tokens = encode_images(self.tokenizer, jnp.asarray(images))  # [T, n, K]
-            video_tokens.block_until_ready()
-        cameras = self.rig.cameras(self.resolution)
-        condition = Condition(
-            text_ids=jnp.asarray(text_ids)[None],
-            video_tokens=video_tokens[None],
-            times=jnp.arange(count, dtype=jnp.float32)[None],
-            cameras=Cameras(*(jnp.asarray(x)[None] for x in cameras)),
-            text_features=None if text_features is None else jnp.asarray(text_features)[None],
-        )
+            condition = self.condition(images[None], prompt)
+            condition.video_tokens.block_until_ready()
         with bars.steps(count, desc="timesteps", unit="step", disable=not progress) as step:
 
             def on_group(t: int, tokens: Array) -> None:

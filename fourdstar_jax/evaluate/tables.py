@@ -7,26 +7,32 @@ the true frames are the paper's, by their hash; else they are a table of their o
 import dataclasses
 import functools
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from fourdstar_jax import bundle, outside
 from fourdstar_jax.arguments import counted
 from fourdstar_jax.data import pipeline, transforms
-from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.data.batching import filled_batches, in_batches
 from fourdstar_jax.evaluate import clips, distances, protocols, readers, report, score
 from fourdstar_jax.evaluate.clips import Entry, Frames, Source, View
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.folders import replace_file
-from fourdstar_jax.generate import Model, encode_images
+from fourdstar_jax.generate import Model, decode_tokens, encode_images
+from fourdstar_jax.star import sample
+from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.types import Gaussians
 
 BATCH = 8  # pictures through a tokenizer
+OBJECTS = 16  # that STAR makes at once
 
 
 def run(
@@ -251,12 +257,17 @@ def predicted(
             "scored (--frames)"
         )
     lock = threading.Lock()
+    tokens_of = functools.lru_cache(maxsize=2)(functools.partial(_sampled, model, images, seed))
+    batches = _batches(frames, OBJECTS)
 
     @functools.lru_cache(maxsize=2)  # views of an object come one after the other
     def made(i: int) -> Gaussians:
         if how == "reconstruct":
             return model.reconstruct(images(i)).gaussians
-        return model.generate(images(i)[:, 0], fit="none", fps=rig.fps, seed=seed).gaussians
+        tokens = tokens_of(batches[i])[batches[i].clips.index(i)]
+        cameras = model.rig.cameras(model.resolution)
+        found = decode_tokens(model.tokenizer, model.vqvae, tokens[None], cameras)
+        return Gaussians(*(np.asarray(x[0], np.float32) for x in found))
 
     def gaussians(i: int) -> Gaussians:
         with lock:
@@ -268,8 +279,41 @@ def predicted(
         views = clips.rendered_views(own, rig, azimuths, where=f"{path}: {name}")
         entries[name] = Entry(name, truth.group, views, named=False, gaussians=own)
     about = {"how": how, "seed": seed}
+    if how == "generate":
+        about["at_once"] = max(b.size for b in batches.values())  # the draws depend on it
     about |= {"weights_sha256": {s: e.sha256 for s, e in model.bundle.stages.items()}}
     return Source(str(path), "bundle", entries, azimuths, about)
+
+
+class Batch(NamedTuple):
+    """Clips that are made at once, and how many of them there is room for."""
+
+    clips: tuple[int, ...]
+    size: int
+
+
+def _batches(lengths: Mapping[int, int], most: int) -> dict[int, Batch]:
+    """The batch of each clip, given their lengths: of one length, and of one size but the last."""
+    found = {}
+    for length in dict.fromkeys(lengths.values()):
+        same = [i for i, n in lengths.items() if n == length]
+        size = math.ceil(len(same) / math.ceil(len(same) / most))
+        for start in range(0, len(same), size):
+            batch = Batch(tuple(same[start : start + size]), size)
+            found |= dict.fromkeys(batch.clips, batch)
+    return found
+
+
+def _sampled(
+    model: Model, images: Callable[[int], np.ndarray], seed: int, batch: Batch
+) -> Int[np.ndarray, "B T V n K"]:
+    """Tokens that STAR makes of the first views of clips at once: little more than one takes."""
+    seen = np.stack([images(i)[:, 0] for i in batch.clips])
+    count, (filled,) = next(filled_batches([seen], batch.size))
+    condition = model.condition(filled, NEUTRAL_PROMPT)
+    key = jax.random.fold_in(jax.random.key(seed), batch.clips[0])
+    tokens = np.asarray(sample.generate(model.star, condition, key, **model.settings()))[:count]
+    return tokens.reshape(*tokens.shape[:2], model.rig.num_views, -1, tokens.shape[-1])
 
 
 def _pictures(path: Path, found: Any, truths: Source, azimuths: tuple[float, ...]) -> Source:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from fourdstar_jax import cli
+from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.evaluate import clips, distances, protocols, readers, score, tables
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.export import read_splats
+from fourdstar_jax.generate import Model
 
 TABLES = sorted(Path(__file__).parents[2].joinpath("configs", "tables").glob("*.py"))
 
@@ -70,6 +72,28 @@ def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys):
     command = ["evaluate", "--table", "configs/tables/stop.py", "--out", str(tmp_path / "t")]
     assert cli.main([*command, "--data", str(data_dir)]) == 2
     assert "has views at 0, 180 degrees" in capsys.readouterr().err
+
+
+def test_objects_made_at_once_are_what_each_is_by_itself(tiny_bundle, data_dir, monkeypatch):
+    likeliest = dict(temperature=0.0, top_k=None, cfg_scale=1.0, history_scale=1.0)
+    monkeypatch.setattr(Model, "sampling", likeliest)
+    monkeypatch.setattr(tables, "OBJECTS", 2)
+    protocol = protocols.find("fourdstar-open-v2")
+    truths = clips.open_source(data_dir, protocol, read_splats=read_splats, split="train")
+    truths = tables.first_frames(truths, 2)
+    made = tables.predicted("generate", tiny_bundle, data_dir, "train", truths, protocol)
+    assert len(made.entries) == 3 and made.about["at_once"] == 2
+    model, data = Model(tiny_bundle), pipeline.ClipSource(data_dir, "train", cache_bytes=0, maps=())
+    for i, entry in enumerate(made.entries.values()):
+        seen = transforms.on_white(data[i]["rig_rgba"][:2])[0][:, 0]
+        alone = model.generate(seen, fit="none", fps=model.rig.fps).gaussians
+        for x, y in zip(entry.gaussians(), alone, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+def test_batches_are_of_one_length_and_size():
+    found = tables._batches({i: 8 for i in range(5)} | {9: 3}, 4)
+    assert set(found.values()) == {((0, 1, 2), 3), ((3, 4), 3), ((9,), 1)}
 
 
 def run_of(rows, features=None):
