@@ -25,6 +25,8 @@ OPAQUE = 0.5  # opacity of a Gaussian that counts as surface
 F_DISTANCE = 0.02  # scene units within which a point counts as found; an object is about 0.8 high
 ALIGNED_BY = 2000  # points, at most
 ITERATIONS = 40
+SKETCHED_BY = 400  # points that are to tell which starts are good
+FINISHED = 4  # starts that are followed with all points
 
 
 class Similarity(NamedTuple):
@@ -36,6 +38,10 @@ class Similarity(NamedTuple):
 
     def __call__(self, points: Float[np.ndarray, "*b 3"]) -> Float64[np.ndarray, "*b 3"]:
         return self.scale * points @ self.rotation.T + self.shift
+
+    def inverse(self, points: Float[np.ndarray, "*b 3"]) -> Float64[np.ndarray, "*b 3"]:
+        """What the similarity brings to `points`; far away where it brings all to one."""
+        return (points - self.shift) @ self.rotation / max(self.scale, 1e-12)
 
 
 IDENTITY = Similarity(1.0, np.eye(3), np.zeros(3))
@@ -77,24 +83,34 @@ def align(
     """The turn, shift and scale that brings points nearest to the truth, by closest points.
 
     From `starts`, or from 24 turns by right angles about the middle; the best end is kept. With a
-    start that is good, the identity alone, points in place stay where they are.
+    start that is good, the identity alone, points in place stay where they are. Of many starts only
+    those go on with all points that a few points end best from.
     """
-    points, truth = (_thinned(np.asarray(x, np.float64)) for x in (points, truth))
+    points, truth = (np.asarray(x, np.float64) for x in (points, truth))
     starts = starts or tuple(_right_angles(points, truth))
-    tree = KDTree(truth)
-    best = (np.inf, IDENTITY)
-    for found in starts:
-        for _ in range(ITERATIONS):
-            moved = found(points)
-            there = truth[tree.query(moved)[1]]
-            back = points[KDTree(moved).query(truth)[1]]
-            new = umeyama(np.concatenate([points, back]), np.concatenate([there, truth]))
-            done = np.allclose(new(points), moved, rtol=0, atol=1e-7)
-            found = new
-            if done:
-                break
-        best = min(best, (chamfer(found(points), truth), found), key=lambda x: x[0])
-    return best[1]
+    if len(starts) > FINISHED:
+        few = _thinned(points, SKETCHED_BY), _thinned(truth, SKETCHED_BY)
+        ends = [_closest(*few, start, ITERATIONS // 2)[0] for start in starts]
+        starts = tuple(starts[i] for i in np.argsort(ends, kind="stable")[:FINISHED])
+    points, truth = (_thinned(x, ALIGNED_BY) for x in (points, truth))
+    ends = [_closest(points, truth, start, ITERATIONS) for start in starts]
+    return min(ends, key=lambda end: end[0])[1]
+
+
+def _closest(points, truth, found: Similarity, iterations: int) -> tuple[float, Similarity]:
+    """Where closest points lead from a start, and the Chamfer distance there."""
+    of_truth, of_points = KDTree(truth), KDTree(points)
+    for _ in range(iterations):
+        moved = found(points)
+        there = truth[of_truth.query(moved)[1]]
+        # a similarity keeps what is nearest, so that the points' tree serves wherever they are
+        back = points[of_points.query(found.inverse(truth))[1]]
+        new = umeyama(np.concatenate([points, back]), np.concatenate([there, truth]))
+        done = np.abs(new(points) - moved).max() < 1e-7
+        found = new
+        if done:
+            break
+    return chamfer(found(points), truth), found
 
 
 def umeyama(points: Float[np.ndarray, "n 3"], truth: Float[np.ndarray, "n 3"]) -> Similarity:
@@ -121,10 +137,10 @@ def _right_angles(points, truth):
                 yield Similarity(scale, rotation, b - scale * rotation @ a)
 
 
-def _thinned(points: np.ndarray) -> np.ndarray:
-    if len(points) <= ALIGNED_BY:
+def _thinned(points: np.ndarray, most: int) -> np.ndarray:
+    if len(points) <= most:
         return points
-    return points[np.random.default_rng(0).permutation(len(points))[:ALIGNED_BY]]
+    return points[np.random.default_rng(0).permutation(len(points))[:most]]
 
 
 class NoSurface(ValueError):

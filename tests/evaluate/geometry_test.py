@@ -84,3 +84,31 @@ def test_motion_of_unlike_sets():
     ours = np.mean([[0.1, 0.9], [0, np.sqrt(10)]])
     theirs = np.mean([0.1, 0])
     assert geometry.motion_chamfer(first, second) == pytest.approx(ours + theirs)
+
+
+def test_a_similarity_and_its_inverse():
+    rng = np.random.default_rng(3)
+    rotation = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    found = geometry.Similarity(1.7, rotation, rng.normal(size=3))
+    points = rng.normal(size=(9, 3))
+    np.testing.assert_allclose(found.inverse(found(points)), points, atol=1e-12)
+
+
+def test_many_points_are_aligned_from_the_start_that_all_of_them_end_best_from():
+    """A turned shape of more points than are looked at; no other turn lets it lie as it did."""
+    rng = np.random.default_rng(4)
+    shape = rng.normal(size=(6000, 3)) * [1.0, 0.5, 0.2] + [[0.3, 0, 0]] * 6000
+    shape[:1500] += [1.0, 0.8, 0]  # no turn by right angles of it is like another
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    turn *= np.sign(np.linalg.det(turn))
+    seen = 1.3 * shape[::2] @ turn.T + 0.2
+    found = geometry.align(seen, shape[1::2])
+    assert geometry.chamfer(found(seen), shape[1::2]) < 0.2
+    np.testing.assert_allclose(found.scale, 1 / 1.3, rtol=0.05)  # nearest points are inside
+    np.testing.assert_allclose(found.rotation @ turn, np.eye(3), atol=0.05)
+
+
+def test_points_that_are_all_one_are_brought_to_the_middle():
+    truth = np.random.default_rng(5).normal(size=(50, 3))
+    found = geometry.align(np.zeros((40, 3)), truth)
+    assert np.isfinite(found(np.zeros((1, 3)))).all()
