@@ -25,8 +25,10 @@ OPAQUE = 0.5  # opacity of a Gaussian that counts as surface
 F_DISTANCE = 0.02  # scene units within which a point counts as found; an object is about 0.8 high
 ALIGNED_BY = 2000  # points, at most
 ITERATIONS = 40
-SKETCHED_BY = 400  # points that are to tell which starts are good
-FINISHED = 4  # starts that are followed with all points
+# Points that are to tell which starts are good, and how many of these go on with all: a fifth of
+# the time, for Chamfer distances that are 0.1 % larger on average where a shape is ambiguous.
+SKETCHED_BY = 400
+FINISHED = 6
 
 
 class Similarity(NamedTuple):
