@@ -121,6 +121,7 @@ def sentences() -> dict[str, list[str]]:
     single = of_star["earlier"]["earlier"]["earlier"]["projections one by one"]["step_s"]
     same = of_star["same_machine"]
     scanned = same["scanned, SwiGLU's gradient in two pieces"]
+    unrolled = same["in no scan, SwiGLU's gradient in two pieces"]
     behind_barrier = same[
         "in no scan, with a barrier that keeps the compiler from storing what is made again"
     ]
@@ -184,7 +185,8 @@ def sentences() -> dict[str, list[str]]:
             f"hold the training up for {saves['save1']['held_s']:.1f} and "
             f"{saves['save2']['held_s']:.1f} s",
             f"{reserved['save1']['held_s']:.1f} s where the host has made its buffers before, "
-            f"which takes {reserved['reserved_s']:.0f} s",
+            f"which takes {reserved['reserved_s']:.0f} s (a trainer has it do so",
+            f"With it in two pieces {unrolled['step_s']:.3f} s on the same card",
             f"half of the {step['compile_s']:.0f} s",
             f"verified in {saves['open_and_verify_s']:.0f} s and restored in "
             f"{saves['restore_s']:.0f}",
@@ -244,7 +246,8 @@ def sentences() -> dict[str, list[str]]:
             f"({step['temporary_bytes'] / 1e9:.1f} GB of it temporary), traced in "
             f"{step['trace_s']:.0f} s and compiled in {step['compile_s']:.0f} s; "
             f"{paper['tflop']:.0f} TFLOP counted, {step['tflops']:.0f} a second",
-            f"takes {100 * parts['rasterizer']['share']:.1f} % of it, the discriminator's turn",
+            f"takes {100 * parts['rasterizer']['share']:.1f} % of it, the discriminator's turn "
+            f"without R1 {100 * parts['discriminator']['share']:.1f} %",
             f"takes {parts['decoder']['ms'] / 1e3:.2f} s of it, the offsets "
             f"{parts['offsets']['ms'] / 1e3:.2f} s",
             f"it took {before['compile_s']} s to compile and {before['temporary_gb']} GB",

@@ -486,7 +486,7 @@ def scoring_table() -> str:
         rows.append(
             [f"`{r['protocol']}`", ", ".join(names[m] for m in r["metrics"])]
             + [f"{r['objects']} x {r['views']} x {r['frames']}, {r['size']}x{r['size']}"]
-            + [r["device"], f"{r['seconds']:.0f}"]
+            + [", ".join(filter(None, (r["device"], r.get("note")))), f"{r['seconds']:.0f}"]
             + [f"{r['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in r else ""]
         )
     return table(head, *rows)

@@ -81,6 +81,7 @@ class Source:
     entries: dict[str, Entry]
     azimuths: tuple[float, ...] | None  # of views that go by place, degrees
     about: dict[str, Any]
+    at_once: int = 1  # objects that are made when the first of them is asked for
 
 
 def file_name(clip_id: str) -> str:

@@ -94,7 +94,9 @@ def score(
     all_clips = _ahead(pairs, read)
     if log is not silent:
         but = f", without {', '.join(m.name for m in whole)}" if whole else ""
-        all_clips = _estimated(pairs, read, by_clip, networks, lambda line: log(line + but))
+        all_clips = _estimated(
+            pairs, read, by_clip, networks, lambda line: log(line + but), predictions.at_once
+        )
     progress = Progress(len(pairs), log)
     wholes: dict[str, dict[str, float]] = {}
     views: list[Clip] = []  # of the object so far
@@ -212,16 +214,18 @@ def _estimated(
     metrics: Sequence[Metric],
     networks: Networks,
     log: Log,
+    at_once: int,
 ) -> Iterator[Clip]:
     """As `_ahead`, after `log` was told how long all will take.
 
     That is by the reading of the first object's clips, of which no more are held than are read
-    ahead anyway, and by what a clip of the first one's size takes to measure.
+    ahead anyway and with which `at_once` objects are made, and by what a clip of the first one's
+    size takes to measure.
     """
     first = [pair for pair in pairs[: READERS + 1] if pair.object == pairs[0].object]
     start = time.perf_counter()
     here = deque(_ahead(first, read))
-    reading = (time.perf_counter() - start) / len(here)
+    reading = (time.perf_counter() - start) / len(here) / at_once
     seconds = _seconds(metrics, here[0], networks)
     log(f"{about(seconds * len(pairs) + reading * (len(pairs) - len(here)))} for all")
     yield from (here.popleft() for _ in first)

@@ -32,7 +32,7 @@ from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.types import Gaussians
 
 BATCH = 8  # pictures through a tokenizer
-OBJECTS = 16  # that STAR makes at once
+OBJECTS, KEPT = 16, 8 << 30  # that STAR makes at once at most, and bytes of keys and values
 
 
 def run(
@@ -70,6 +70,7 @@ def run(
     kept, left_out = _measured(protocol, networks, metrics)
     out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Run]] = {}
+    results: dict[str, dict[str, Any]] = {}
     not_run: dict[str, str] = {}
     known: dict[Any, np.ndarray] = {}  # what networks make of the truths, the same for all rows
     for name, row in config["rows"].items():
@@ -94,13 +95,13 @@ def run(
                 )
             )  # fmt: skip
             runs.setdefault(name, []).append(run)
-    results = {name: merged(protocol, found) for name, found in runs.items()}
-    for name, result in results.items():
-        files = {name: result}
-        if len(runs[name]) > 1:
-            files |= {f"{name}_{i}": run.result for i, run in enumerate(runs[name], 1)}
-        for file, content in files.items():
-            replace_file(out / f"{file}.json", f"{json.dumps(content, indent=1)}\n".encode())
+        if name in runs:  # written at once: the rows after it may take hours
+            results[name] = merged(protocol, runs[name])
+            files = {name: results[name]}
+            if len(runs[name]) > 1:
+                files |= {f"{name}_{i}": run.result for i, run in enumerate(runs[name], 1)}
+            for file, content in files.items():
+                replace_file(out / f"{file}.json", f"{json.dumps(content, indent=1)}\n".encode())
     compared = {}
     if (ours := config["against"]) in results:
         compared = {
@@ -257,8 +258,8 @@ def predicted(
             "scored (--frames)"
         )
     lock = threading.Lock()
-    tokens_of = functools.lru_cache(maxsize=2)(functools.partial(_sampled, model, images, seed))
-    batches = _batches(frames, OBJECTS)
+    tokens_of = functools.cache(functools.partial(_sampled, model, images, seed))
+    batches = _batches(frames, _at_once(model, longest) if how == "generate" else 1)
 
     @functools.lru_cache(maxsize=2)  # views of an object come one after the other
     def made(i: int) -> Gaussians:
@@ -279,10 +280,9 @@ def predicted(
         views = clips.rendered_views(own, rig, azimuths, where=f"{path}: {name}")
         entries[name] = Entry(name, truth.group, views, named=False, gaussians=own)
     about = {"how": how, "seed": seed}
-    if how == "generate":
-        about["at_once"] = max(b.size for b in batches.values())  # the draws depend on it
     about |= {"weights_sha256": {s: e.sha256 for s, e in model.bundle.stages.items()}}
-    return Source(str(path), "bundle", entries, azimuths, about)
+    at_once = max(batch.size for batch in batches.values())
+    return Source(str(path), "bundle", entries, azimuths, about, at_once)
 
 
 class Batch(NamedTuple):
@@ -290,6 +290,22 @@ class Batch(NamedTuple):
 
     clips: tuple[int, ...]
     size: int
+
+
+def _at_once(model: Model, timesteps: int) -> int:
+    """How many objects have room for the keys and values of prefix and group, guided."""
+    sizes = model.bundle.stage("star").model
+    heads = sizes.get("num_kv_heads") or sizes["num_heads"]
+    width = (
+        sizes["dim"]
+        // sizes["num_heads"]
+        * heads
+        * jnp.dtype(sizes.get("dtype", "float32")).itemsize
+    )
+    tokens = sizes["grid"] ** 2
+    slots = sizes["text_length"] + sizes["container_slots"]
+    slots += (timesteps + model.rig.num_views) * tokens
+    return max(1, min(OBJECTS, KEPT // (2 * 2 * sizes["num_layers"] * width * slots)))
 
 
 def _batches(lengths: Mapping[int, int], most: int) -> dict[int, Batch]:
@@ -307,12 +323,15 @@ def _batches(lengths: Mapping[int, int], most: int) -> dict[int, Batch]:
 def _sampled(
     model: Model, images: Callable[[int], np.ndarray], seed: int, batch: Batch
 ) -> Int[np.ndarray, "B T V n K"]:
-    """Tokens that STAR makes of the first views of clips at once: little more than one takes."""
+    """Tokens that STAR makes of the first views of clips, each as by itself.
+
+    At once they take little more than one: on an H200 it is the steps that take the time.
+    """
     seen = np.stack([images(i)[:, 0] for i in batch.clips])
     count, (filled,) = next(filled_batches([seen], batch.size))
     condition = model.condition(filled, NEUTRAL_PROMPT)
-    key = jax.random.fold_in(jax.random.key(seed), batch.clips[0])
-    tokens = np.asarray(sample.generate(model.star, condition, key, **model.settings()))[:count]
+    keys = jnp.broadcast_to(jax.random.key(seed), len(filled))  # as `Model.generate` has it
+    tokens = np.asarray(sample.generate(model.star, condition, keys, **model.settings()))[:count]
     return tokens.reshape(*tokens.shape[:2], model.rig.num_views, -1, tokens.shape[-1])
 
 

@@ -150,7 +150,7 @@ def silu_times(both: Float[Array, "*b D2"]) -> Float[Array, "*b D"]:
     """SiLU of the first half of the last axis times the second half.
 
     Its gradient is written in one piece, as the product behind it needs it: that of the two halves
-    would be put together by a pass of its own.
+    would be put together by a pass of its own. It has no forward-mode derivative.
     """
     gate, up = jnp.split(both, 2, axis=-1)
     return nnx.silu(gate) * up

@@ -210,6 +210,19 @@ def end_group(
     return Memory(state, past)
 
 
+def _folded(key: jax.Array, number: Any) -> jax.Array:
+    """A key, or each of several, folded with a number."""
+    if key.ndim:
+        return jax.vmap(lambda one: jax.random.fold_in(one, number))(key)
+    return jax.random.fold_in(key, number)
+
+
+def _drawn(key: jax.Array, logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """A draw of each row, by one key or by a key each: of one row by either the same."""
+    draw = jax.random.categorical
+    return jax.vmap(draw)(key, logits) if key.ndim else draw(key, logits)
+
+
 @functools.partial(jax.jit, static_argnames=("top_k", "use_top_p", "greedy", "without"))
 def decode_group(
     model: STAR,
@@ -235,7 +248,7 @@ def decode_group(
         return jnp.concatenate([y] * (1 + len(without)))
 
     def choose(slot, hidden):
-        slot_key = jax.random.fold_in(key, slot)
+        slot_key = _folded(key, slot)
 
         def pick(k, logits):
             logits, *others = jnp.split(logits, 1 + len(without))
@@ -249,7 +262,7 @@ def decode_group(
             else:
                 top_p = sampling.top_p if use_top_p else None
                 logits = cooled(logits, sampling.temperature, top_k=top_k, top_p=top_p, keep=keep)
-                tokens = jax.random.categorical(jax.random.fold_in(slot_key, k), logits)
+                tokens = _drawn(_folded(slot_key, k), logits)
             return again(tokens.astype(jnp.int32))
 
         return model.head.decode(hidden, pick)[0], None
@@ -297,6 +310,8 @@ def generate(
 ) -> Int[Array, "B T A K"]:
     """Samples an object, all views of it; the same key and condition give the same tokens.
 
+    `key` is one for the batch, or `[B]` of them: then an object does not depend on those beside it,
+    and is what its key gives it alone.
     `temperature=0` takes the most probable code each time. `top_k` and `top_p` restrict the choice.
     Whether a token is blank is drawn by the (guided) odds at any temperature and filter; at 0 it is
     where that is likelier than all other codes together.
@@ -321,6 +336,8 @@ def generate(
         raise ValueError(f"{history_scale=} needs a container; this model has none, so it is 1")
     scales: dict[Without, float] = {"video": cfg_scale, "history": history_scale}
     without = tuple(name for name, scale in scales.items() if scale != 1)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key)
     numbers = (temperature or 1.0, 1.0 if top_p is None else top_p, cfg_scale, history_scale)
     sampling = Sampling(*(jnp.float32(x) for x in numbers))
     prefix, memory = prefill(model, condition, without=without)
@@ -333,7 +350,7 @@ def generate(
             memory,
             jnp.int32(t),
             known[:, : model.num_known] if write_known else known[:, :0],
-            jax.random.fold_in(key, t),
+            _folded(key, t),
             sampling,
             top_k=top_k,
             use_top_p=top_p is not None,

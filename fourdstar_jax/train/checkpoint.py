@@ -15,12 +15,17 @@ from typing import Any, NoReturn
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import gcs_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.serialization import (
+    jax_array_handlers,
+    replica_slices,
+    tensorstore_utils,
+)
 
 from fourdstar_jax import folders, outside, remote, signals
 from fourdstar_jax.train.state import TrainState
@@ -28,6 +33,7 @@ from fourdstar_jax.train.workdir import Workdir
 
 HASHES = "sha256.json"  # in the folder of a step: the SHA-256 of every other file in it
 COMPLETE = "commit_success.txt"  # Orbax' mark of a step in an object store, written last
+PINNED = "pinned_host"  # the memory that Orbax copies what a GPU holds to
 AnyPath = Path | epath.Path
 
 
@@ -37,23 +43,26 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _shards(state: Any) -> list[tuple[Any, tuple[int, ...], Any]]:
-    """Device, shape and type of all that this process saves of a state."""
-    return [
-        (shard.device, shard.data.shape, leaf.dtype)
-        for leaf in jax.tree.leaves(state)
-        for shard in leaf.addressable_shards
-        if shard.replica_id == 0
-    ]
+def _pieces(state: Any) -> list[tuple[Any, tuple[int, ...], Any]]:
+    """Device, shape and type of each piece of a state that Orbax will have this process save."""
+    parallel = jax_array_handlers._get_default_use_replica_parallel()
+    found = []
+    for leaf in jax.tree.leaves(state):
+        pieces = replica_slices.get_replica_slices(leaf, 0, parallel)
+        for piece in pieces.replica_slices:
+            device = jnp.asarray(piece.unsliced_data).device
+            found.append((device, pieces.local_shape, leaf.dtype))
+    return found
 
 
-def _make_pinned(shards: list[tuple[Any, tuple[int, ...], Any]]) -> None:
-    """Takes pinned memory for all of `shards` at once, and leaves it to JAX, which keeps it."""
+def _make_pinned(pieces: list[tuple[Any, tuple[int, ...], Any]]) -> None:
+    """Takes pinned memory for all `pieces` at once, and leaves it to JAX, which keeps it."""
     taken = []
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # too little: the save will tell
-        for device, shape, dtype in shards:
-            place = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-            taken.append(jax.device_put(np.zeros(shape, dtype), place))
+        for device, shape, dtype in pieces:
+            if any(memory.kind == PINNED for memory in device.addressable_memories()):
+                place = jax.sharding.SingleDeviceSharding(device, memory_kind=PINNED)
+                taken.append(jax.device_put(np.zeros(shape, dtype), place))
         jax.block_until_ready(taken)
 
 
@@ -74,6 +83,7 @@ class Checkpoints:
         self._path = self._workdir.checkpoints
         self._hashing: threading.Thread | None = None  # the files of the last step that was saved
         self._failed = threading.Event()
+        self._reserving: threading.Thread | None = None
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=every, max_to_keep=keep, cleanup_tmp_directories=True
         )
@@ -103,7 +113,7 @@ class Checkpoints:
             if not force and not self._manager.should_save(step):
                 self._manager.check_for_errors()
                 return
-            self._finish()  # the save before
+            self._finish()  # the save before, or what `reserve` began
             self._workdir.send()
             self._manager.save(
                 step,
@@ -158,7 +168,10 @@ class Checkpoints:
         to make 14 GB takes ten seconds, which the first save would hold the training up for.
         """
         if jax.default_backend() == "gpu":
-            threading.Thread(target=_make_pinned, args=(_shards(state),), daemon=True).start()
+            self._reserving = threading.Thread(
+                target=_make_pinned, args=(_pieces(state),), daemon=True
+            )
+            self._reserving.start()
 
     def close(self) -> None:
         """Waits until the last save is complete; raises what went wrong in it."""
@@ -168,6 +181,9 @@ class Checkpoints:
 
     def _finish(self) -> None:
         """Waits for the last save and its hashes; raises what went wrong in it."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         try:
             self._manager.wait_until_finished()
         except Exception:

@@ -250,6 +250,7 @@ def look(
             batch_size=config.batch_size,
             accumulate=config.accumulate,
             remat_saves=config.model.get("remat_saves"),
+            scan_layers=config.model.get("scan_layers"),
             parameters=step.parameters,
             tokens=step.tokens,
             tflop=step.tflop,
@@ -316,7 +317,11 @@ def choices(config: Any, sharers: int) -> Iterator[tuple[dict[str, Any], list[in
     parts = [n for n in range(1, config.batch_size + 1) if config.batch_size % (n * sharers) == 0]
     if config.stage == "star":
         for saves in SAVES:
-            yield {"model.remat": True, "model.remat_saves": saves}, parts
+            change = {"model.remat": True, "model.remat_saves": saves}
+            if not config.model.get("scan_layers", True):
+                yield change, parts
+                change["model.scan_layers"] = True
+            yield change, parts
     else:
         for remat in (False, True):
             yield {"model.remat": remat}, parts

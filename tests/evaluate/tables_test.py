@@ -75,20 +75,26 @@ def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys):
 
 
 def test_objects_made_at_once_are_what_each_is_by_itself(tiny_bundle, data_dir, monkeypatch):
-    likeliest = dict(temperature=0.0, top_k=None, cfg_scale=1.0, history_scale=1.0)
-    monkeypatch.setattr(Model, "sampling", likeliest)
     monkeypatch.setattr(tables, "OBJECTS", 2)
     protocol = protocols.find("fourdstar-open-v2")
     truths = clips.open_source(data_dir, protocol, read_splats=read_splats, split="train")
     truths = tables.first_frames(truths, 2)
-    made = tables.predicted("generate", tiny_bundle, data_dir, "train", truths, protocol)
-    assert len(made.entries) == 3 and made.about["at_once"] == 2
+    made = tables.predicted("generate", tiny_bundle, data_dir, "train", truths, protocol, 7)
+    assert len(made.entries) == 3 and made.at_once == 2
     model, data = Model(tiny_bundle), pipeline.ClipSource(data_dir, "train", cache_bytes=0, maps=())
+    assert model.sampling["temperature"] > 0  # drawn, each by the seed alone
     for i, entry in enumerate(made.entries.values()):
         seen = transforms.on_white(data[i]["rig_rgba"][:2])[0][:, 0]
-        alone = model.generate(seen, fit="none", fps=model.rig.fps).gaussians
+        alone = model.generate(seen, fit="none", fps=model.rig.fps, seed=7).gaussians
         for x, y in zip(entry.gaussians(), alone, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+def test_as_many_objects_are_made_at_once_as_have_room(tiny_bundle, monkeypatch):
+    model = Model(tiny_bundle)
+    assert tables._at_once(model, 4) == tables.OBJECTS
+    monkeypatch.setattr(tables, "KEPT", 1)
+    assert tables._at_once(model, 4) == 1
 
 
 def test_batches_are_of_one_length_and_size():

@@ -64,7 +64,8 @@ def test_a_plan_recomputes_as_little_and_in_as_few_parts_as_fit(monkeypatch):
     def look(config, devices, **_):
         saves, parts = config.model.remat_saves, config.accumulate
         tried.append((saves, parts))
-        return {"program_bytes": 1e9 + needs[saves] / parts, "device": "x"}
+        needed = needs[saves] + (0 if config.model.scan_layers else 1e9)
+        return {"program_bytes": 1e9 + needed / parts, "device": "x"}
 
     monkeypatch.setattr(dry_run, "look", look)
     config, device = read_config("configs/star.py:paper", []), jax.devices()[:1]
@@ -72,7 +73,9 @@ def test_a_plan_recomputes_as_little_and_in_as_few_parts_as_fit(monkeypatch):
     def plan(memory):
         return dry_run.plan(config, memory, device, log=str)
 
-    assert plan(4.01) == {"model.remat": True, "model.remat_saves": "products", "accumulate": 4}
+    products = {"model.remat": True, "model.remat_saves": "products"}
+    assert plan(4.01) == products | {"accumulate": 4}
+    assert plan(1.15) == products | {"model.scan_layers": True, "accumulate": 64}
     assert plan(11)["accumulate"] == 1 and plan(1.0) is None
     assert ("nothing", 64) in tried
 
