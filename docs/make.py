@@ -25,7 +25,7 @@ from fourdstar_jax.cli.common import BUNDLED_MODEL
 from fourdstar_jax.cli.main import COMMANDS, make_parser
 from fourdstar_jax.evaluate import card, protocols
 
-BUNDLED_RESULTS = ("small_unseen_clip",)  # of the bundled model
+BUNDLED_RESULTS = ("small_unseen_clip", "small_unseen_object")  # of the bundled model
 SCALES = ("tiny", "small", "base", "paper", "base,vq16", "paper,vq16")
 
 
@@ -188,12 +188,12 @@ SMALL_FIGURES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def small_table() -> str:
-    """The bundled model's pictures beside what costs nothing, on clips that it has not seen."""
-    found = results("small_unseen_clip")["figures"]
+    """The bundled model's pictures beside what costs nothing, of unseen clips / unseen objects."""
+    found = [results(name)["figures"] for name in BUNDLED_RESULTS]
 
     def shown(row: str, name: str, digits: int) -> str:
-        value = found.get(f"{row}_{name}")
-        return "" if value is None else f"{value:.{digits}f}"
+        values = [figures.get(f"{row}_{name}") for figures in found]
+        return " / ".join(f"{value:.{digits}f}" for value in values if value is not None)
 
     digits = {"psnr": 1, "psnr_in_mask": 1, "alpha_iou": 2, "lpips": 3}
     rows = [

@@ -296,16 +296,12 @@ def _at_once(model: Model, timesteps: int) -> int:
     """How many objects have room for the keys and values of prefix and group, guided."""
     sizes = model.bundle.stage("star").model
     heads = sizes.get("num_kv_heads") or sizes["num_heads"]
-    width = (
-        sizes["dim"]
-        // sizes["num_heads"]
-        * heads
-        * jnp.dtype(sizes.get("dtype", "float32")).itemsize
-    )
-    tokens = sizes["grid"] ** 2
+    width = sizes["dim"] // sizes["num_heads"] * heads
     slots = sizes["text_length"] + sizes["container_slots"]
-    slots += (timesteps + model.rig.num_views) * tokens
-    return max(1, min(OBJECTS, KEPT // (2 * 2 * sizes["num_layers"] * width * slots)))
+    slots += (timesteps + model.rig.num_views) * sizes["grid"] ** 2
+    number = 2 * 2 * sizes["num_layers"] * width * slots  # keys and values, with and without video
+    size = jnp.dtype(sizes.get("dtype", "float32")).itemsize
+    return max(1, min(OBJECTS, KEPT // (number * size)))
 
 
 def _batches(lengths: Mapping[int, int], most: int) -> dict[int, Batch]:
