@@ -227,8 +227,8 @@ def sentences() -> dict[str, list[str]]:
             f"slower than that of its own clips ({known['nll']:.2f} nats there)",
             f"what it made was alike ({arm['psnr_in_mask']:.1f} dB, {arm['alpha_iou']:.2f}, "
             f"{arm['lpips']:.3f}; retrieval {percent(arm['retrieval_top1'])})",
-            f"in {percent(small_figures['generation_retrieval_top1'])} of the cases, of unseen objects "
-            f"in {percent(unseen_objects['generation_retrieval_top1'])}",
+            f"in {percent(small_figures['generation_retrieval_top1'])} of the cases, of unseen "
+            f"objects in {percent(unseen_objects['generation_retrieval_top1'])}",
             f"generated as much ({unseen_objects['generation_flow_ratio']:.2f})",
             f"costs it {small_figures['nll_rise_container']:.2f} nats a code, another clip's video "
             f"{small_figures['nll_rise_video']:.2f}, another caption nothing; of tokens that are "
