@@ -231,6 +231,7 @@ class Model:
                 f"the text has {count} word pieces; the model reads the first {most}", stacklevel=3
             )
 
+    @typing.no_type_check  # as `generate`, which hands on what it was given
     def condition(self, images: Float[np.ndarray, "B T h w 3"], prompt: str) -> Condition:
         """What STAR makes tokens of: clips of one length as `read` gives them, with one text."""
         count = len(images)
