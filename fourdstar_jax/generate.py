@@ -233,7 +233,11 @@ class Model:
 
     @typing.no_type_check  # as `generate`, which hands on what it was given
     def condition(self, images: Float[np.ndarray, "B T h w 3"], prompt: str) -> Condition:
-        """What STAR makes tokens of: clips of one length as `read` gives them, with one text."""
+        """What STAR makes tokens of: clips of one length as `read` gives them, with one text.
+
+        Images are in [0, 1] on white. Raises ValueError for a text that is none, and where the
+        bundle lacks the encoder that its STAR takes text from.
+        """
         count = len(images)
         text_ids, text_features = self.encode_text(prompt)
         cameras = self.rig.cameras(self.resolution)

@@ -360,7 +360,7 @@ PROTOCOLS = {
         ),
         Protocol(
             "fourdstar-open-v2",
-            2,
+            3,
             "ours: pictures at their own size and in one range, masks beside whole pictures, "
             "sets as sets, steadiness in time; every view that the truth has",
             (

@@ -318,10 +318,9 @@ def choices(config: Any, sharers: int) -> Iterator[tuple[dict[str, Any], list[in
     if config.stage == "star":
         for saves in SAVES:
             change = {"model.remat": True, "model.remat_saves": saves}
-            if not config.model.get("scan_layers", True):
-                yield change, parts
-                change["model.scan_layers"] = True
             yield change, parts
+            if not config.model.get("scan_layers", True):
+                yield change | {"model.scan_layers": True}, parts
     else:
         for remat in (False, True):
             yield {"model.remat": remat}, parts

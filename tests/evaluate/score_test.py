@@ -86,7 +86,7 @@ def test_rows_summary_and_tables(folders):
     assert result["objects"][1]["frames"] == 3 and result["objects"][1]["size"] == [18, 16]
     assert result["protocol"]["left_out"]["fvd"] == "not chosen"
     table = report.markdown(result)
-    assert f"| o1 | {known[1]:.2f} |" in table and "version 2" in table
+    assert f"| o1 | {known[1]:.2f} |" in table and "version 3" in table
     assert rf"{np.mean(known):.2f} {{\scriptsize [" in report.latex(result)
     json.dumps(result, allow_nan=False)
 
@@ -119,7 +119,7 @@ def test_two_results_are_compared_object_by_object(folders):
     with pytest.raises(ValueError, match="truths are others"):
         report.compare(result, outside.Fields(once, "x.json"))
     once["protocol"]["version"] = 1
-    with pytest.raises(ValueError, match="version 1, not by .* version 2: .* do not compare"):
+    with pytest.raises(ValueError, match="version 1, not by .* version 3: .* do not compare"):
         report.compare(scored(folders), outside.Fields(once, "x.json"))
     with pytest.raises(ValueError, match="object o2 is in one of the two"):
         report.compare(once, outside.Fields(once | {"objects": once["objects"][:2]}, "x.json"))
