@@ -2,48 +2,74 @@
 # Trains what the paper's Tables 3 and 4 compare at size `small`, and makes them: ./launch/tables.sh LPIPS WEIGHTS [OUT]
 #
 # After small.sh, whose OUT it reads (data, videos, tokenizer, vqvae): 4D VQ-VAEs with and without STOP, and
-# STAR with each state, each by every one of SEEDS (default "0 1"), all of the same steps (STEPS: other ones).
-# WEIGHTS is the folder of the measuring networks (docs/WEIGHTS.md). By two seeds 4 trainings of 25 minutes and
-# 10 of an hour on one H200, from measured steps: it was not run. ROWS="ours baseline" trains only these of Table 4.
+# STAR with each state, each by every one of SEEDS (default "0 1"), all of the same steps. WEIGHTS is the folder
+# of the measuring networks (docs/WEIGHTS.md). By two seeds 4 trainings of 25 minutes and 10 of an hour on one
+# H200, from measured steps: it was not run. GPUS="0 1" spreads them over two, EACH=3 has so many on each at
+# once (a small model does not fill one). TABLES=4 makes that alone, ROWS="ours baseline" trains only these of
+# it; VQVAE and STAR are more options of the trainings, such as STAR="--config.steps=1000", METRICS those of
+# the tables, if not all. Called again it goes on; logs and results are in OUT/tables.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { echo "usage: ./launch/tables.sh LPIPS WEIGHTS [OUT]" >&2; exit 2; }
-lpips=$1 weights=$2 out=${3:-runs/small} seeds=${SEEDS:-0 1}
+lpips=$1 weights=$2 out=${3:-runs/small} seeds=${SEEDS:-0 1} tables=${TABLES:-3 4}
+read -ra gpus <<< "${GPUS:-0}"
+at_once=$((${#gpus[@]} * ${EACH:-1}))
 [ -f "$lpips" ] || { echo "tables: $lpips is not there: docs/WEIGHTS.md says how to make it" >&2; exit 2; }
 [ -d "$weights" ] || { echo "tables: $weights is not a folder" >&2; exit 2; }
 for part in data/manifest.json videos/manifest.json tokenizer/bundle vqvae/bundle; do
   [ -e "$out/$part" ] || { echo "tables: $out/$part is not there: ./launch/small.sh makes it" >&2; exit 2; }
 done
-fourdstar=.venv/bin/fourdstar
+fourdstar=${FOURDSTAR:-.venv/bin/fourdstar}
+mkdir -p "$out/tables"
+XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { print 0.9 / ${EACH:-1} }")
+export XLA_PYTHON_CLIENT_MEM_FRACTION
+
+pids=()
+start() {  # NAME COMMAND ...: in the background on the next GPU, as soon as there is room
+  while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do sleep 1; done
+  local log=$out/tables/$1.log gpu=${gpus[${#pids[@]} % ${#gpus[@]}]}
+  echo "== $1: $log"
+  (CUDA_VISIBLE_DEVICES=$gpu "${@:2}" >> "$log" 2>&1 || { echo "tables: $1 failed, see $log" >&2; exit 1; }) &
+  pids+=($!)
+}
+finish() {
+  local pid failed=0
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  [ "$failed" = 0 ] || exit 1
+  pids=()
+}
 train() {  # CONFIG RUN DATA BUNDLE [OPTION ...]
-  printf '\n== %s\n' "$2"
-  $fourdstar train --config="configs/$1" --workdir="$out/tables/$2" --config.data.dir="$out/$3" \
-    --config.bundle="$4" --config.lpips="$lpips" ${STEPS:+"--config.steps=$STEPS"} "${@:5}"
+  start "$2" $fourdstar train --config="configs/$1" --workdir="$out/tables/$2" --config.data.dir="$out/$3" \
+    --config.bundle="$4" --config.lpips="$lpips" "${@:5}"
 }
 table() {  # NAME OUT ROW=BUNDLE ...
   for split in unseen_clip unseen_object; do
-    $fourdstar evaluate --table "configs/tables/$1.py" --protocol fourdstar-open-v2 --data "$out/data" \
-      --split "$split" --weights "$weights" --out "$out/tables/$2_$split" --rows "${@:3}"
+    start "$2_$split" $fourdstar evaluate --table "configs/tables/$1.py" --protocol fourdstar-open-v2 \
+      --data "$out/data" --split "$split" --weights "$weights" --out "$out/tables/$2_$split" --rows "${@:3}" \
+      ${METRICS:+--metrics $METRICS}
   done
 }
 
-rows=()
+stops=() states=()
 for seed in $seeds; do
-  for stop in with without; do
-    offsets=$([ $stop = with ] && echo True || echo False)
+  for stop in $([[ $tables == *3* ]] && echo with without); do
+    offsets=$([ "$stop" = with ] && echo True || echo False)
+    # shellcheck disable=SC2086
     train vqvae.py:small "vqvae_${stop}_$seed" data "$out/tokenizer/bundle" \
-      --config.model.offsets="$offsets" --config.seed="$seed"
-    rows+=("$stop=$out/tables/vqvae_${stop}_$seed/bundle")
+      --config.model.offsets="$offsets" --config.seed="$seed" ${VQVAE:-}
+    stops+=("$stop=$out/tables/vqvae_${stop}_$seed/bundle")
   done
 done
-table stop table3 "${rows[@]}"
-
-rows=()
 for seed in $seeds; do
-  for row in ${ROWS:-ours baseline explicit average merging}; do
-    config=star.py:small$([ "$row" = ours ] || echo ",$row")
-    train "$config" "star_${row}_$seed" videos "$out/vqvae/bundle" --config.seed="$seed"
-    rows+=("$row=$out/tables/star_${row}_$seed/bundle")
+  for row in $([[ $tables == *4* ]] && echo "${ROWS:-ours baseline explicit average merging}"); do
+    # shellcheck disable=SC2086
+    train "star.py:small$([ "$row" = ours ] || echo ",$row")" "star_${row}_$seed" videos "$out/vqvae/bundle" \
+      --config.seed="$seed" ${STAR:-}
+    states+=("$row=$out/tables/star_${row}_$seed/bundle")
   done
 done
-table state table4 "${rows[@]}"
+finish
+[ ${#stops[@]} = 0 ] || table stop table3 "${stops[@]}"
+[ ${#states[@]} = 0 ] || table state table4 "${states[@]}"
+finish
+echo "the tables: $(echo "$out"/tables/table*_*/table.md)"

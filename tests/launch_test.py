@@ -178,8 +178,38 @@ def test_small_and_its_tables_give_flags_that_there_are(tmp_path):
     assert all(offsets[i % 2] in commands[i] for i in range(4))
     tables = [words for words in commands if words[0] == "evaluate"]
     rows = [words[words.index("--rows") + 1 :] for words in tables]
-    assert len(commands) == 4 + 2 + 10 + 2 and [len(row) for row in rows] == [4, 4, 10, 10]
+    assert len(commands) == 4 + 10 + 2 + 2 and [len(row) for row in rows] == [4, 4, 10, 10]
     assert rows[2][6] == "baseline=out/tables/star_baseline_1/bundle"
+
+
+def test_tables_spread_over_gpus_and_name_what_failed(tmp_path):
+    """Two trainings on each of two at once, and none more; no table of what is not whole."""
+    for part in ("data/manifest.json", "videos/manifest.json", "tokenizer/bundle", "vqvae/bundle"):
+        (tmp_path / "out" / part).mkdir(parents=True)
+    for folder in ("launch", "weights"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lpips.npz").touch()
+    script = shutil.copy(ROOT / "launch" / "tables.sh", tmp_path / "launch")
+    fake_python(
+        tmp_path / "fourdstar",
+        'echo "$CUDA_VISIBLE_DEVICES $XLA_PYTHON_CLIENT_MEM_FRACTION $*" >> log\n'
+        "touch busy.$$; ls busy.* | wc -l >> busy; sleep 0.5; rm busy.$$\n"
+        'case "$*" in *star_average_0*) exit 1; esac',
+    )
+    result = subprocess.run(
+        ["bash", script, "lpips.npz", "weights", "out"], capture_output=True, text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ, "GPUS": "0 1", "EACH": "2", "SEEDS": "0", "TABLES": "4",
+            "STAR": "--config.steps=5", "FOURDSTAR": "./fourdstar",
+        },
+    )  # fmt: skip
+    said = "tables: star_average_0 failed, see out/tables/star_average_0.log\n"
+    assert (result.returncode, result.stderr) == (1, said)
+    commands = (tmp_path / "log").read_text().splitlines()
+    assert sorted(line[:6] for line in commands) == ["0 0.45"] * 3 + ["1 0.45"] * 2
+    assert all("train" in line and line.endswith("--config.steps=5") for line in commands)
+    assert max(map(int, (tmp_path / "busy").read_text().split())) == 4
 
 
 def test_a_release_stops_at_what_does_not_hold(tmp_path):
