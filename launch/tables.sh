@@ -6,8 +6,8 @@
 # of the measuring networks (docs/WEIGHTS.md). By two seeds 4 trainings of 25 minutes and 10 of an hour on one
 # H200, from measured steps: it was not run. GPUS="0 1" spreads them over two, EACH=3 has so many on each at
 # once (a small model does not fill one). TABLES=4 makes that alone, ROWS="ours baseline" trains only these of
-# it; VQVAE and STAR are more options of the trainings, such as STAR="--config.steps=1000", METRICS those of
-# the tables, if not all. Called again it goes on; logs and results are in OUT/tables.
+# it; VQVAE and STAR are more options of the trainings, such as STAR="--config.steps=1000"; METRICS are those of
+# the tables, if not all, on the dataset TEST, if not OUT/data. Called again it goes on; all is in OUT/tables.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { echo "usage: ./launch/tables.sh LPIPS WEIGHTS [OUT]" >&2; exit 2; }
@@ -45,7 +45,7 @@ train() {  # CONFIG RUN DATA BUNDLE [OPTION ...]
 table() {  # NAME OUT ROW=BUNDLE ...
   for split in unseen_clip unseen_object; do
     start "$2_$split" $fourdstar evaluate --table "configs/tables/$1.py" --protocol fourdstar-open-v2 \
-      --data "$out/data" --split "$split" --weights "$weights" --out "$out/tables/$2_$split" --rows "${@:3}" \
+      --data "${TEST:-$out/data}" --split "$split" --weights "$weights" --out "$out/tables/$2_$split" --rows "${@:3}" \
       ${METRICS:+--metrics $METRICS}
   done
 }
