@@ -13,7 +13,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { echo "usage: ./launch/tables.sh LPIPS WEIGHTS [OUT]" >&2; exit 2; }
 lpips=$1 weights=$2 out=${3:-runs/small} seeds=${SEEDS:-0 1} tables=${TABLES:-3 4}
 read -ra gpus <<< "${GPUS:-0}"
-at_once=$((${#gpus[@]} * ${EACH:-1}))
+each=${EACH:-1}
 [ -f "$lpips" ] || { echo "tables: $lpips is not there: docs/WEIGHTS.md says how to make it" >&2; exit 2; }
 [ -d "$weights" ] || { echo "tables: $weights is not a folder" >&2; exit 2; }
 for part in data/manifest.json videos/manifest.json tokenizer/bundle vqvae/bundle; do
@@ -21,22 +21,33 @@ for part in data/manifest.json videos/manifest.json tokenizer/bundle vqvae/bundl
 done
 fourdstar=${FOURDSTAR:-.venv/bin/fourdstar}
 mkdir -p "$out/tables"
-XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { print 0.9 / ${EACH:-1} }")
+XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { print 0.9 / $each }")
 export XLA_PYTHON_CLIENT_MEM_FRACTION
 
-pids=()
-start() {  # NAME COMMAND ...: in the background on the next GPU, as soon as there is room
-  while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do sleep 1; done
-  local log=$out/tables/$1.log gpu=${gpus[${#pids[@]} % ${#gpus[@]}]}
-  echo "== $1: $log"
-  (CUDA_VISIBLE_DEVICES=$gpu "${@:2}" >> "$log" 2>&1 || { echo "tables: $1 failed, see $log" >&2; exit 1; }) &
-  pids+=($!)
+declare -A name_of gpu_of  # by process
+trap 'kill $(jobs -rp) 2> /dev/null; wait; exit 130' INT TERM  # trainings save first
+start() {  # NAME COMMAND ...: in the background, on the GPU with least to do, as soon as one has room
+  local gpu="" candidate pid count least
+  while [ -z "$gpu" ]; do
+    least=$each
+    for candidate in "${gpus[@]}"; do
+      count=0
+      for pid in $(jobs -rp); do [ "${gpu_of[$pid]}" != "$candidate" ] || count=$((count + 1)); done
+      [ "$count" -ge "$least" ] || { least=$count gpu=$candidate; }
+    done
+    [ -n "$gpu" ] || sleep 1
+  done
+  echo "== $1: $out/tables/$1.log"
+  CUDA_VISIBLE_DEVICES=$gpu "${@:2}" >> "$out/tables/$1.log" 2>&1 &
+  name_of[$!]=$1 gpu_of[$!]=$gpu
 }
-finish() {
+finish() {  # all of them; ends the script if one failed
   local pid failed=0
-  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  for pid in "${!name_of[@]}"; do
+    wait "$pid" || { echo "tables: ${name_of[$pid]} failed, see $out/tables/${name_of[$pid]}.log" >&2; failed=1; }
+  done
   [ "$failed" = 0 ] || exit 1
-  pids=()
+  name_of=() gpu_of=()
 }
 train() {  # CONFIG RUN DATA BUNDLE [OPTION ...]
   start "$2" $fourdstar train --config="configs/$1" --workdir="$out/tables/$2" --config.data.dir="$out/$3" \
