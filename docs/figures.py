@@ -219,7 +219,8 @@ def sentences() -> dict[str, list[str]]:
             f"({_offsets():.2f} dB)",
             f"as many as places tell {told['ours'] - told['slots']:.2f} nats more",
             f"groups of 48 places give {told['ours']:.3f}, 48 slots {told['slots']:.3f} and "
-            f"`average` as much, `baseline` {told['baseline']:.3f} and `explicit` {told['explicit']:.3f}",
+            f"`average` as much, `baseline` {told['baseline']:.3f} and "
+            f"`explicit` {told['explicit']:.3f}",
             f"loses ({told['rays']:.3f} with four times as much), scores that see places and "
             f"times gain little ({told['scores']:.3f})",
         ],
