@@ -19,7 +19,7 @@ each=${EACH:-1}
 for part in data/manifest.json videos/manifest.json tokenizer/bundle vqvae/bundle; do
   [ -e "$out/$part" ] || { echo "tables: $out/$part is not there: ./launch/small.sh makes it" >&2; exit 2; }
 done
-fourdstar=${FOURDSTAR:-.venv/bin/fourdstar}
+fourdstar=.venv/bin/fourdstar
 mkdir -p "$out/tables"
 XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { print 0.9 / $each }")
 export XLA_PYTHON_CLIENT_MEM_FRACTION

@@ -186,14 +186,14 @@ def test_tables_spread_over_gpus_and_name_what_failed(tmp_path):
     """Two trainings on each of two at once, and none more; no table of what is not whole."""
     for part in ("data/manifest.json", "videos/manifest.json", "tokenizer/bundle", "vqvae/bundle"):
         (tmp_path / "out" / part).mkdir(parents=True)
-    for folder in ("launch", "weights"):
-        (tmp_path / folder).mkdir()
+    for folder in ("launch", "weights", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "lpips.npz").touch()
     script = shutil.copy(ROOT / "launch" / "tables.sh", tmp_path / "launch")
     fake_python(
-        tmp_path / "fourdstar",
+        tmp_path / ".venv/bin/fourdstar",
         'echo "$CUDA_VISIBLE_DEVICES $XLA_PYTHON_CLIENT_MEM_FRACTION $*" >> log\n'
-        "touch busy.$$; ls busy.* | wc -l >> busy; sleep 0.5; rm busy.$$\n"
+        "touch busy.$$; ls busy.* | wc -l >> busy; sleep 2; rm busy.$$\n"
         'case "$*" in *star_average_0*) exit 1; esac',
     )
     result = subprocess.run(
@@ -201,7 +201,7 @@ def test_tables_spread_over_gpus_and_name_what_failed(tmp_path):
         cwd=tmp_path,
         env={
             **os.environ, "GPUS": "0 1", "EACH": "2", "SEEDS": "0", "TABLES": "4",
-            "STAR": "--config.steps=5", "FOURDSTAR": "./fourdstar",
+            "STAR": "--config.steps=5",
         },
     )  # fmt: skip
     said = "tables: star_average_0 failed, see out/tables/star_average_0.log\n"
