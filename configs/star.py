@@ -16,7 +16,8 @@ FLAN-T5 XL, computed beforehand with a bundle that has it as its stage `text`:
 
 `small,baseline`, `small,average`, `small,merging` and `small,explicit` are the paper's ablations
 (Table 4): another way of the past, all else as it is (docs/PAPER.md). The baseline's groups see the
-tokens of all before them, which only the small sizes can bear.
+tokens of all before them, which only the small sizes can bear. `small,slots` is no ablation of the
+paper: the container with three times the slots.
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +32,7 @@ ABLATIONS = {
     "average": dict(container_merge="mean"),  # B: averaged over time
     "merging": dict(container_merge="learned"),  # C: merged over time by an MLP
     "explicit": dict(container_merge="last"),  # A, without L4GM: the tokens of the group before
+    "slots": dict(container_slots=192),  # ours, with as many slots as a group of `small` has places
 }
 
 

@@ -21,8 +21,7 @@ for part in data/manifest.json videos/manifest.json tokenizer/bundle vqvae/bundl
 done
 fourdstar=.venv/bin/fourdstar
 mkdir -p "$out/tables"
-XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { print 0.9 / $each }")
-export XLA_PYTHON_CLIENT_MEM_FRACTION
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-$(awk "BEGIN { print 0.9 / $each }")}
 
 declare -A name_of gpu_of  # by process
 trap 'kill $(jobs -rp) 2> /dev/null; wait; exit 130' INT TERM  # trainings save first

@@ -9,7 +9,7 @@ has our metrics instead of the paper's: temporal and warping error, PSNR in the 
 CD-4D and CD-M among them.
 
 The bundles are of `configs/star.py:small` and `small,baseline`, `small,explicit`, `small,average`,
-`small,merging`. The paper's A is L4GM with explicit states; ours is STAR with them.
+`small,merging`, `small,slots`. The paper's A is L4GM with explicit states; ours is STAR with them.
 `launch/tables.sh` trains them.
 """
 
@@ -41,6 +41,9 @@ def get_config() -> ConfigDict:
         name: dict(label=label, how="generate", path=f"runs/star_{name}/bundle")
         for name, label in labels.items()
     }
+    rows["slots"] = dict(
+        label="S-T Container, 192 slots", how="generate", path="runs/star_slots/bundle"
+    )
     rows["ours"] = dict(label="S-T Container", how="generate", path="runs/star/bundle")
     return ConfigDict(
         dict(

@@ -1,7 +1,8 @@
 """`fourdstar evaluate --protocol`: predictions against truths, one JSON with a row for each object.
 
 Clips are read and resized ahead by a few threads, measured one after the other, and let go: memory
-holds some clips, and for distances of sets one row of features a clip (or frame).
+holds some clips, and for distances of sets one row of features a clip (or frame). The geometry of
+objects, which runs on the processor alone, is measured by threads beside it.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -99,6 +100,8 @@ def score(
         )
     progress = Progress(len(pairs), log)
     wholes: dict[str, dict[str, float]] = {}
+    geometries: list[tuple[str, Future]] = []  # of objects
+    beside = ThreadPoolExecutor(READERS)
     views: list[Clip] = []  # of the object so far
     for done, clip in enumerate(all_clips):
         pair = clip.pair
@@ -130,13 +133,19 @@ def score(
             views.append(dataclasses.replace(clip, at={}, features={}))
             if done + 1 == len(pairs) or pairs[done + 1].object != pair.object:
                 before = set(left_out)
-                wholes[pair.object] = _whole(
+                wholes[pair.object], measure = _whole(
                     pair.object, views, predictions, truths, whole, left_out
                 )
                 views = []
+                if measure is not None:
+                    geometries.append((pair.object, beside.submit(measure)))
+                    geometries[-READERS:][0][1].result()  # no more of them wait than are measured
                 for name in set(left_out) - before if len(wholes) > 1 else ():
                     raise ValueError(f"object {pair.object}: {name}: {left_out[name]}")
         progress.step()
+    for name, future in geometries:
+        found = wholes[name] | future.result()
+        wholes[name] = {m.name: found[m.name] for m in whole if m.name in found}
     for name in {m.name for m in whole} - left_out.keys():
         if not any(name in found for found in wholes.values()):
             left_out[name] = NO_OBJECT.get(name, "no object has 3 opaque Gaussians in every frame")
@@ -289,14 +298,18 @@ def _whole(
     truths: Source,
     metrics: Sequence[Metric],
     left_out: dict[str, str],
-) -> dict[str, float]:
-    """Figures of an object by all that is known of it; what lacks its inputs is left out."""
+) -> tuple[dict[str, float], Callable[[], dict[str, float]] | None]:
+    """Figures of an object by all that is known of it, and what measures its geometry, if any does.
+
+    What lacks its inputs is left out.
+    """
     prediction, truth = predictions.entries[name], truths.entries[name]
     gaussians = None if prediction.gaussians is None else prediction.gaussians()
     points = None if truth.points is None else truth.points()
     found: dict[str, float] = {}
+    measure = None
     for metric in metrics:
-        if metric.name in left_out or metric.name in found:
+        if metric.name in left_out:
             continue
         try:
             if metric.name == "reprojection":
@@ -308,15 +321,24 @@ def _whole(
             means, opacities = np.asarray(gaussians.means), np.asarray(gaussians.opacities)
             if metric.name == "jitter":
                 found["jitter"] = motion.jitter(means, opacities)
-            else:
-                found |= geometry.measure(means, opacities, _points(points))
+            elif measure is None:
+                where = f"object {name}: {metric.name}"
+                measure = functools.partial(_geometry, where, means, opacities, _points(points))
         except NotHere as why:
             left_out[metric.name] = str(why)
-        except geometry.NoSurface:
-            continue  # the figure tells of how many objects it is
         except ValueError as error:
             raise ValueError(f"object {name}: {metric.name}: {error}") from error
-    return {metric.name: found[metric.name] for metric in metrics if metric.name in found}
+    return found, measure
+
+
+def _geometry(where: str, means, opacities, points: np.ndarray) -> dict[str, float]:
+    """Nothing of an object without a surface: the figure tells of how many objects it is."""
+    try:
+        return geometry.measure(means, opacities, points)
+    except geometry.NoSurface:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _points(points: np.ndarray | None) -> np.ndarray:

@@ -32,7 +32,7 @@ from fourdstar_jax.text.captions import NEUTRAL_PROMPT
 from fourdstar_jax.types import Gaussians
 
 BATCH = 8  # pictures through a tokenizer
-OBJECTS, KEPT = 16, 8 << 30  # that STAR makes at once at most, and bytes of keys and values
+OBJECTS, KEPT = 48, 8 << 30  # that STAR makes at once at most, and bytes of keys and values
 
 
 def run(
