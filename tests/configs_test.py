@@ -123,6 +123,13 @@ def test_ablations_change_what_carries_the_past_and_nothing_else(name):
     assert 5 < nn.count_parameters(shapes("star", f"small,{name}")) / 1e6 < 20
 
 
+def test_slots_are_as_many_as_a_group_has_places():
+    ours, other = (config_of("star", x) for x in ("small,local", "small,local,slots"))
+    assert other.model.container_slots == 3 * other.model.grid**2 > ours.model.container_slots
+    other.model.container_slots = ours.model.container_slots
+    assert other.to_dict() == ours.to_dict()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_unknown_scale_names_the_scales(stage):
     with pytest.raises(ValueError, match="tiny, small, base or paper"):

@@ -29,6 +29,7 @@ from fourdstar_jax.data import pipeline, transforms, video
 from fourdstar_jax.data.batching import filled_batches
 from fourdstar_jax.data.untrusted import PICTURES, natural
 from fourdstar_jax.evaluate import motion
+from fourdstar_jax.evaluate.device import ALONE
 from fourdstar_jax.evaluate.protocols import Protocol
 from fourdstar_jax.kernels.rasterize import rasterize
 from fourdstar_jax.types import Cameras, Gaussians
@@ -249,12 +250,13 @@ def rendered_views(
             arrays = [np.asarray(x) for x in gaussians()]
             parts = []
             for count, filled in filled_batches(arrays, RENDER_BATCH):
-                pixels, overflow = _draw(
-                    Gaussians(*filled), cameras=cameras, width=width, height=height
-                )
+                with ALONE:
+                    pixels, overflow = jax.device_get(
+                        _draw(Gaussians(*filled), cameras=cameras, width=width, height=height)
+                    )
                 if overflow:
                     raise ValueError(f"{where}: more Gaussians in a tile than can be rendered")
-                parts.append(np.asarray(pixels)[:count])
+                parts.append(pixels[:count])
             pictures = np.concatenate(parts)
             return Frames(pictures[..., :3], pictures[..., 3])
 

@@ -15,6 +15,7 @@ import numpy as np
 from fourdstar_jax.data.batching import in_batches
 from fourdstar_jax.evaluate import distances, motion
 from fourdstar_jax.evaluate.clips import Frames, Pair
+from fourdstar_jax.evaluate.device import ALONE
 from fourdstar_jax.evaluate.metrics import psnr
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.evaluate.protocols import SAME_PSNR, Metric, Resize
@@ -103,14 +104,16 @@ def _alphas(frames: Frames, side: str) -> np.ndarray:
 
 def _ssim(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
     p, t = clip.both(metric)
-    return in_batches(_similarity, (p / 255, t / 255), networks.batch)
+    with ALONE:
+        return in_batches(_similarity, (p / 255, t / 255), networks.batch)
 
 
 def _ssim_own_range(clip: Clip, metric: Metric, networks: Networks) -> np.ndarray:
     p, t = clip.both(metric)
     span = np.maximum(*(np.ptp(x, axis=(1, 2, 3), keepdims=True) for x in (p, t)))
     span = np.where(span == 0, 1, span)
-    return in_batches(_similarity, (p / span, t / span), networks.batch)
+    with ALONE:
+        return in_batches(_similarity, (p / span, t / span), networks.batch)
 
 
 @jax.jit

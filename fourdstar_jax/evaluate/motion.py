@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.evaluate.device import ALONE
 from fourdstar_jax.evaluate.protocols import SEEN
 from fourdstar_jax.types import Cameras, Gaussians
 from fourdstar_jax.vqvae import losses
@@ -70,7 +71,8 @@ def rendered_flow(
     """
     pairs = [np.stack([np.asarray(x)[:-1], np.asarray(x)[1:]], axis=1) for x in gaussians]
     draw = functools.partial(_flow, cameras=cameras, width=width, height=height)
-    return in_batches(draw, pairs, FLOW_BATCH)
+    with ALONE:
+        return in_batches(draw, pairs, FLOW_BATCH)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "height"))

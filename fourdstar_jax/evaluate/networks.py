@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fourdstar_jax.data.batching import in_batches
+from fourdstar_jax.evaluate.device import ALONE
 from fourdstar_jax.perceptual import clip, dreamsim, i3d, inception, lpips, resnet3d
 
 
@@ -150,7 +151,7 @@ class Networks:
 
     def _call(self, function: Callable, name: str, *arrays: np.ndarray, **options) -> Any:
         """One batch through a network."""
-        with jax.default_matmul_precision("highest"):
+        with ALONE, jax.default_matmul_precision("highest"):
             return jax.device_get(function(self.get(name), *arrays, **options))
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from fourdstar_jax.data import pipeline, transforms
 from fourdstar_jax.data.batching import filled_batches, in_batches
 from fourdstar_jax.evaluate import clips, distances, protocols, readers, report, score
 from fourdstar_jax.evaluate.clips import Entry, Frames, Source, View
+from fourdstar_jax.evaluate.device import ALONE
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.folders import replace_file
 from fourdstar_jax.generate import Model, decode_tokens, encode_images
@@ -257,7 +257,6 @@ def predicted(
             f"{path} makes {counted(model.max_timesteps, 'timesteps')} at most, {longest} are "
             "scored (--frames)"
         )
-    lock = threading.Lock()
     tokens_of = functools.cache(functools.partial(_sampled, model, images, seed))
     batches = _batches(frames, _at_once(model, longest) if how == "generate" else 1)
 
@@ -271,7 +270,7 @@ def predicted(
         return Gaussians(*(np.asarray(x[0], np.float32) for x in found))
 
     def gaussians(i: int) -> Gaussians:
-        with lock:
+        with ALONE:
             return made(i)
 
     entries = {}
@@ -344,7 +343,8 @@ def _pictures(path: Path, found: Any, truths: Source, azimuths: tuple[float, ...
             if images.shape[1:3] != (size, size):
                 told = "{1}x{0}".format(*images.shape[1:3])
                 raise ValueError(f"{path} takes {size}x{size} pixels; the data set has {told}")
-            decoded = in_batches(through, (images / np.float32(255),), BATCH)
+            with ALONE:
+                decoded = in_batches(through, (images / np.float32(255),), BATCH)
             return Frames(np.rint(255 * decoded.clip(0, 1)).astype(np.uint8), None)
 
         return View(truth.name, load)

@@ -8,7 +8,8 @@ import pytest
 
 from fourdstar_jax import cli
 from fourdstar_jax.data import pipeline, transforms
-from fourdstar_jax.evaluate import clips, distances, protocols, readers, score, tables
+from fourdstar_jax.evaluate import clips, distances, measured, protocols, readers, score, tables
+from fourdstar_jax.evaluate.device import ALONE
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.export import read_splats
 from fourdstar_jax.generate import Model
@@ -32,7 +33,19 @@ def test_the_four_tables_are_whole():
             assert [protocol.metric(name).better for name in values]
 
 
-def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys):
+def alone(function):
+    """The function, which no other thread's programs may run beside."""
+
+    def call(*arguments, **options):
+        assert ALONE._is_owned()
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys, monkeypatch):
+    for module, name in ((clips, "_draw"), (measured, "_similarity"), (tables, "_sampled")):
+        monkeypatch.setattr(module, name, alone(getattr(module, name)))
     rows = {
         name: dict(label=name, how=name, path=str(tiny_bundle))
         for name in ("tokenizer", "reconstruct", "generate")
