@@ -6,6 +6,7 @@ the true frames are the paper's, by their hash; else they are a table of their o
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -75,16 +76,19 @@ def run(
     known: dict[Any, np.ndarray] = {}  # what networks make of the truths, the same for all rows
     for name, row in config["rows"].items():
         several = seeds if row["how"] == "generate" else seeds[:1]
-        found = [(Path(p), seed) for p in own.get(name) or [row["path"]] for seed in several]
-        for path, seed in found:
+        paths_of = [Path(p) for p in own.get(name) or [row["path"]]]
+        if missing := [path for path in paths_of if not path.exists()]:
+            not_run[name] = f"{missing[0]} does not exist"  # of several, none stands for the row
+            log(f"{row['label']} is not run: {not_run[name]}")
+            continue
+        for path, seed in itertools.product(paths_of, several):
             told = f", seed {seed}" if len(several) > 1 else ""
             log(f"{row['label']}: {path}{told}")
             try:
-                if not path.exists():
-                    raise ValueError(f"{path} does not exist")
                 predictions = predicted(row["how"], path, data_dir, part, truths, protocol, seed)
             except ValueError as error:
-                not_run[name] = str(error)  # of several, none stands for the row
+                not_run[name] = str(error)
+                log(f"{row['label']} is not run: {error}")
                 runs.pop(name, None)
                 break
             run = Run({}, {})

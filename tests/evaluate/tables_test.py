@@ -62,8 +62,15 @@ def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys, monkeypa
         paper={"4DSTAR": {"psnr": 20.0}},
         paper_sha256="",
     )
-    options = dict(read_splats=read_splats, metrics=("psnr", "ssim"), log=lambda line: None)
-    text = tables.run(config, data_dir, tmp_path / "out", Networks(None), **options)
+    rows["twice"] = dict(label="twice", how="reconstruct", path="")
+    lines: list[str] = []
+    options = dict(read_splats=read_splats, metrics=("psnr", "ssim"), log=lines.append)
+    paths = {"twice": [str(tiny_bundle), str(tmp_path / "no second training")]}
+    out = tmp_path / "out"
+    text = tables.run(config, data_dir, out, Networks(None), paths=paths, **options)
+    assert [line for line in lines if line.startswith("twice")] == [
+        f"twice is not run: {paths['twice'][1]} does not exist"  # and not first by the first
+    ]
     assert (tmp_path / "out" / "table.md").read_text() == text
     found = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in rows
              if (tmp_path / "out" / f"{name}.json").is_file()}  # fmt: skip
