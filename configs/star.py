@@ -17,7 +17,7 @@ FLAN-T5 XL, computed beforehand with a bundle that has it as its stage `text`:
 `small,baseline`, `small,average`, `small,merging` and `small,explicit` are the paper's ablations
 (Table 4): another way of the past, all else as it is (docs/PAPER.md). The baseline's groups see the
 tokens of all before them, which only the small sizes can bear. `small,slots` is no ablation of the
-paper: the container with three times the slots.
+paper: the container with as many slots as a group has places.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ ABLATIONS = {
     "average": dict(container_merge="mean"),  # B: averaged over time
     "merging": dict(container_merge="learned"),  # C: merged over time by an MLP
     "explicit": dict(container_merge="last"),  # A, without L4GM: the tokens of the group before
-    "slots": dict(container_slots=192),  # ours, with as many slots as a group of `small` has places
+    "slots": {},  # ours, with as many slots as a group has places
 }
 
 
@@ -73,7 +73,12 @@ def get_config(argument: str = "small") -> ConfigDict:
     # `mvar`, whose layers it takes
     config.warm_start = placeholder(str)
 
-    config.model = model(scale, tokenizer)
+    try:
+        config.model = model(scale, tokenizer)
+    except ValueError as error:
+        if not tokenizer:
+            raise
+        raise ValueError(f"{error}; or, of STAR alone, in {list(ABLATIONS)}") from None
     config.forcing = ConfigDict(  # what a step draws at random: `star.forcing.corrupt`
         dict(
             drop_text=0.1,
@@ -145,6 +150,9 @@ def get_config(argument: str = "small") -> ConfigDict:
             config.forcing.num_groups = 6
     if ablation is not None:
         config.model.update(ABLATIONS[ablation])
+    if ablation == "slots":
+        views = 8 if scale in ("base", "paper") else 4
+        config.model.container_slots = (views - 1) * config.model.grid**2
     if ablation == "baseline":
         config.forcing.num_groups = None  # a group sees those before it, so all are there
     return config

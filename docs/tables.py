@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from figures import RESULTS, ROOT, parity, results
+from figures import IN_PAIRS, RESULTS, ROOT, parity, results
 
 from fourdstar_jax.cli import read_config
 from fourdstar_jax.evaluate import protocols, report
@@ -228,7 +228,7 @@ def compared_tables(number: int, split: str) -> str:
     """The paper's Table 3 or 4 on our data, and the differences of its rows from ours in pairs."""
     r = results("tables_small_h200")[f"table{number}"][split]
     config = read_config(f"{ROOT}/configs/tables/{'stop' if number == 3 else 'state'}.py", [])
-    labels = {name: row.label for name, row in config.rows.items() if name in r["rows"]}
+    labels = {name: config.rows[name].label for name in config.order if name in r["rows"]}
     metrics = protocols.find(r["protocol"][0]).metrics
 
     def head(shown: list[protocols.Metric]) -> list[str]:
@@ -248,10 +248,6 @@ def compared_tables(number: int, split: str) -> str:
         if name != config.against
     ]
     return table(head(shown), *rows) + "\n" + table(head(paired), *less)
-
-
-IN_PAIRS = ("psnr_in_mask", "lpips_alex", "temporal_lpips", "temporal_error", "warping_error")
-IN_PAIRS += ("cd_4d", "cd_m")
 
 
 def _difference(found: dict[str, Any], digits: int) -> str:

@@ -3,10 +3,10 @@
 #
 # After small.sh, whose OUT it reads (data, videos, tokenizer, vqvae): 4D VQ-VAEs with and without STOP, and
 # STAR with each state, each by every one of SEEDS (default "0 1"), all of the same steps. WEIGHTS is the folder
-# of the measuring networks (docs/WEIGHTS.md). By two seeds 4 trainings of 25 minutes and 10 of an hour on one
-# H200, from measured steps; with 2,000 and 1,000 steps 4 and 12 trainings took 17 minutes on two (docs/RESULTS.md).
+# of the measuring networks (docs/WEIGHTS.md). By two seeds 4 trainings of 25 minutes and 12 of an hour on one
+# H200, from measured steps; with 2,000 and 1,000 steps all took 17 minutes on two (docs/RESULTS.md).
 # GPUS="0 1" spreads them over two, EACH=3 has so many on each at once (a small model does not fill one). TABLES=4
-# makes that alone, ROWS="ours baseline slots" trains these of it; VQVAE and STAR are more options of the
+# makes that alone, ROWS="ours baseline" trains only these of it; VQVAE and STAR are more options of the
 # trainings, such as STAR="--config.steps=1000"; METRICS are those of the tables, if not all, on the dataset TEST,
 # if not OUT/data. Called again it goes on; all is in OUT/tables.
 set -euo pipefail
@@ -72,7 +72,7 @@ for seed in $seeds; do
   done
 done
 for seed in $seeds; do
-  for row in $([[ $tables == *4* ]] && echo "${ROWS:-ours baseline explicit average merging}"); do
+  for row in $([[ $tables == *4* ]] && echo "${ROWS:-ours slots baseline explicit average merging}"); do
     # shellcheck disable=SC2086
     train "star.py:small$([ "$row" = ours ] || echo ",$row")" "star_${row}_$seed" videos "$out/vqvae/bundle" \
       --config.seed="$seed" ${STAR:-}

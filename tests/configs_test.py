@@ -124,6 +124,13 @@ def test_ablations_change_what_carries_the_past_and_nothing_else(name):
 
 
 def test_slots_are_as_many_as_a_group_has_places():
+    with pytest.raises(
+        ValueError, match=r"'slot' must be one of .*; or, of STAR alone, in .*'slots'"
+    ):
+        config_of("star", "small,slot")
+    for scale, views in (("tiny", 4), ("base", 8), ("paper", 8)):
+        model = config_of("star", f"{scale},slots").model
+        assert model.container_slots == (views - 1) * model.grid**2
     ours, other = (config_of("star", x) for x in ("small,local", "small,local,slots"))
     assert other.model.container_slots == 3 * other.model.grid**2 > ours.model.container_slots
     other.model.container_slots = ours.model.container_slots

@@ -178,8 +178,8 @@ def test_small_and_its_tables_give_flags_that_there_are(tmp_path):
     assert all(offsets[i % 2] in commands[i] for i in range(4))
     tables = [words for words in commands if words[0] == "evaluate"]
     rows = [words[words.index("--rows") + 1 :] for words in tables]
-    assert len(commands) == 4 + 10 + 2 + 2 and [len(row) for row in rows] == [4, 4, 10, 10]
-    assert rows[2][6] == "baseline=out/tables/star_baseline_1/bundle"
+    assert len(commands) == 4 + 12 + 2 + 2 and [len(row) for row in rows] == [4, 4, 12, 12]
+    assert rows[2][8] == "baseline=out/tables/star_baseline_1/bundle"
 
 
 def test_tables_spread_over_gpus_and_name_what_failed(tmp_path):
@@ -208,7 +208,7 @@ def test_tables_spread_over_gpus_and_name_what_failed(tmp_path):
     assert (result.returncode, result.stderr) == (1, said)
     commands = (tmp_path / "log").read_text().splitlines()
     where = [line[:6] for line in commands]
-    assert sorted(where[:4]) == ["0 0.45"] * 2 + ["1 0.45"] * 2 and len(where) == 5
+    assert sorted(where[:4]) == ["0 0.45"] * 2 + ["1 0.45"] * 2 and len(where) == 6
     assert all("train" in line and line.endswith("--config.steps=5") for line in commands)
     assert max(map(int, (tmp_path / "busy").read_text().split())) == 4
 

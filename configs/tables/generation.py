@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
                 motion324=dict(label="Motion 3-to-4", how="motion324", path="runs/motion324"),
                 ours=dict(label="4DSTAR", how="generate", path="runs/star/bundle"),
             ),
+            order=("stag4d", "l4gm", "sv4d2", "gvfdiffusion", "actionmesh", "motion324", "ours"),
             against="ours",  # the row that others are compared with, in pairs
             paper=PAPER,
             paper_sha256="",

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
             ),
             # Beside ours only if the true frames have this hash (`truths.frames_sha256`): the
             # paper's 100 objects are not public.
+            order=("vq16", "unitok", "vqvae"),
             against="vqvae",  # the row that others are compared with, in pairs
             paper=PAPER,
             paper_sha256="",

@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
             split="unseen_object",
             frames=8,
             rows=rows,
+            order=("baseline", "explicit", "average", "merging", "ours", "slots"),
             against="ours",  # the row that others are compared with, in pairs
             paper=PAPER,
             paper_sha256="",

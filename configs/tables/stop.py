@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
             split="unseen_object",
             frames=8,
             rows=rows,
+            order=("without", "with"),
             against="with",  # the row that others are compared with, in pairs
             paper=PAPER,
             paper_sha256="",

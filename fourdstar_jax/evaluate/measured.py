@@ -152,7 +152,8 @@ def _temporal_error(clip: Clip, metric: Metric, networks: Networks) -> float:
         raise ValueError("a single frame has no change in time")
     p, t = (x[:, None] / 255 for x in clip.both(metric))
     masks = _alphas(clip.truth, "truth")[:, None, ..., None] / 255
-    return float(losses.temporal_error(p, t, (masks > 0.5).astype(np.float32)))
+    with ALONE:
+        return float(losses.temporal_error(p, t, (masks > 0.5).astype(np.float32)))
 
 
 def _warping_error(clip: Clip, metric: Metric, networks: Networks) -> float:

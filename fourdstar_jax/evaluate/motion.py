@@ -121,7 +121,8 @@ def reprojection_error(
     differences averaged over channels. A view sees a point that lies in the picture and no more
     than SEEN behind its depth there (camera z, 0 where there is nothing).
     """
-    xy = np.asarray(losses.project_points(points, cameras), np.float64)  # [V, n, 2]
+    with ALONE:
+        xy = np.asarray(losses.project_points(points, cameras), np.float64)  # [V, n, 2]
     viewmats = np.asarray(cameras.viewmats, np.float64)
     z = points @ viewmats[:, 2, :3].T + viewmats[:, 2, 3]  # [n, V]
     height, width = pictures.shape[1:3]

@@ -103,50 +103,55 @@ def score(
     geometries: list[tuple[str, Future]] = []  # of objects
     beside = ThreadPoolExecutor(READERS)
     views: list[Clip] = []  # of the object so far
-    for done, clip in enumerate(all_clips):
-        pair = clip.pair
-        found = values.setdefault(pair.object, {}).setdefault(pair.view, {})
-        count, height, width, _ = clip.truth.images.shape
-        hashes[pair.object, pair.view] = clip.truth_sha256
-        shapes[pair.object] = {"frames": count, "size": [width, height]}
-        for metric in by_clip:
-            if metric.name in left_out:
-                continue
-            try:
-                if metric.per == "set":
-                    for rows, new in zip(
-                        sets.setdefault(metric.name, ([], [])),
-                        SETS[metric.name](clip, metric, networks),
-                        strict=True,
-                    ):
-                        rows.append(_finite(new))
-                else:
-                    measured = _finite(VALUES[metric.name](clip, metric, networks))
-                    found[metric.name] = float(np.mean(measured))
-            except NotHere as why:
-                if done and any(metric.name in v for o in values.values() for v in o.values()):
-                    raise ValueError(f"{_where(pair)}: {metric.name}: {why}") from None
-                left_out[metric.name] = str(why)
-            except ValueError as error:
-                raise ValueError(f"{_where(pair)}: {metric.name}: {error}") from error
-        if whole:
-            views.append(dataclasses.replace(clip, at={}, features={}))
-            if done + 1 == len(pairs) or pairs[done + 1].object != pair.object:
-                before = set(left_out)
-                wholes[pair.object], measure = _whole(
-                    pair.object, views, predictions, truths, whole, left_out
-                )
-                views = []
-                if measure is not None:
-                    geometries.append((pair.object, beside.submit(measure)))
-                    geometries[-READERS:][0][1].result()  # no more of them wait than are measured
-                for name in set(left_out) - before if len(wholes) > 1 else ():
-                    raise ValueError(f"object {pair.object}: {name}: {left_out[name]}")
-        progress.step()
-    for name, future in geometries:
-        found = wholes[name] | future.result()
-        wholes[name] = {m.name: found[m.name] for m in whole if m.name in found}
-    for name in {m.name for m in whole} - left_out.keys():
+    try:
+        for done, clip in enumerate(all_clips):
+            pair = clip.pair
+            found = values.setdefault(pair.object, {}).setdefault(pair.view, {})
+            count, height, width, _ = clip.truth.images.shape
+            hashes[pair.object, pair.view] = clip.truth_sha256
+            shapes[pair.object] = {"frames": count, "size": [width, height]}
+            for metric in by_clip:
+                if metric.name in left_out:
+                    continue
+                try:
+                    if metric.per == "set":
+                        for rows, new in zip(
+                            sets.setdefault(metric.name, ([], [])),
+                            SETS[metric.name](clip, metric, networks),
+                            strict=True,
+                        ):
+                            rows.append(_finite(new))
+                    else:
+                        measured = _finite(VALUES[metric.name](clip, metric, networks))
+                        found[metric.name] = float(np.mean(measured))
+                except NotHere as why:
+                    if done and any(metric.name in v for o in values.values() for v in o.values()):
+                        raise ValueError(f"{_where(pair)}: {metric.name}: {why}") from None
+                    left_out[metric.name] = str(why)
+                except ValueError as error:
+                    raise ValueError(f"{_where(pair)}: {metric.name}: {error}") from error
+            if whole:
+                views.append(dataclasses.replace(clip, at={}, features={}))
+                if done + 1 == len(pairs) or pairs[done + 1].object != pair.object:
+                    before = dict(left_out)
+                    wholes[pair.object], measure = _whole(
+                        pair.object, views, predictions, truths, whole, left_out
+                    )
+                    views = []
+                    if measure is not None:
+                        geometries.append((pair.object, beside.submit(measure)))
+                        if len(geometries) > READERS:  # no more of them wait than are measured
+                            geometries[-READERS - 1][1].result()
+                    for name, why in left_out.items() if len(wholes) > 1 else ():
+                        if name not in before:
+                            raise ValueError(f"object {pair.object}: {name}: {why}")
+            progress.step()
+        for name, future in geometries:
+            found = wholes[name] | future.result()
+            wholes[name] = {m.name: found[m.name] for m in whole if m.name in found}
+    finally:
+        beside.shutdown(wait=False, cancel_futures=True)
+    for name in (m.name for m in whole if m.name not in left_out):
         if not any(name in found for found in wholes.values()):
             left_out[name] = NO_OBJECT.get(name, "no object has 3 opaque Gaussians in every frame")
     kept = tuple(m for m in chosen if m.name not in left_out)

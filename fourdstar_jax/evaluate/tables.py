@@ -58,7 +58,7 @@ def run(
     `seeds`. A row of several runs is their mean, object by object, with the runs in
     `out`/ROW_1.json and so on. Every row is compared with the table's own (`against`), in pairs.
     Metrics whose weights are missing are left out, and named. Raises ValueError for rows that the
-    table has not, and for a data set without the protocol's views.
+    table has not, where none can be run, and for a data set without the protocol's views.
     """
     own = dict(paths or {})
     if unknown := own.keys() - config["rows"].keys():
@@ -74,7 +74,8 @@ def run(
     results: dict[str, dict[str, Any]] = {}
     not_run: dict[str, str] = {}
     known: dict[Any, np.ndarray] = {}  # what networks make of the truths, the same for all rows
-    for name, row in config["rows"].items():
+    for name in config.get("order", config["rows"]):
+        row = config["rows"][name]
         several = seeds if row["how"] == "generate" else seeds[:1]
         paths_of = [Path(p) for p in own.get(name) or [row["path"]]]
         if missing := [path for path in paths_of if not path.exists()]:
@@ -115,6 +116,9 @@ def run(
         }
         text = json.dumps({"less": ours, "rows": compared}, indent=1)
         replace_file(out / "differences.json", f"{text}\n".encode())
+    if not results:
+        told = "; ".join(f"{name}: {why}" for name, why in not_run.items())
+        raise ValueError(f"no row of the table can be run: {told}")
     text = markdown(config, results, not_run, left_out, protocol=protocol, compared=compared)
     replace_file(out / "table.md", text.encode())
     return text
@@ -264,7 +268,13 @@ def predicted(
     tokens_of = functools.cache(functools.partial(_sampled, model, images, seed))
     batches = _batches(frames, _at_once(model, longest) if how == "generate" else 1)
 
-    @functools.lru_cache(maxsize=2)  # views of an object come one after the other
+    stages = ["tokenizer", "vqvae"]
+    if how == "generate":
+        stages += ["star", "text"] if model.text_encoder == "t5" else ["star"]
+    for stage in stages:  # are loaded here, not by a thread that reads
+        getattr(model, stage)
+
+    @functools.lru_cache(maxsize=4)  # of as many objects are views read ahead
     def made(i: int) -> Gaussians:
         if how == "reconstruct":
             return model.reconstruct(images(i)).gaussians
@@ -383,7 +393,8 @@ def markdown(
 
     same = first is not None and first["truths"]["frames_sha256"] == config["paper_sha256"]
     rows = {}
-    for name, row in config["rows"].items():
+    for name in config.get("order", config["rows"]):
+        row = config["rows"][name]
         rows[row["label"]] = ["not run", *[""] * (len(columns) - 1)]
         if name in results:
             rows[row["label"]] = report.summary(results[name], columns, "{}", " [{}, {}]")
@@ -398,7 +409,7 @@ def markdown(
     if first is not None:
         truths = first["truths"]
         lines += [
-            f"{first['num_objects']} clips of {truths['path']} ({truths['split']}, "
+            f"{counted(first['num_objects'], 'clips')} of {truths['path']} ({truths['split']}, "
             f"{truths['frames']}), true frames {truths['frames_sha256'][:16]}; protocol "
             f"{protocol.name}, version {protocol.version}; 95 % intervals over objects.",
             "",

@@ -13,6 +13,7 @@ from fourdstar_jax.evaluate.device import ALONE
 from fourdstar_jax.evaluate.networks import Networks
 from fourdstar_jax.export import read_splats
 from fourdstar_jax.generate import Model
+from fourdstar_jax.vqvae import losses
 
 TABLES = sorted(Path(__file__).parents[2].joinpath("configs", "tables").glob("*.py"))
 
@@ -29,6 +30,10 @@ def test_the_four_tables_are_whole():
     for config in configs:
         protocol = protocols.find(config["protocol"])
         assert {row["how"] for row in config["rows"].values()} <= hows
+        assert (
+            sorted(config["order"]) == sorted(config["rows"])
+            and config["against"] in config["rows"]
+        )
         for values in config["paper"].values():
             assert [protocol.metric(name).better for name in values]
 
@@ -44,7 +49,10 @@ def alone(function):
 
 
 def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys, monkeypatch):
-    for module, name in ((clips, "_draw"), (measured, "_similarity"), (tables, "_sampled")):
+    for module, name in (
+        (clips, "_draw"), (measured, "_similarity"), (tables, "_sampled"),
+        (losses, "temporal_error"), (losses, "project_points"),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, alone(getattr(module, name)))
     rows = {
         name: dict(label=name, how=name, path=str(tiny_bundle))
@@ -64,7 +72,9 @@ def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys, monkeypa
     )
     rows["twice"] = dict(label="twice", how="reconstruct", path="")
     lines: list[str] = []
-    options = dict(read_splats=read_splats, metrics=("psnr", "ssim"), log=lines.append)
+    options = dict(
+        read_splats=read_splats, metrics=("psnr", "ssim", "temporal_error"), log=lines.append
+    )
     paths = {"twice": [str(tiny_bundle), str(tmp_path / "no second training")]}
     out = tmp_path / "out"
     text = tables.run(config, data_dir, out, Networks(None), paths=paths, **options)
