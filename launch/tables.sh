@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Trains what the paper's Tables 3 and 4 compare at size `small`, and makes them: ./launch/tables.sh LPIPS WEIGHTS [OUT]
 #
-# After small.sh, whose OUT it reads (data, videos, tokenizer, vqvae): 4D VQ-VAEs with and without STOP, and
-# STAR with each state, each by every one of SEEDS (default "0 1"), all of the same steps. WEIGHTS is the folder
-# of the measuring networks (docs/WEIGHTS.md). By two seeds 4 trainings of 25 minutes and 12 of an hour on one
-# H200, from measured steps; with 2,000 and 1,000 steps all took 17 minutes on two (docs/RESULTS.md).
-# GPUS="0 1" spreads them over two, EACH=3 has so many on each at once (a small model does not fill one). TABLES=4
-# makes that alone, ROWS="ours baseline" trains only these of it; VQVAE and STAR are more options of the
-# trainings, such as STAR="--config.steps=1000"; METRICS are those of the tables, if not all, on the dataset TEST,
-# if not OUT/data. Called again it goes on; all is in OUT/tables.
+# After small.sh, whose OUT it reads (data, videos, tokenizer, vqvae): 4D VQ-VAEs with and without STOP, and STAR
+# with each state, each by every one of SEEDS (default "0 1"), all of the same steps. WEIGHTS is the folder of the
+# measuring networks (docs/WEIGHTS.md). By two seeds 4 trainings of 25 minutes and 12 of an hour on one H200, from
+# measured steps; with 2,000 and 1,000 steps all took 17 minutes on two (docs/RESULTS.md). GPUS="0 1" spreads them
+# over two, EACH=3 has so many on each at once (a small model does not fill one), each with a third of its memory
+# or XLA_PYTHON_CLIENT_MEM_FRACTION. TABLES=4 makes that alone, ROWS="ours baseline" trains only these of it;
+# VQVAE and STAR are more options of the trainings, such as STAR="--config.steps=1000"; METRICS are those of the
+# tables, if not all, on the dataset TEST, if not OUT/data. Called again it goes on; all is in OUT/tables.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { echo "usage: ./launch/tables.sh LPIPS WEIGHTS [OUT]" >&2; exit 2; }

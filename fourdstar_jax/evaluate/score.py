@@ -114,16 +114,7 @@ def score(
                 if metric.name in left_out:
                     continue
                 try:
-                    if metric.per == "set":
-                        for rows, new in zip(
-                            sets.setdefault(metric.name, ([], [])),
-                            SETS[metric.name](clip, metric, networks),
-                            strict=True,
-                        ):
-                            rows.append(_finite(new))
-                    else:
-                        measured = _finite(VALUES[metric.name](clip, metric, networks))
-                        found[metric.name] = float(np.mean(measured))
+                    _add(clip, metric, networks, found, sets)
                 except NotHere as why:
                     if done and any(metric.name in v for o in values.values() for v in o.values()):
                         raise ValueError(f"{_where(pair)}: {metric.name}: {why}") from None
@@ -133,7 +124,7 @@ def score(
             if whole:
                 views.append(dataclasses.replace(clip, at={}, features={}))
                 if done + 1 == len(pairs) or pairs[done + 1].object != pair.object:
-                    before = dict(left_out)
+                    before = set(left_out)
                     wholes[pair.object], measure = _whole(
                         pair.object, views, predictions, truths, whole, left_out
                     )
@@ -142,9 +133,9 @@ def score(
                         geometries.append((pair.object, beside.submit(measure)))
                         if len(geometries) > READERS:  # no more of them wait than are measured
                             geometries[-READERS - 1][1].result()
-                    for name, why in left_out.items() if len(wholes) > 1 else ():
-                        if name not in before:
-                            raise ValueError(f"object {pair.object}: {name}: {why}")
+                    new = [name for name in left_out if name not in before]
+                    if new and len(wholes) > 1:
+                        raise ValueError(f"object {pair.object}: {new[0]}: {left_out[new[0]]}")
             progress.step()
         for name, future in geometries:
             found = wholes[name] | future.result()
@@ -195,6 +186,23 @@ def score(
 
 def _where(pair: Pair) -> str:
     return f"object {pair.object}, view {pair.view}"
+
+
+def _add(
+    clip: Clip,
+    metric: Metric,
+    networks: Networks,
+    found: dict[str, float],
+    sets: dict[str, tuple[list[np.ndarray], list[np.ndarray]]],
+) -> None:
+    """A metric of a clip: its mean into what is `found` of it, or features into those of `sets`."""
+    if metric.per != "set":
+        measured = _finite(VALUES[metric.name](clip, metric, networks))
+        found[metric.name] = float(np.mean(measured))
+        return
+    sides = sets.setdefault(metric.name, ([], []))
+    for rows, new in zip(sides, SETS[metric.name](clip, metric, networks), strict=True):
+        rows.append(_finite(new))
 
 
 def _finite(values: Any) -> np.ndarray:

@@ -97,6 +97,9 @@ def test_rows_are_run_or_named(tiny_bundle, data_dir, tmp_path, capsys, monkeypa
     plain = dict(protocol=protocols.find("fourdstar-open-v2"), compared={})
     beside = tables.markdown(config, results, {}, {}, **plain)
     assert "The paper's own" not in beside and "4DSTAR, the paper's | 20.00" in beside
+    nothing = {**config, "rows": {"l4gm": rows["l4gm"]}}
+    with pytest.raises(ValueError, match="no row of the table can be run: l4gm: .* not exist"):
+        tables.run(nothing, data_dir, tmp_path / "nothing", Networks(None), **options)
     with pytest.raises(ValueError, match="no row 'x', only tokenizer, "):
         tables.run(config, data_dir, tmp_path, Networks(None), paths={"x": ["y"]}, **options)
     command = ["evaluate", "--table", "configs/tables/stop.py", "--out", str(tmp_path / "t")]
